@@ -1,0 +1,1 @@
+//! The worker: takes images from the queue, embeds them and publishes the enriched event.

@@ -1,0 +1,1 @@
+//! The pipeline on one machine: emulated AWS, ECS and Auto Scaling with their rules, and the demo.
