@@ -1,0 +1,36 @@
+//! Structured logs: JSON lines where a machine reads them, text for a person.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+/// Starts logging for the program. `RUST_LOG` filters (default `info`),
+/// `LOG_FORMAT=json|text` chooses the form; without it a terminal gets text
+/// and everything else (CloudWatch Logs, files) gets one JSON object a line.
+///
+/// Log lines go to standard error; standard output belongs to the metrics,
+/// which CloudWatch only recognises when a line is nothing but their JSON.
+pub fn init_logs(program: &'static str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let wants_text = match std::env::var("LOG_FORMAT").as_deref() {
+        Ok("text") => true,
+        Ok("json") => false,
+        _ => std::io::stderr().is_terminal(),
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // A second call (two tests in one process) keeps the first subscriber.
+    let _ = if wants_text {
+        subscriber.with_target(false).try_init()
+    } else {
+        subscriber
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .try_init()
+    };
+    std::panic::set_hook(Box::new(move |panic| {
+        tracing::error!(program, %panic, "panicked");
+    }));
+}
