@@ -32,8 +32,10 @@ pub enum EnvError {
 /// environment. An empty variable counts as absent: templates pass empty
 /// strings for options that are off.
 pub struct Reader<'a> {
-    look_up: Box<dyn Fn(&str) -> Option<String> + 'a>,
+    look_up: Box<LookUp<'a>>,
 }
+
+type LookUp<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
 impl Reader<'static> {
     /// Reads the process environment.
@@ -169,7 +171,10 @@ mod tests {
     #[test]
     fn an_empty_variable_counts_as_absent() {
         assert_eq!(reader("DECODE", " ").optional("DECODE"), None);
-        assert_eq!(reader("EXTRACT_LABELS", "").flag("EXTRACT_LABELS", true), Ok(true));
+        assert_eq!(
+            reader("EXTRACT_LABELS", "").flag("EXTRACT_LABELS", true),
+            Ok(true)
+        );
     }
 
     #[test]
@@ -186,7 +191,10 @@ mod tests {
         let choices = [("cpu", 1), ("cuda", 2)];
         assert_eq!(reader("P", "CUDA").choice("P", 1, &choices), Ok(2));
         assert_eq!(
-            reader("P", "tpu").choice("P", 1, &choices).unwrap_err().to_string(),
+            reader("P", "tpu")
+                .choice("P", 1, &choices)
+                .unwrap_err()
+                .to_string(),
             r#"P="tpu" is not accepted: cpu or cuda"#
         );
     }

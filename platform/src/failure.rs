@@ -82,7 +82,11 @@ mod tests {
 
     #[test]
     fn throttling_and_unknown_codes_are_transient() {
-        for (code, status) in [("SlowDown", 503), ("ThrottlingException", 400), ("New", 400)] {
+        for (code, status) in [
+            ("SlowDown", 503),
+            ("ThrottlingException", 400),
+            ("New", 400),
+        ] {
             assert_eq!(
                 classify(&service_error(Some(code), status)),
                 Failure::Transient,

@@ -99,7 +99,11 @@ impl MetricLine {
         let timestamp = now
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_millis() as u64);
-        let names: Vec<&str> = self.dimensions.iter().map(|(name, _)| name.as_str()).collect();
+        let names: Vec<&str> = self
+            .dimensions
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
         let definitions: Vec<Value> = self
             .metrics
             .iter()
