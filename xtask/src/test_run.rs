@@ -1,0 +1,93 @@
+//! `cargo xtask test`: every test, and one summary over all of them.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::process::{ExitCode, Stdio};
+
+use anyhow::Context;
+
+use crate::Profile;
+use crate::tools::{Environment, Tools, set_unless_set};
+
+/// Runs `cargo test` on the workspace. The whole-pipeline tests start real
+/// programs, so those are built first.
+pub fn run(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    let variables = tools.install(Environment::Local)?;
+    let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];
+    tools.build(&programs, Profile::Debug)?;
+    let mut cargo = tools.cargo("test");
+    if !arguments
+        .iter()
+        .any(|argument| argument == "-p" || argument == "--package")
+    {
+        cargo.arg("--workspace");
+    }
+    cargo.arg("--no-fail-fast").args(arguments);
+    set_unless_set(&mut cargo, &variables);
+    let mut child = cargo
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cargo cannot be started")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    let mut tally = Tally::default();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        tally.add(&line);
+        println!("{line}");
+    }
+    let status = child.wait()?;
+    println!("\n{} passed, {} failed", tally.passed, tally.failed);
+    Ok(if status.success() && tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The sum over the summaries of all test programs.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+}
+
+impl Tally {
+    /// Adds a line such as `test result: ok. 24 passed; 0 failed; …`.
+    fn add(&mut self, line: &str) {
+        let Some(summary) = line.strip_prefix("test result: ") else {
+            return;
+        };
+        for part in summary.split([';', '.']) {
+            match part.trim().split_once(' ') {
+                Some((count, "passed")) => self.passed += count.parse().unwrap_or(0),
+                Some((count, "failed")) => self.failed += count.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summaries_of_all_test_programs_are_added_up() {
+        let mut tally = Tally::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 24 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.07s",
+            "test a ... ok",
+            "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.50s",
+        ] {
+            tally.add(line);
+        }
+        assert_eq!(
+            tally,
+            Tally {
+                passed: 27,
+                failed: 2
+            }
+        );
+    }
+}

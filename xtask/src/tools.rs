@@ -1,0 +1,202 @@
+//! What the commands install, where, and how they find it again.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+
+use crate::Profile;
+
+/// A Python environment of its own for each purpose, since only one of them
+/// needs gigabytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Environment {
+    /// The AWS emulator and ONNX Runtime: the demo and the tests.
+    Local,
+    /// PyTorch, CLIP and Pillow: benchmarks and comparisons.
+    Reference,
+}
+
+impl Environment {
+    fn folder(self) -> &'static str {
+        match self {
+            Environment::Local => "venv",
+            Environment::Reference => "venv-reference",
+        }
+    }
+
+    fn requirements(self) -> &'static str {
+        match self {
+            Environment::Local => "xtask/requirements/local.txt",
+            Environment::Reference => "xtask/requirements/reference.txt",
+        }
+    }
+
+    fn purpose(self) -> &'static str {
+        match self {
+            Environment::Local => "the AWS emulator and ONNX Runtime (about 130 MB)",
+            Environment::Reference => "PyTorch, CLIP and Pillow (several GB)",
+        }
+    }
+}
+
+/// Variables for the programs that a command starts.
+pub type Variables = [(&'static str, OsString)];
+
+/// The workspace's tools, all below `.tools/`.
+pub struct Tools {
+    /// The workspace's root.
+    pub root: PathBuf,
+}
+
+impl Tools {
+    /// The tools of the workspace at `root`.
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// Installs the environment unless it is there as its requirements file
+    /// says, and returns the variables that make programs find it.
+    pub fn install(
+        &self,
+        environment: Environment,
+    ) -> anyhow::Result<Vec<(&'static str, OsString)>> {
+        let mut variables = self.local_variables()?;
+        if environment == Environment::Reference {
+            let reference = self.install_environment(environment)?;
+            variables.push(("REFERENCE_PYTHON", reference.join("bin/python").into()));
+        }
+        Ok(variables)
+    }
+
+    fn local_variables(&self) -> anyhow::Result<Vec<(&'static str, OsString)>> {
+        let local = self.install_environment(Environment::Local)?;
+        let library = onnx_runtime_library(&local)?;
+        Ok(vec![
+            ("ORT_DYLIB_PATH", library.into()),
+            ("LOCAL_MINISTACK", local.join("bin/ministack").into()),
+        ])
+    }
+
+    fn install_environment(&self, environment: Environment) -> anyhow::Result<PathBuf> {
+        let folder = self.root.join(".tools").join(environment.folder());
+        let requirements_path = self.root.join(environment.requirements());
+        let requirements = fs::read_to_string(&requirements_path)
+            .with_context(|| format!("{} cannot be read", requirements_path.display()))?;
+        // The requirements as they were installed, written last: an install
+        // that was interrupted is begun anew.
+        let marker = folder.join("installed.txt");
+        if fs::read_to_string(&marker).is_ok_and(|installed| installed == requirements) {
+            return Ok(folder);
+        }
+        let start = Instant::now();
+        eprintln!(
+            "installing {} into {} …",
+            environment.purpose(),
+            folder.display()
+        );
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder)?;
+        run(Command::new(python()?).args(["-m", "venv"]).arg(&folder))
+            .context("a Python environment cannot be made (on Debian: install python3-venv)")?;
+        // The files list every package, so nothing is left to be resolved.
+        let mut pip = Command::new(folder.join("bin/python"));
+        pip.args(["-m", "pip", "install", "--quiet", "--no-deps"])
+            .args(["--disable-pip-version-check", "--requirement"])
+            .arg(&requirements_path);
+        run(&mut pip).context("pip failed: is a package registry in reach?")?;
+        fs::write(&marker, &requirements)?;
+        eprintln!("installed in {:.0} s", start.elapsed().as_secs_f64());
+        Ok(folder)
+    }
+
+    /// Builds programs of the workspace.
+    pub fn build(&self, programs: &[&str], profile: Profile) -> anyhow::Result<()> {
+        eprintln!("building {} …", programs.join(", "));
+        let mut cargo = self.cargo("build");
+        cargo.arg("--quiet");
+        if profile == Profile::Release {
+            cargo.arg("--release");
+        }
+        for program in programs {
+            cargo.args(["--bin", program]);
+        }
+        run(&mut cargo)
+    }
+
+    /// A `cargo` command in the workspace, by the cargo that runs this.
+    pub fn cargo(&self, subcommand: &str) -> Command {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.current_dir(&self.root).arg(subcommand);
+        command
+    }
+
+    /// A built program of the workspace, with `variables` set unless the user
+    /// has set them.
+    pub fn program(&self, name: &str, profile: Profile, variables: &Variables) -> Command {
+        let mut command = Command::new(self.target().join(profile.folder()).join(name));
+        set_unless_set(&mut command, variables);
+        command
+    }
+
+    fn target(&self) -> PathBuf {
+        match std::env::var_os("CARGO_TARGET_DIR") {
+            Some(target) => PathBuf::from(target),
+            None => self.root.join("target"),
+        }
+    }
+}
+
+/// Sets variables, leaving alone what the user has set.
+pub fn set_unless_set(command: &mut Command, variables: &Variables) {
+    for (name, value) in variables {
+        if std::env::var_os(name).is_none() {
+            command.env(name, value);
+        }
+    }
+}
+
+/// Runs a command and fails with its words if it does.
+pub fn run(command: &mut Command) -> anyhow::Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("{} cannot be started", command.get_program().display()))?;
+    ensure!(status.success(), "{command:?} ended with {status}");
+    Ok(())
+}
+
+fn python() -> anyhow::Result<&'static str> {
+    for name in ["python3", "python"] {
+        let is_three = Command::new(name)
+            .args(["-c", "import sys; sys.exit(sys.version_info[0] != 3)"])
+            .status()
+            .is_ok_and(|status| status.success());
+        if is_three {
+            return Ok(name);
+        }
+    }
+    bail!("Python 3 is not on the PATH: install it (the AWS emulator runs on it)")
+}
+
+/// The shared library in the `onnxruntime` wheel, whose name ends in its version.
+fn onnx_runtime_library(environment: &Path) -> anyhow::Result<PathBuf> {
+    let site_packages = fs::read_dir(environment.join("lib"))?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path().join("site-packages/onnxruntime/capi"))
+        .find(|folder| folder.is_dir())
+        .context(
+            "the onnxruntime package is not in its environment: remove .tools and try again",
+        )?;
+    fs::read_dir(&site_packages)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("libonnxruntime.so"))
+        })
+        .with_context(|| format!("no libonnxruntime.so in {}", site_packages.display()))
+}
