@@ -1,1 +1,24 @@
 //! Compiles CLIP weights into the ONNX bundle that the task loads, and runs it.
+//!
+//! [`checkpoint`] reads published weights, [`synthesize`] makes seeded ones, [`towers`] compiles
+//! both into ONNX graphs, [`bundle`] is what lies on disk, and [`engine`] runs it.
+
+pub mod architecture;
+pub mod bench;
+pub mod build;
+pub mod bundle;
+pub mod checkpoint;
+pub mod engine;
+pub mod fetch;
+pub mod files;
+pub mod labels;
+pub mod onnx;
+pub mod precision;
+pub mod synthesize;
+pub mod tokenizer;
+pub mod towers;
+
+pub use architecture::Architecture;
+pub use bundle::{Bundle, BundleError, Manifest, WeightsOrigin};
+pub use labels::Labels;
+pub use precision::Precision;

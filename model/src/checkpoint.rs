@@ -1,0 +1,936 @@
+//! A CLIP checkpoint on disk: safetensors in OpenAI's or Hugging Face's layout, memory-mapped, and
+//! read tensor by tensor so that no more than one is in memory.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::architecture::{
+    Activation, Architecture, OPENAI_HEAD_WIDTH, TextTower, Transformer, VisionTower,
+};
+use crate::synthesize::{ARCHITECTURE_KEY, SEED_KEY, SynthesizedWeights};
+
+/// Why a checkpoint cannot be used.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The file cannot be read.
+    #[error("cannot read weights {}: {reason}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
+    /// The file cannot be written.
+    #[error("cannot write weights {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
+    /// The file is not a safetensors file.
+    #[error("{} is not a safetensors file: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Neither of the known layouts.
+    #[error(
+        "{origin} is not a CLIP checkpoint: it has neither `visual.conv1.weight` (OpenAI, OpenCLIP) \
+         nor `vision_model.embeddings.patch_embedding.weight` (Hugging Face); its first tensors are {first}"
+    )]
+    UnknownLayout {
+        /// Where the weights come from.
+        origin: String,
+        /// A few of the names it has instead.
+        first: String,
+    },
+    /// A tensor is not there.
+    #[error("{origin} has no tensor `{name}`, wanted with shape {wanted:?}")]
+    Missing {
+        /// Where the weights come from.
+        origin: String,
+        /// The tensor's name.
+        name: String,
+        /// The shape that the architecture asks for.
+        wanted: Vec<usize>,
+    },
+    /// A tensor has another shape.
+    #[error("tensor `{name}` of {origin} has shape {found:?}, wanted {wanted:?}")]
+    Shape {
+        /// Where the weights come from.
+        origin: String,
+        /// The tensor's name.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the architecture asks for.
+        wanted: Vec<usize>,
+    },
+    /// A tensor has values of a type that weights are not stored in.
+    #[error("tensor `{name}` of {origin} holds {found}, wanted F32, F16 or BF16")]
+    Type {
+        /// Where the weights come from.
+        origin: String,
+        /// The tensor's name.
+        name: String,
+        /// Its type.
+        found: String,
+    },
+    /// The shape of the model cannot be worked out, or contradicts itself.
+    #[error("cannot tell the architecture of {origin}: {reason}")]
+    Architecture {
+        /// Where the weights come from.
+        origin: String,
+        /// What is missing or contradictory.
+        reason: String,
+    },
+}
+
+/// How the tensors are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `visual.transformer.resblocks.…`, as in OpenAI's and OpenCLIP's checkpoints.
+    OpenAi,
+    /// `vision_model.encoder.layers.…`, as in Hugging Face's `CLIPModel`.
+    HuggingFace,
+}
+
+/// What the user knows better than the file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overrides {
+    /// The non-linearity, which tensors do not tell.
+    pub activation: Option<Activation>,
+    /// Attention heads of the vision tower, which tensors do not tell.
+    pub vision_heads: Option<usize>,
+    /// Attention heads of the text tower.
+    pub text_heads: Option<usize>,
+}
+
+enum Store {
+    File {
+        map: Mmap,
+        header_end: usize,
+        header: safetensors::tensor::Metadata,
+    },
+    Synthesized(SynthesizedWeights),
+}
+
+/// An opened checkpoint whose architecture is known.
+pub struct Checkpoint {
+    origin: String,
+    path: Option<PathBuf>,
+    store: Store,
+    layout: Layout,
+    architecture: Architecture,
+    synthesized_seed: Option<u64>,
+    assumptions: Vec<String>,
+}
+
+/// Which tower a weight belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tower {
+    /// The tower that reads pixels.
+    Vision,
+    /// The tower that reads text.
+    Text,
+}
+
+/// Scale and offset of a layer normalisation.
+pub struct Norm {
+    /// Multiplies the normalised channels.
+    pub scale: Vec<f32>,
+    /// Is added to them.
+    pub offset: Vec<f32>,
+}
+
+/// A linear layer as stored: `weight` is `[out, in]`, row-major.
+pub struct Linear {
+    /// `[out, in]`, row-major.
+    pub weight: Vec<f32>,
+    /// `[out]`.
+    pub bias: Vec<f32>,
+}
+
+impl Checkpoint {
+    /// Opens a safetensors file and works out its layout and architecture, from its tensors, from
+    /// the metadata of synthesised weights, and from `config.json` (Hugging Face) or
+    /// `open_clip_config.json` beside it.
+    pub fn open(path: &Path, overrides: Overrides) -> Result<Checkpoint, CheckpointError> {
+        let unreadable = |error: std::io::Error| CheckpointError::Read {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        let file = File::open(path).map_err(unreadable)?;
+        // SAFETY: the mapping is private to this process and read-only; a file that another
+        // process truncates meanwhile ends this one, which a build tool may accept.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        // Shapes and offsets are checked here against the file's length.
+        let malformed = |error: safetensors::SafeTensorError| CheckpointError::Format {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        SafeTensors::deserialize(&map).map_err(malformed)?;
+        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(malformed)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        // The length of the header's length.
+        const LENGTH_BYTES: usize = 8;
+        let store = Store::File {
+            map,
+            header_end: LENGTH_BYTES + header_length,
+            header,
+        };
+        let origin = path.display().to_string();
+        let layout = detect_layout(&store, &origin)?;
+        let synthesized_seed = metadata.get(SEED_KEY).and_then(|seed| seed.parse().ok());
+        let written = metadata
+            .get(ARCHITECTURE_KEY)
+            .and_then(|json| serde_json::from_str::<Architecture>(json).ok());
+        let mut checkpoint = Checkpoint {
+            origin,
+            path: Some(path.to_owned()),
+            store,
+            layout,
+            // Replaced below, when the tensors have been looked at.
+            architecture: written.unwrap_or_else(placeholder),
+            synthesized_seed,
+            assumptions: Vec::new(),
+        };
+        if written.is_none() {
+            checkpoint.architecture = checkpoint.infer(overrides)?;
+        }
+        check(&checkpoint.architecture, &checkpoint.origin)?;
+        Ok(checkpoint)
+    }
+
+    /// Seeded weights as if they had been read from a file.
+    pub fn synthesized(weights: SynthesizedWeights) -> Checkpoint {
+        Checkpoint {
+            origin: format!("synthesized weights (seed {})", weights.seed()),
+            path: None,
+            layout: Layout::OpenAi,
+            architecture: *weights.architecture(),
+            synthesized_seed: Some(weights.seed()),
+            store: Store::Synthesized(weights),
+            assumptions: Vec::new(),
+        }
+    }
+
+    /// The model's shape.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// How its tensors are named.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The seed, where the weights say that they were synthesised.
+    pub fn synthesized_seed(&self) -> Option<u64> {
+        self.synthesized_seed
+    }
+
+    /// The file it was read from.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// What had to be assumed because nothing beside the tensors said it.
+    pub fn assumptions(&self) -> &[String] {
+        &self.assumptions
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.store.shape(name)
+    }
+
+    /// One tensor as 32-bit floats, after checking its shape.
+    pub fn tensor(&self, name: &str, wanted: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        let Some(found) = self.shape(name) else {
+            return Err(CheckpointError::Missing {
+                origin: self.origin.clone(),
+                name: name.to_owned(),
+                wanted: wanted.to_vec(),
+            });
+        };
+        if found != wanted {
+            return Err(CheckpointError::Shape {
+                origin: self.origin.clone(),
+                name: name.to_owned(),
+                found,
+                wanted: wanted.to_vec(),
+            });
+        }
+        match &self.store {
+            Store::Synthesized(weights) => Ok(weights.values(name).unwrap_or_default()),
+            Store::File {
+                map,
+                header_end,
+                header,
+            } => {
+                let Some(info) = header.info(name) else {
+                    return Ok(Vec::new());
+                };
+                let (start, end) = info.data_offsets;
+                let bytes = &map[header_end + start..header_end + end];
+                decode(bytes, info.dtype).ok_or_else(|| CheckpointError::Type {
+                    origin: self.origin.clone(),
+                    name: name.to_owned(),
+                    found: format!("{:?}", info.dtype),
+                })
+            }
+        }
+    }
+
+    /// The patch convolution `[width, 3, patch, patch]`.
+    pub fn patch_convolution(&self) -> Result<Vec<f32>, CheckpointError> {
+        let vision = &self.architecture.vision;
+        let shape = [
+            vision.transformer.width,
+            3,
+            vision.patch_size,
+            vision.patch_size,
+        ];
+        self.tensor(
+            self.pick(
+                "visual.conv1.weight",
+                "vision_model.embeddings.patch_embedding.weight",
+            ),
+            &shape,
+        )
+    }
+
+    /// The class token `[width]`.
+    pub fn class_token(&self) -> Result<Vec<f32>, CheckpointError> {
+        let name = self.pick(
+            "visual.class_embedding",
+            "vision_model.embeddings.class_embedding",
+        );
+        self.tensor(name, &[self.architecture.vision.transformer.width])
+    }
+
+    /// The learnt positions `[tokens, width]` of a tower.
+    pub fn positions(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
+        match tower {
+            Tower::Vision => self.tensor(
+                self.pick(
+                    "visual.positional_embedding",
+                    "vision_model.embeddings.position_embedding.weight",
+                ),
+                &[
+                    self.architecture.vision.tokens(),
+                    self.architecture.vision.transformer.width,
+                ],
+            ),
+            Tower::Text => self.tensor(
+                self.pick(
+                    "positional_embedding",
+                    "text_model.embeddings.position_embedding.weight",
+                ),
+                &[
+                    self.architecture.text.context,
+                    self.architecture.text.transformer.width,
+                ],
+            ),
+        }
+    }
+
+    /// The token embedding `[vocabulary, width]`.
+    pub fn token_embedding(&self) -> Result<Vec<f32>, CheckpointError> {
+        let text = &self.architecture.text;
+        self.tensor(
+            self.pick(
+                "token_embedding.weight",
+                "text_model.embeddings.token_embedding.weight",
+            ),
+            &[text.vocabulary, text.transformer.width],
+        )
+    }
+
+    /// The normalisation before the vision tower's first block.
+    pub fn norm_before(&self) -> Result<Norm, CheckpointError> {
+        // The misspelling is Hugging Face's.
+        let name = self.pick("visual.ln_pre", "vision_model.pre_layrnorm");
+        self.norm(name, self.architecture.vision.transformer.width)
+    }
+
+    /// The normalisation after a tower's last block.
+    pub fn norm_after(&self, tower: Tower) -> Result<Norm, CheckpointError> {
+        let name = match tower {
+            Tower::Vision => self.pick("visual.ln_post", "vision_model.post_layernorm"),
+            Tower::Text => self.pick("ln_final", "text_model.final_layer_norm"),
+        };
+        self.norm(name, self.transformer(tower).width)
+    }
+
+    /// The projection into the shared space as `[width, dimensions]`, row-major.
+    pub fn projection(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
+        let width = self.transformer(tower).width;
+        let dimensions = self.architecture.dimensions;
+        match (self.layout, tower) {
+            (Layout::OpenAi, Tower::Vision) => self.tensor("visual.proj", &[width, dimensions]),
+            (Layout::OpenAi, Tower::Text) => self.tensor("text_projection", &[width, dimensions]),
+            (Layout::HuggingFace, _) => {
+                let name = match tower {
+                    Tower::Vision => "visual_projection.weight",
+                    Tower::Text => "text_projection.weight",
+                };
+                let stored = self.tensor(name, &[dimensions, width])?;
+                Ok(transpose(&stored, dimensions, width))
+            }
+        }
+    }
+
+    /// The normalisation before a block's attention.
+    pub fn attention_norm(&self, tower: Tower, layer: usize) -> Result<Norm, CheckpointError> {
+        let name = self.block(tower, layer, "ln_1", "layer_norm1");
+        self.norm(&name, self.transformer(tower).width)
+    }
+
+    /// The normalisation before a block's perceptron.
+    pub fn perceptron_norm(&self, tower: Tower, layer: usize) -> Result<Norm, CheckpointError> {
+        let name = self.block(tower, layer, "ln_2", "layer_norm2");
+        self.norm(&name, self.transformer(tower).width)
+    }
+
+    /// The projections to queries, keys and values of a block.
+    pub fn attention_in(&self, tower: Tower, layer: usize) -> Result<[Linear; 3], CheckpointError> {
+        let width = self.transformer(tower).width;
+        match self.layout {
+            Layout::OpenAi => {
+                let prefix = self.block(tower, layer, "attn", "");
+                let weight =
+                    self.tensor(&format!("{prefix}.in_proj_weight"), &[3 * width, width])?;
+                let bias = self.tensor(&format!("{prefix}.in_proj_bias"), &[3 * width])?;
+                let part = |index: usize| Linear {
+                    weight: weight[index * width * width..(index + 1) * width * width].to_vec(),
+                    bias: bias[index * width..(index + 1) * width].to_vec(),
+                };
+                Ok([part(0), part(1), part(2)])
+            }
+            Layout::HuggingFace => {
+                let part = |name: &str| {
+                    let prefix = self.block(tower, layer, "", &format!("self_attn.{name}"));
+                    self.linear(&prefix, width, width)
+                };
+                Ok([part("q_proj")?, part("k_proj")?, part("v_proj")?])
+            }
+        }
+    }
+
+    /// The projection after a block's attention.
+    pub fn attention_out(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+        let width = self.transformer(tower).width;
+        let prefix = self.block(tower, layer, "attn.out_proj", "self_attn.out_proj");
+        self.linear(&prefix, width, width)
+    }
+
+    /// The first layer of a block's perceptron.
+    pub fn perceptron_in(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+        let Transformer { width, hidden, .. } = *self.transformer(tower);
+        self.linear(
+            &self.block(tower, layer, "mlp.c_fc", "mlp.fc1"),
+            hidden,
+            width,
+        )
+    }
+
+    /// The second layer of a block's perceptron.
+    pub fn perceptron_out(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+        let Transformer { width, hidden, .. } = *self.transformer(tower);
+        self.linear(
+            &self.block(tower, layer, "mlp.c_proj", "mlp.fc2"),
+            width,
+            hidden,
+        )
+    }
+
+    /// The shape of a tower's transformer.
+    pub fn transformer(&self, tower: Tower) -> &Transformer {
+        match tower {
+            Tower::Vision => &self.architecture.vision.transformer,
+            Tower::Text => &self.architecture.text.transformer,
+        }
+    }
+
+    fn pick(&self, open_ai: &'static str, hugging_face: &'static str) -> &'static str {
+        match self.layout {
+            Layout::OpenAi => open_ai,
+            Layout::HuggingFace => hugging_face,
+        }
+    }
+
+    fn block(&self, tower: Tower, layer: usize, open_ai: &str, hugging_face: &str) -> String {
+        match (self.layout, tower) {
+            (Layout::OpenAi, Tower::Vision) => {
+                format!("visual.transformer.resblocks.{layer}.{open_ai}")
+            }
+            (Layout::OpenAi, Tower::Text) => format!("transformer.resblocks.{layer}.{open_ai}"),
+            (Layout::HuggingFace, Tower::Vision) => {
+                format!("vision_model.encoder.layers.{layer}.{hugging_face}")
+            }
+            (Layout::HuggingFace, Tower::Text) => {
+                format!("text_model.encoder.layers.{layer}.{hugging_face}")
+            }
+        }
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Norm, CheckpointError> {
+        Ok(Norm {
+            scale: self.tensor(&format!("{name}.weight"), &[width])?,
+            offset: self.tensor(&format!("{name}.bias"), &[width])?,
+        })
+    }
+
+    fn linear(&self, name: &str, out: usize, into: usize) -> Result<Linear, CheckpointError> {
+        Ok(Linear {
+            weight: self.tensor(&format!("{name}.weight"), &[out, into])?,
+            bias: self.tensor(&format!("{name}.bias"), &[out])?,
+        })
+    }
+
+    /// Works out the architecture from the tensors' shapes and the configuration beside the file.
+    fn infer(&mut self, overrides: Overrides) -> Result<Architecture, CheckpointError> {
+        let configuration = self.configuration()?;
+        let convolution = self.shape_of(
+            self.pick(
+                "visual.conv1.weight",
+                "vision_model.embeddings.patch_embedding.weight",
+            ),
+            4,
+        )?;
+        let (vision_width, patch_size) = (convolution[0], convolution[2]);
+        let vision_positions = self.shape_of(
+            self.pick(
+                "visual.positional_embedding",
+                "vision_model.embeddings.position_embedding.weight",
+            ),
+            2,
+        )?;
+        let grid = (vision_positions[0].saturating_sub(1)).isqrt();
+        if grid * grid + 1 != vision_positions[0] {
+            return Err(self.contradiction(format!(
+                "its {} vision positions are not a class token and a square grid",
+                vision_positions[0]
+            )));
+        }
+        let image_size = configuration.image_size.unwrap_or(grid * patch_size);
+        let dimensions = match self.layout {
+            Layout::OpenAi => self.shape_of("visual.proj", 2)?[1],
+            Layout::HuggingFace => self.shape_of("visual_projection.weight", 2)?[0],
+        };
+        let token_embedding = self.shape_of(
+            self.pick(
+                "token_embedding.weight",
+                "text_model.embeddings.token_embedding.weight",
+            ),
+            2,
+        )?;
+        let text_positions = self.shape_of(
+            self.pick(
+                "positional_embedding",
+                "text_model.embeddings.position_embedding.weight",
+            ),
+            2,
+        )?;
+        let text_width = token_embedding[1];
+
+        let mut tower = |tower: Tower,
+                         width: usize,
+                         heads: Option<usize>,
+                         configured: &TowerConfiguration| {
+            let layers = (0..)
+                .take_while(|&layer| {
+                    let norm = self.block(tower, layer, "ln_1.weight", "layer_norm1.weight");
+                    self.store.shape(&norm).is_some()
+                })
+                .count();
+            if layers == 0 {
+                return Err(self.contradiction(format!("its {tower:?} tower has no blocks")));
+            }
+            let first = self.block(tower, 0, "mlp.c_fc.weight", "mlp.fc1.weight");
+            let hidden = self.shape_of(&first, 2)?[0];
+            let heads = match heads.or(configured.heads) {
+                Some(heads) => heads,
+                None => {
+                    let heads = (width / OPENAI_HEAD_WIDTH).max(1);
+                    self.assumptions.push(format!(
+                        "{heads} attention heads in the {tower:?} tower ({OPENAI_HEAD_WIDTH} channels each)"
+                    ));
+                    heads
+                }
+            };
+            let activation = match overrides.activation.or(configured.activation) {
+                Some(activation) => activation,
+                None => {
+                    self.assumptions.push(format!(
+                        "QuickGELU in the {tower:?} tower, as in OpenAI's models"
+                    ));
+                    Activation::QuickGelu
+                }
+            };
+            Ok(Transformer {
+                width,
+                layers,
+                heads,
+                hidden,
+                activation,
+            })
+        };
+        let vision = tower(
+            Tower::Vision,
+            vision_width,
+            overrides.vision_heads,
+            &configuration.vision,
+        )?;
+        let text = tower(
+            Tower::Text,
+            text_width,
+            overrides.text_heads,
+            &configuration.text,
+        )?;
+        Ok(Architecture {
+            dimensions,
+            vision: VisionTower {
+                image_size,
+                patch_size,
+                transformer: vision,
+            },
+            text: TextTower {
+                context: text_positions[0],
+                vocabulary: token_embedding[0],
+                transformer: text,
+            },
+        })
+    }
+
+    fn shape_of(&self, name: &str, rank: usize) -> Result<Vec<usize>, CheckpointError> {
+        match self.shape(name) {
+            Some(shape) if shape.len() == rank => Ok(shape),
+            Some(shape) => Err(self.contradiction(format!(
+                "tensor `{name}` has shape {shape:?}, wanted {rank} dimensions"
+            ))),
+            None => Err(self.contradiction(format!("it has no tensor `{name}`"))),
+        }
+    }
+
+    fn contradiction(&self, reason: String) -> CheckpointError {
+        CheckpointError::Architecture {
+            origin: self.origin.clone(),
+            reason,
+        }
+    }
+
+    /// What the configuration file beside the weights says.
+    fn configuration(&self) -> Result<Configuration, CheckpointError> {
+        let Some(folder) = self.path.as_deref().and_then(Path::parent) else {
+            return Ok(Configuration::default());
+        };
+        let name = match self.layout {
+            Layout::OpenAi => "open_clip_config.json",
+            Layout::HuggingFace => "config.json",
+        };
+        let path = folder.join(name);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Configuration::default());
+            }
+            Err(error) => {
+                return Err(CheckpointError::Read {
+                    path,
+                    reason: error.to_string(),
+                });
+            }
+        };
+        let understood = match self.layout {
+            Layout::OpenAi => serde_json::from_str::<OpenClipFile>(&text).map(Configuration::from),
+            Layout::HuggingFace => {
+                serde_json::from_str::<HuggingFaceFile>(&text).map(Configuration::from)
+            }
+        };
+        let configuration = understood.map_err(|error| {
+            self.contradiction(format!("{} is malformed: {error}", path.display()))
+        })?;
+        for activation in configuration.unknown_activations.iter() {
+            return Err(self.contradiction(format!(
+                "{} asks for the activation `{activation}`; known are quick_gelu and gelu",
+                path.display()
+            )));
+        }
+        Ok(configuration)
+    }
+}
+
+impl Store {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match self {
+            Store::File { header, .. } => header.info(name).map(|info| info.shape.clone()),
+            Store::Synthesized(weights) => weights
+                .shapes()
+                .find(|(known, _)| *known == name)
+                .map(|(_, shape)| shape.to_vec()),
+        }
+    }
+}
+
+fn detect_layout(store: &Store, origin: &str) -> Result<Layout, CheckpointError> {
+    if store.shape("visual.conv1.weight").is_some() {
+        return Ok(Layout::OpenAi);
+    }
+    if store
+        .shape("vision_model.embeddings.patch_embedding.weight")
+        .is_some()
+    {
+        return Ok(Layout::HuggingFace);
+    }
+    let mut names = match store {
+        Store::File { header, .. } => header.offset_keys(),
+        Store::Synthesized(weights) => weights.shapes().map(|(name, _)| name.to_owned()).collect(),
+    };
+    names.truncate(5);
+    Err(CheckpointError::UnknownLayout {
+        origin: origin.to_owned(),
+        first: names.join(", "),
+    })
+}
+
+/// Stands in a checkpoint until its tensors have been looked at.
+fn placeholder() -> Architecture {
+    let nothing = Transformer {
+        width: 0,
+        layers: 0,
+        heads: 1,
+        hidden: 0,
+        activation: Activation::QuickGelu,
+    };
+    Architecture {
+        dimensions: 0,
+        vision: VisionTower {
+            image_size: 0,
+            patch_size: 1,
+            transformer: nothing,
+        },
+        text: TextTower {
+            context: 0,
+            vocabulary: 0,
+            transformer: nothing,
+        },
+    }
+}
+
+fn check(architecture: &Architecture, origin: &str) -> Result<(), CheckpointError> {
+    for (tower, transformer) in [
+        ("vision", architecture.vision.transformer),
+        ("text", architecture.text.transformer),
+    ] {
+        if transformer.heads == 0 || transformer.width % transformer.heads != 0 {
+            return Err(CheckpointError::Architecture {
+                origin: origin.to_owned(),
+                reason: format!(
+                    "{} channels of the {tower} tower cannot be shared by {} heads",
+                    transformer.width, transformer.heads
+                ),
+            });
+        }
+    }
+    if architecture.vision.grid() == 0 {
+        return Err(CheckpointError::Architecture {
+            origin: origin.to_owned(),
+            reason: format!(
+                "a patch of {} pixels does not fit into an image of {}",
+                architecture.vision.patch_size, architecture.vision.image_size
+            ),
+        });
+    }
+    Ok(())
+}
+
+fn decode(bytes: &[u8], dtype: Dtype) -> Option<Vec<f32>> {
+    let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
+    match dtype {
+        Dtype::F32 => Some(
+            bytes
+                .chunks_exact(4)
+                .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+                .collect(),
+        ),
+        Dtype::F16 => Some(
+            pairs()
+                .map(|pair| f16::from_le_bytes(pair).to_f32())
+                .collect(),
+        ),
+        Dtype::BF16 => Some(
+            pairs()
+                .map(|pair| bf16::from_le_bytes(pair).to_f32())
+                .collect(),
+        ),
+        _ => None,
+    }
+}
+
+/// `[rows, columns]` row-major into `[columns, rows]`.
+pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    // Tiles that stay in the first-level cache; a plain double loop misses it on every write.
+    const TILE: usize = 32;
+    let mut out = vec![0.0; values.len()];
+    for row_tile in (0..rows).step_by(TILE) {
+        for column_tile in (0..columns).step_by(TILE) {
+            for row in row_tile..(row_tile + TILE).min(rows) {
+                for column in column_tile..(column_tile + TILE).min(columns) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
+        }
+    }
+    out
+}
+
+/// What a configuration file may say about one tower.
+#[derive(Clone, Copy, Debug, Default)]
+struct TowerConfiguration {
+    heads: Option<usize>,
+    activation: Option<Activation>,
+}
+
+/// What a configuration file may say.
+#[derive(Clone, Debug, Default)]
+struct Configuration {
+    image_size: Option<usize>,
+    vision: TowerConfiguration,
+    text: TowerConfiguration,
+    unknown_activations: Vec<String>,
+}
+
+/// The part of Hugging Face's `config.json` that tensors do not tell.
+#[derive(Deserialize)]
+struct HuggingFaceFile {
+    #[serde(default)]
+    vision_config: HuggingFaceTower,
+    #[serde(default)]
+    text_config: HuggingFaceTower,
+}
+
+#[derive(Deserialize, Default)]
+struct HuggingFaceTower {
+    image_size: Option<usize>,
+    num_attention_heads: Option<usize>,
+    hidden_act: Option<String>,
+}
+
+impl From<HuggingFaceFile> for Configuration {
+    fn from(file: HuggingFaceFile) -> Configuration {
+        // What `CLIPVisionConfig` and `CLIPTextConfig` take where the file says nothing.
+        const DEFAULT_VISION_HEADS: usize = 12;
+        const DEFAULT_TEXT_HEADS: usize = 8;
+        const DEFAULT_IMAGE_SIZE: usize = 224;
+        let mut unknown_activations = Vec::new();
+        let mut tower = |tower: &HuggingFaceTower, default_heads: usize| TowerConfiguration {
+            heads: Some(tower.num_attention_heads.unwrap_or(default_heads)),
+            activation: match &tower.hidden_act {
+                None => Some(Activation::QuickGelu),
+                Some(name) => match name.parse() {
+                    Ok(activation) => Some(activation),
+                    Err(_) => {
+                        unknown_activations.push(name.clone());
+                        None
+                    }
+                },
+            },
+        };
+        let vision = tower(&file.vision_config, DEFAULT_VISION_HEADS);
+        let text = tower(&file.text_config, DEFAULT_TEXT_HEADS);
+        Configuration {
+            image_size: Some(file.vision_config.image_size.unwrap_or(DEFAULT_IMAGE_SIZE)),
+            vision,
+            text,
+            unknown_activations,
+        }
+    }
+}
+
+/// The part of OpenCLIP's `open_clip_config.json` that tensors do not tell.
+#[derive(Deserialize)]
+struct OpenClipFile {
+    model_cfg: OpenClipModel,
+}
+
+#[derive(Deserialize)]
+struct OpenClipModel {
+    #[serde(default)]
+    quick_gelu: bool,
+    vision_cfg: OpenClipVision,
+    text_cfg: OpenClipText,
+}
+
+#[derive(Deserialize)]
+struct OpenClipVision {
+    image_size: Option<usize>,
+    width: Option<usize>,
+    head_width: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct OpenClipText {
+    heads: Option<usize>,
+}
+
+impl From<OpenClipFile> for Configuration {
+    fn from(file: OpenClipFile) -> Configuration {
+        let model = file.model_cfg;
+        let activation = Some(if model.quick_gelu {
+            Activation::QuickGelu
+        } else {
+            Activation::Gelu
+        });
+        // What OpenCLIP's `CLIPVisionCfg` and `CLIPTextCfg` take where the file says nothing.
+        const DEFAULT_WIDTH: usize = 768;
+        const DEFAULT_TEXT_HEADS: usize = 8;
+        let vision_heads = model.vision_cfg.width.unwrap_or(DEFAULT_WIDTH)
+            / model
+                .vision_cfg
+                .head_width
+                .unwrap_or(OPENAI_HEAD_WIDTH)
+                .max(1);
+        Configuration {
+            image_size: model.vision_cfg.image_size,
+            vision: TowerConfiguration {
+                heads: Some(vision_heads),
+                activation,
+            },
+            text: TowerConfiguration {
+                heads: Some(model.text_cfg.heads.unwrap_or(DEFAULT_TEXT_HEADS)),
+                activation,
+            },
+            unknown_activations: Vec::new(),
+        }
+    }
+}
+
+/// Names and shapes of a checkpoint's tensors, for `inspect` and for tests.
+impl Checkpoint {
+    /// Every tensor's name and shape.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        match &self.store {
+            Store::File { header, .. } => header
+                .tensors()
+                .into_iter()
+                .map(|(name, info)| (name, info.shape.clone()))
+                .collect(),
+            Store::Synthesized(weights) => weights
+                .shapes()
+                .map(|(name, shape)| (name.to_owned(), shape.to_vec()))
+                .collect(),
+        }
+    }
+}

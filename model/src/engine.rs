@@ -1,0 +1,352 @@
+//! Runs a bundle's graphs with ONNX Runtime, which is loaded from the library that
+//! `ORT_DYLIB_PATH` names.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use ort::environment::Environment;
+use ort::ep;
+use ort::session::Session;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::value::TensorRef;
+use thiserror::Error;
+
+use crate::bundle::{Bundle, TEXT_GRAPH, VISION_GRAPH};
+use crate::tokenizer::Tokens;
+use crate::towers::{OUTPUT, TEXT_INPUT, VISION_INPUT};
+
+/// The environment variable that names ONNX Runtime's library.
+pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// Why a model cannot be loaded or run.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The library's place is not known.
+    #[error(
+        "{LIBRARY_VARIABLE} is not set; point it at ONNX Runtime's shared library \
+         (libonnxruntime.so of the Python package onnxruntime, or onnxruntime-gpu for CUDA)"
+    )]
+    NoLibrary,
+    /// The library cannot be loaded.
+    #[error("cannot load ONNX Runtime from {LIBRARY_VARIABLE}={}: {reason}", path.display())]
+    Library {
+        /// What the variable says.
+        path: PathBuf,
+        /// What the loader says.
+        reason: String,
+    },
+    /// CUDA was asked for and is not to be had.
+    #[error(
+        "EXECUTION_PROVIDER=cuda cannot be used: {reason}; it needs an NVIDIA driver, the CUDA \
+         libraries, and {LIBRARY_VARIABLE} pointing at the library of onnxruntime-gpu with \
+         libonnxruntime_providers_cuda.so beside it"
+    )]
+    Cuda {
+        /// What ONNX Runtime says.
+        reason: String,
+    },
+    /// The graph cannot be loaded.
+    #[error("cannot load the graph {}: {reason}", path.display())]
+    Load {
+        /// The graph.
+        path: PathBuf,
+        /// What ONNX Runtime says.
+        reason: String,
+    },
+    /// The input has another size than the batch asks for.
+    #[error("{found} values given for {what}, wanted {wanted}")]
+    Input {
+        /// What was given.
+        what: String,
+        /// Values given.
+        found: usize,
+        /// Values wanted.
+        wanted: usize,
+    },
+    /// A run failed.
+    #[error("ONNX Runtime failed: {reason}")]
+    Run {
+        /// What ONNX Runtime says.
+        reason: String,
+    },
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExecutionProvider {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU. That it cannot be had is an error, never a reason to use the processor.
+    Cuda,
+}
+
+impl std::str::FromStr for ExecutionProvider {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "cpu" => Ok(ExecutionProvider::Cpu),
+            "cuda" => Ok(ExecutionProvider::Cuda),
+            other => Err(format!(
+                "unknown execution provider `{other}`; known are cpu and cuda"
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for ExecutionProvider {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            ExecutionProvider::Cpu => "cpu",
+            ExecutionProvider::Cuda => "cuda",
+        })
+    }
+}
+
+/// How a model is run.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// What computes.
+    pub provider: ExecutionProvider,
+    /// Threads that share one operator; all cores that this process may use unless set. No effect
+    /// on CUDA.
+    pub intra_threads: Option<usize>,
+    /// Whether those threads wait for work by spinning (ONNX Runtime's default). It saves
+    /// microseconds between operators and costs a core that others, such as decoders, could use.
+    pub spinning: bool,
+    /// Images or texts in one run at most; a larger batch is cut. Bounds the memory of
+    /// activations.
+    pub max_batch: usize,
+}
+
+/// Images in one run unless asked otherwise. On a CPU larger runs are no faster and hold more
+/// memory; on a GPU this fills a T4.
+pub const DEFAULT_MAX_BATCH: usize = 32;
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            provider: ExecutionProvider::Cpu,
+            intra_threads: None,
+            spinning: true,
+            max_batch: DEFAULT_MAX_BATCH,
+        }
+    }
+}
+
+/// The vision tower, ready to run.
+pub struct VisionEngine {
+    session: Session,
+    dimensions: usize,
+    image_size: usize,
+    max_batch: usize,
+}
+
+impl VisionEngine {
+    /// Loads the vision graph of a bundle.
+    pub fn load(bundle: &Bundle, options: &EngineOptions) -> Result<VisionEngine, EngineError> {
+        let session = load(&bundle.file(VISION_GRAPH), options)?;
+        let manifest = bundle.manifest();
+        if manifest.is_synthesized() {
+            tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
+        }
+        Ok(VisionEngine {
+            session,
+            dimensions: manifest.dimensions,
+            image_size: manifest.image_size,
+            max_batch: options.max_batch.max(1),
+        })
+    }
+
+    /// Length of the vectors.
+    pub fn dimensions(&self) -> usize {
+        self.dimensions
+    }
+
+    /// Side of the images in pixels.
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
+    /// Images in one run at most.
+    pub fn max_batch(&self) -> usize {
+        self.max_batch
+    }
+
+    /// Bytes of one image.
+    pub fn image_bytes(&self) -> usize {
+        self.image_size * self.image_size * 3
+    }
+
+    /// Runs once on a grey image, so that the first real one does not pay for memory and, on
+    /// CUDA, for loading kernels.
+    pub fn warm_up(&mut self) -> Result<(), EngineError> {
+        let grey = vec![127; self.image_bytes()];
+        self.embed(&grey, 1).map(|_| ())
+    }
+
+    /// Embeds `batch` images, `batch × size × size × 3` bytes of RGB; returns `batch × dimensions`
+    /// values, not normalised.
+    pub fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, EngineError> {
+        let image = self.image_bytes();
+        if pixels.len() != batch * image {
+            return Err(EngineError::Input {
+                what: format!("{batch} images of {0}×{0} RGB pixels", self.image_size),
+                found: pixels.len(),
+                wanted: batch * image,
+            });
+        }
+        let mut embeddings = Vec::with_capacity(batch * self.dimensions);
+        for part in pixels.chunks(self.max_batch * image) {
+            let shape = [part.len() / image, self.image_size, self.image_size, 3];
+            let input = TensorRef::from_array_view((shape, part)).map_err(failed)?;
+            let outputs = self
+                .session
+                .run(ort::inputs![VISION_INPUT => input])
+                .map_err(failed)?;
+            let (_, values) = outputs[OUTPUT]
+                .try_extract_tensor::<f32>()
+                .map_err(failed)?;
+            embeddings.extend_from_slice(values);
+        }
+        Ok(embeddings)
+    }
+}
+
+/// The text tower, ready to run.
+pub struct TextEngine {
+    session: Session,
+    dimensions: usize,
+    max_batch: usize,
+}
+
+impl TextEngine {
+    /// Loads the text graph of a bundle.
+    pub fn load(bundle: &Bundle, options: &EngineOptions) -> Result<TextEngine, EngineError> {
+        TextEngine::load_graph(
+            &bundle.file(TEXT_GRAPH),
+            bundle.manifest().dimensions,
+            options,
+        )
+    }
+
+    /// Loads a text graph that is not in a bundle yet.
+    pub(crate) fn load_graph(
+        path: &Path,
+        dimensions: usize,
+        options: &EngineOptions,
+    ) -> Result<TextEngine, EngineError> {
+        let session = load(path, options)?;
+        Ok(TextEngine {
+            session,
+            dimensions,
+            max_batch: options.max_batch.max(1),
+        })
+    }
+
+    /// Length of the vectors.
+    pub fn dimensions(&self) -> usize {
+        self.dimensions
+    }
+
+    /// Embeds tokenised texts; returns `texts × dimensions` values, not normalised.
+    pub fn embed(&mut self, tokens: &Tokens) -> Result<Vec<f32>, EngineError> {
+        if tokens.length == 0 {
+            return Ok(Vec::new());
+        }
+        let mut embeddings = Vec::new();
+        for part in tokens.ids.chunks(self.max_batch * tokens.length) {
+            let shape = [part.len() / tokens.length, tokens.length];
+            let input = TensorRef::from_array_view((shape, part)).map_err(failed)?;
+            let outputs = self
+                .session
+                .run(ort::inputs![TEXT_INPUT => input])
+                .map_err(failed)?;
+            let (_, values) = outputs[OUTPUT]
+                .try_extract_tensor::<f32>()
+                .map_err(failed)?;
+            embeddings.extend_from_slice(values);
+        }
+        Ok(embeddings)
+    }
+}
+
+/// Loads ONNX Runtime, once per process.
+pub fn environment() -> Result<&'static Environment, EngineError> {
+    // Kept for the process's life: ONNX Runtime allows one environment.
+    static LOADED: OnceLock<Result<Environment, (PathBuf, String)>> = OnceLock::new();
+    let Some(path) = std::env::var_os(LIBRARY_VARIABLE).filter(|value| !value.is_empty()) else {
+        return Err(EngineError::NoLibrary);
+    };
+    let loaded = LOADED.get_or_init(|| {
+        let path = PathBuf::from(path);
+        if !path.is_file() {
+            return Err((path, "no such file".to_owned()));
+        }
+        let builder = match ort::init_from(&path) {
+            Ok(builder) => builder,
+            Err(error) => return Err((path, error.to_string())),
+        };
+        builder
+            .with_name("clip-model")
+            .with_telemetry(false)
+            .build()
+            .map_err(|error| (path, error.to_string()))
+    });
+    loaded
+        .as_ref()
+        .map_err(|(path, reason)| EngineError::Library {
+            path: path.clone(),
+            reason: reason.clone(),
+        })
+}
+
+pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, EngineError> {
+    let environment = environment()?;
+    let unloadable = |reason: String| EngineError::Load {
+        path: path.to_owned(),
+        reason,
+    };
+    if !path.is_file() {
+        return Err(unloadable("no such file".to_owned()));
+    }
+    let builder = Session::builder(environment).map_err(|error| unloadable(error.to_string()))?;
+    let builder = configure(builder, options).map_err(unloadable)?;
+    let mut builder = match options.provider {
+        ExecutionProvider::Cpu => builder,
+        ExecutionProvider::Cuda => builder
+            .with_execution_providers([ep::CUDA::default()
+                // Sums of the fused normalisation in 32 bits, whatever the weights are.
+                .with_skip_layer_norm_strict_mode(true)
+                .build()
+                .error_on_failure()])
+            .map_err(|error| EngineError::Cuda {
+                reason: error.to_string(),
+            })?,
+    };
+    builder
+        .commit_from_file(path)
+        .map_err(|error| unloadable(error.to_string()))
+}
+
+fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<SessionBuilder, String> {
+    let threads = options
+        .intra_threads
+        .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
+        .unwrap_or(1);
+    let builder = builder
+        .with_optimization_level(GraphOptimizationLevel::All)
+        .map_err(|error| error.to_string())?
+        .with_intra_threads(threads)
+        .map_err(|error| error.to_string())?
+        .with_intra_op_spinning(options.spinning)
+        .map_err(|error| error.to_string())?;
+    Ok(builder)
+}
+
+pub(crate) fn failed<R>(error: ort::Error<R>) -> EngineError {
+    EngineError::Run {
+        reason: error.to_string(),
+    }
+}

@@ -1,0 +1,54 @@
+//! Small helpers around files: digests, permissions.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+/// Read size for digests: large enough that system calls do not show, small enough for the cache.
+const DIGEST_CHUNK: usize = 1 << 20;
+
+/// SHA-256 of bytes, in lower-case hexadecimal.
+pub fn sha256_of_bytes(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+/// SHA-256 of a file, in lower-case hexadecimal.
+pub fn sha256_of_file(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; DIGEST_CHUNK];
+    loop {
+        let read = file.read(&mut chunk)?;
+        if read == 0 {
+            return Ok(hexadecimal(&hasher.finalize()));
+        }
+        hasher.update(&chunk[..read]);
+    }
+}
+
+/// Bytes as lower-case hexadecimal.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// Temporary files are born private; what they become is as readable as any other file.
+#[cfg(unix)]
+pub fn make_readable(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = if path.is_dir() { 0o755 } else { 0o644 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+}
+
+/// Elsewhere permissions are inherited.
+#[cfg(not(unix))]
+pub fn make_readable(_path: &Path) -> io::Result<()> {
+    Ok(())
+}

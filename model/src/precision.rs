@@ -1,0 +1,45 @@
+//! The arithmetic that a bundle's graphs are compiled for.
+
+use serde::{Deserialize, Serialize};
+
+/// What weights and activations are stored and multiplied in. Inputs and outputs of the graphs are
+/// the same in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats: the reference's numbers, for CPUs.
+    Fp32,
+    /// 16-bit floats, for GPUs: half the memory and several times the speed there. Normalisation
+    /// and softmax accumulate in 32 bits.
+    Fp16,
+}
+
+impl Precision {
+    /// As it is written on the command line and in the manifest.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Precision::Fp32 => "fp32",
+            Precision::Fp16 => "fp16",
+        }
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "fp32" => Ok(Precision::Fp32),
+            "fp16" => Ok(Precision::Fp16),
+            other => Err(format!(
+                "unknown precision `{other}`; known are fp32 and fp16"
+            )),
+        }
+    }
+}

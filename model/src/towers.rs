@@ -1,0 +1,553 @@
+//! The two towers of CLIP as ONNX graphs.
+//!
+//! What is compiled is not the reference's sequence of operators but its function:
+//!
+//! - pixels arrive as bytes; `(pixel / 255 − mean) / deviation` is folded into the patch weights;
+//! - the patch convolution, whose stride is its size, is a matrix product over reordered pixels;
+//! - a key's bias adds the same to every score of a query, which softmax ignores, so it is dropped;
+//!   a value's bias passes the softmax unchanged, so it moves into the output projection's bias;
+//! - QuickGELU `x · σ(1.702 x)` is SiLU between weights scaled by 1.702 and by its inverse;
+//! - in the last block only one row is read afterwards (the class token's, or the end of text's),
+//!   so only that row's perceptron is computed, and in the vision tower only its query.
+//!
+//! All of these are exact but for rounding.
+
+use std::io;
+use std::path::Path;
+
+use thiserror::Error;
+
+use crate::architecture::{Activation, Architecture, Transformer};
+use crate::checkpoint::{Checkpoint, CheckpointError, Linear, Norm, Tower, transpose};
+use crate::onnx::{Dim, GraphBuilder, Setting, element};
+use crate::precision::Precision;
+
+/// Mean of each channel over the images that CLIP was trained on, of values between 0 and 1.
+pub const PIXEL_MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+/// Standard deviation of each channel, likewise.
+pub const PIXEL_DEVIATION: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+/// The largest value of a pixel's byte.
+const PIXEL_MAX: f64 = 255.0;
+/// Added to the variance by every layer normalisation of CLIP.
+const NORM_EPSILON: f32 = 1e-5;
+/// The factor in QuickGELU.
+const QUICK_GELU: f32 = 1.702;
+
+/// Name of the vision graph's input.
+pub const VISION_INPUT: &str = "pixels";
+/// Name of the text graph's input.
+pub const TEXT_INPUT: &str = "tokens";
+/// Name of both graphs' output.
+pub const OUTPUT: &str = "embeddings";
+
+/// Why a tower cannot be compiled.
+#[derive(Debug, Error)]
+pub enum CompileError {
+    /// The weights do not fit.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The graph cannot be written.
+    #[error("cannot write the {tower:?} graph: {source}")]
+    Write {
+        /// Which tower.
+        tower: Tower,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// Where a tower's graph goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The folder.
+    pub folder: &'a Path,
+    /// File name of the graph.
+    pub graph: &'a str,
+    /// File name of its weights.
+    pub data: &'a str,
+    /// The arithmetic.
+    pub precision: Precision,
+}
+
+/// Compiles one tower. `progress` is called once for each block compiled.
+pub fn compile(
+    checkpoint: &Checkpoint,
+    tower: Tower,
+    target: Target<'_>,
+    progress: &dyn Fn(),
+) -> Result<(), CompileError> {
+    let write = |source| CompileError::Write { tower, source };
+    let name = match tower {
+        Tower::Vision => "clip-vision",
+        Tower::Text => "clip-text",
+    };
+    let builder =
+        GraphBuilder::new(name, target.precision, target.folder, target.data).map_err(write)?;
+    let mut compiler = Compiler {
+        checkpoint,
+        tower,
+        graph: builder,
+        progress,
+    };
+    match tower {
+        Tower::Vision => compiler.vision()?,
+        Tower::Text => compiler.text()?,
+    }
+    let architecture = checkpoint.architecture();
+    let mut metadata = vec![("clip.model", architecture.name())];
+    if let Some(seed) = checkpoint.synthesized_seed() {
+        metadata.push((
+            "clip.weights",
+            format!("SYNTHESIZED, seed {seed}: embeddings mean nothing"),
+        ));
+    }
+    compiler
+        .graph
+        .finish(&target.folder.join(target.graph), &metadata)
+        .map_err(write)
+}
+
+/// Blocks of both towers, for a progress bar.
+pub fn blocks(architecture: &Architecture, with_text: bool) -> u64 {
+    let text = if with_text {
+        architecture.text.transformer.layers
+    } else {
+        0
+    };
+    (architecture.vision.transformer.layers + text) as u64
+}
+
+/// A residual stream between two blocks: what a block added, not yet added.
+struct Stream {
+    /// The stream before the addition, `[batch, tokens, width]`.
+    trunk: String,
+    /// The stream normalised for what comes next.
+    normalised: String,
+}
+
+struct Compiler<'a> {
+    checkpoint: &'a Checkpoint,
+    tower: Tower,
+    graph: GraphBuilder,
+    progress: &'a dyn Fn(),
+}
+
+impl Compiler<'_> {
+    fn transformer(&self) -> Transformer {
+        *self.checkpoint.transformer(self.tower)
+    }
+
+    fn vision(&mut self) -> Result<(), CompileError> {
+        let architecture = *self.checkpoint.architecture();
+        let vision = architecture.vision;
+        let (grid, patch, width) = (vision.grid(), vision.patch_size, vision.transformer.width);
+        let side = grid * patch;
+        let mut pixels = self.graph.input(
+            VISION_INPUT,
+            element::UINT8,
+            &[
+                Dim::Named("batch"),
+                Dim::Fixed(vision.image_size),
+                Dim::Fixed(vision.image_size),
+                Dim::Fixed(3),
+            ],
+        );
+        if side != vision.image_size {
+            let starts = self.integers("pixels.start", &[0, 0])?;
+            let ends = self.integers("pixels.end", &[side as i64, side as i64])?;
+            let axes = self.integers("pixels.axes", &[1, 2])?;
+            pixels = self
+                .graph
+                .node("Slice", &[&pixels, &starts, &ends, &axes], &[]);
+        }
+
+        // Rows of patches while still bytes: [batch · grid, patch, grid, 3 · patch] with the two
+        // inner dimensions swapped.
+        let line = (3 * patch) as i64;
+        let rows = self.integers("patches.rows", &[-1, patch as i64, grid as i64, line])?;
+        let strips = self.graph.node("Reshape", &[&pixels, &rows], &[]);
+        let order = Setting::Ints(vec![0, 2, 1, 3]);
+        let strips = self.graph.node("Transpose", &[&strips], &[("perm", order)]);
+        let patch_values = 3 * patch * patch;
+        let flat = self.integers(
+            "patches.flat",
+            &[-1, (grid * grid) as i64, patch_values as i64],
+        )?;
+        let patches = self.graph.node("Reshape", &[&strips, &flat], &[]);
+        let float = i64::from(self.graph.float());
+        let mut patches = self
+            .graph
+            .node("Cast", &[&patches], &[("to", Setting::Int(float))]);
+
+        let (patch_weight, patch_bias, centre) = self.patch_weights()?;
+        if let Some(centre) = centre {
+            // Both are exact in 16 bits: whole numbers up to 255, and a power of two.
+            let values: Vec<f32> = centre.iter().copied().cycle().take(patch_values).collect();
+            let centre = self.weight("patches.centre", &[patch_values], &values)?;
+            patches = self.graph.node("Sub", &[&patches, &centre], &[]);
+            let scale = self.weight("patches.scale", &[1], &[1.0 / HALF_PIXEL_SCALE as f32])?;
+            patches = self.graph.node("Mul", &[&patches, &scale], &[]);
+        }
+        let weight = self.weight("patches.weight", &[patch_values, width], &patch_weight)?;
+        drop(patch_weight);
+        let embedded = self.graph.node("MatMul", &[&patches, &weight], &[]);
+
+        // A row of zeros where the class token goes, then one addition for class token, bias and
+        // positions: cheaper than repeating the class token for the batch's size.
+        let mut positions = self.checkpoint.positions(Tower::Vision)?;
+        let class_token = self.checkpoint.class_token()?;
+        for (token, row) in positions.chunks_exact_mut(width).enumerate() {
+            let addend = if token == 0 {
+                &class_token
+            } else {
+                &patch_bias
+            };
+            for (value, add) in row.iter_mut().zip(addend) {
+                *value += add;
+            }
+        }
+        let positions = self.weight("positions", &[1, vision.tokens(), width], &positions)?;
+        let padding = self.integers("class.padding", &[0, 1, 0, 0, 0, 0])?;
+        let padded = self.graph.node("Pad", &[&embedded, &padding], &[]);
+        let tokens = self.graph.node("Add", &[&padded, &positions], &[]);
+        let norm = self.checkpoint.norm_before()?;
+        let trunk = self.normalise(&tokens, "before", &norm)?;
+        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
+        let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
+        let row = Rows::First;
+        let last = self.transformer_blocks(Stream { trunk, normalised }, row)?;
+        self.project(&last, architecture.dimensions)
+    }
+
+    /// The patch convolution as `[3 · patch², width]` over byte pixels, its bias, and what is
+    /// subtracted from the pixels first, if anything.
+    fn patch_weights(&self) -> Result<PatchWeights, CompileError> {
+        let vision = self.checkpoint.architecture().vision;
+        let (patch, width) = (vision.patch_size, vision.transformer.width);
+        let convolution = self.checkpoint.patch_convolution()?;
+        let (centre, scale) = match self.graph.precision() {
+            Precision::Fp32 => (None, 1.0),
+            // In 16 bits the mean must not wait until after the product: what is left of a sum
+            // would be smaller than the sum's rounding.
+            Precision::Fp16 => (
+                Some(PIXEL_MEAN.map(|mean| (mean * PIXEL_MAX).round())),
+                HALF_PIXEL_SCALE,
+            ),
+        };
+        let mut weight = vec![0.0f32; convolution.len()];
+        let mut bias = vec![0.0f64; width];
+        let area = patch * patch;
+        for (output, filters) in convolution.chunks_exact(3 * area).enumerate() {
+            for (channel, filter) in filters.chunks_exact(area).enumerate() {
+                let deviation = PIXEL_DEVIATION[channel];
+                let subtracted = centre.map_or(0.0, |centre| centre[channel]);
+                let rest = PIXEL_MEAN[channel] - subtracted / PIXEL_MAX;
+                for (position, &value) in filter.iter().enumerate() {
+                    let value = f64::from(value);
+                    weight[(position * 3 + channel) * width + output] =
+                        (value * scale / (PIXEL_MAX * deviation)) as f32;
+                    bias[output] -= value * rest / deviation;
+                }
+            }
+        }
+        let bias = bias.into_iter().map(|value| value as f32).collect();
+        Ok((
+            weight,
+            bias,
+            centre.map(|centre| centre.map(|value| value as f32)),
+        ))
+    }
+
+    fn text(&mut self) -> Result<(), CompileError> {
+        let architecture = *self.checkpoint.architecture();
+        let text = architecture.text;
+        let width = text.transformer.width;
+        let ids = self.graph.input(
+            TEXT_INPUT,
+            element::INT32,
+            &[Dim::Named("batch"), Dim::Named("tokens")],
+        );
+        let table = self.checkpoint.token_embedding()?;
+        let table = self.weight("tokens.weight", &[text.vocabulary, width], &table)?;
+        let embedded = self.graph.node("Gather", &[&table, &ids], &[]);
+        // No token sees a later one, so nothing after the end of text is read: a text may be cut
+        // there, and the positions are cut to its length.
+        let positions = self.checkpoint.positions(Tower::Text)?;
+        let positions = self.weight("positions", &[text.context, width], &positions)?;
+        let length = self.graph.node(
+            "Shape",
+            &[&ids],
+            &[("start", Setting::Int(1)), ("end", Setting::Int(2))],
+        );
+        let start = self.integers("positions.start", &[0])?;
+        let axis = self.integers("positions.axis", &[0])?;
+        let positions = self
+            .graph
+            .node("Slice", &[&positions, &start, &length, &axis], &[]);
+        let trunk = self.graph.node("Add", &[&embedded, &positions], &[]);
+        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
+        let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
+        // The end of text has the largest id of all tokens; the reference finds it so.
+        let end = self.graph.node(
+            "ArgMax",
+            &[&ids],
+            &[("axis", Setting::Int(1)), ("keepdims", Setting::Int(1))],
+        );
+        let row = Rows::At(end);
+        let last = self.transformer_blocks(Stream { trunk, normalised }, row)?;
+        self.project(&last, architecture.dimensions)
+    }
+
+    /// All blocks and the final normalisation; returns the one row that is read, `[batch, width]`.
+    fn transformer_blocks(&mut self, first: Stream, read: Rows) -> Result<String, CompileError> {
+        let layers = self.transformer().layers;
+        let mut stream = first;
+        for layer in 0..layers {
+            let is_last = layer + 1 == layers;
+            let (attended, bias) = self.attention(layer, &mut stream, is_last.then_some(&read))?;
+            let norm = self.checkpoint.perceptron_norm(self.tower, layer)?;
+            let name = format!("{layer}.perceptron.norm");
+            let mut middle =
+                self.add_and_normalise(&attended, &stream.trunk, &name, &norm, &bias, true)?;
+            if let (true, Rows::At(index)) = (is_last, &read) {
+                middle.trunk = self.row_at(&middle.trunk, index);
+                middle.normalised = self.row_at(&middle.normalised, index);
+            }
+            let (added, bias) = self.perceptron(layer, &middle.normalised)?;
+            let (name, norm) = if is_last {
+                ("after".to_owned(), self.checkpoint.norm_after(self.tower)?)
+            } else {
+                let next = layer + 1;
+                (
+                    format!("{next}.attention.norm"),
+                    self.checkpoint.attention_norm(self.tower, next)?,
+                )
+            };
+            stream =
+                self.add_and_normalise(&added, &middle.trunk, &name, &norm, &bias, !is_last)?;
+            (self.progress)();
+        }
+        Ok(stream.normalised)
+    }
+
+    /// The row that `index` `[batch, 1]` names in each of `value` `[batch, tokens, width]`.
+    fn row_at(&mut self, value: &str, index: &str) -> String {
+        self.graph.node(
+            "GatherND",
+            &[value, index],
+            &[("batch_dims", Setting::Int(1))],
+        )
+    }
+
+    /// Self-attention up to its output projection; the bias that is still to be added comes with
+    /// it. In the last block of the vision tower the stream is narrowed to the row that is read.
+    fn attention(
+        &mut self,
+        layer: usize,
+        stream: &mut Stream,
+        read: Option<&Rows>,
+    ) -> Result<(String, String), CompileError> {
+        let Transformer { width, heads, .. } = self.transformer();
+        let keys_from = stream.normalised.clone();
+        if let Some(Rows::First) = read {
+            // An index of rank one keeps the dimension that attention asks for.
+            let first = self.integers("class.index", &[0])?;
+            let axis = [("axis", Setting::Int(1))];
+            stream.trunk = self.graph.node("Gather", &[&stream.trunk, &first], &axis);
+            stream.normalised = self
+                .graph
+                .node("Gather", &[&stream.normalised, &first], &axis);
+        }
+        let [query, key, value] = self.checkpoint.attention_in(self.tower, layer)?;
+        let out = self.checkpoint.attention_out(self.tower, layer)?;
+        let out_bias = fold_value_bias(&out, &value.bias);
+
+        let product = |this: &mut Self, input: &str, name: &str, linear: &Linear| {
+            let weight = transpose(&linear.weight, width, width);
+            let weight =
+                this.weight(&format!("{layer}.{name}.weight"), &[width, width], &weight)?;
+            Ok::<_, CompileError>(this.graph.node("MatMul", &[input, &weight], &[]))
+        };
+        let queries = product(self, &stream.normalised, "query", &query)?;
+        let keys = product(self, &keys_from, "key", &key)?;
+        let values = product(self, &keys_from, "value", &value)?;
+        let bias = self.weight(&format!("{layer}.query.bias"), &[width], &query.bias)?;
+        let queries = self.graph.node("Add", &[&queries, &bias], &[]);
+        let mut settings = vec![("num_heads", Setting::Int(heads as i64))];
+        if self.tower == Tower::Text {
+            settings.push(("unidirectional", Setting::Int(1)));
+        }
+        let mixed =
+            self.graph
+                .contrib("MultiHeadAttention", &[&queries, &keys, &values], &settings);
+        let attended = product(self, &mixed, "out", &out)?;
+        let bias = self.weight(&format!("{layer}.out.bias"), &[width], &out_bias)?;
+        Ok((attended, bias))
+    }
+
+    /// The perceptron up to its second product; the bias that is still to be added comes with it.
+    fn perceptron(&mut self, layer: usize, input: &str) -> Result<(String, String), CompileError> {
+        let Transformer {
+            width,
+            hidden,
+            activation,
+            ..
+        } = self.transformer();
+        let Linear { weight, mut bias } = self.checkpoint.perceptron_in(self.tower, layer)?;
+        let mut weight = transpose(&weight, hidden, width);
+        let second = self.checkpoint.perceptron_out(self.tower, layer)?;
+        let mut second_weight = transpose(&second.weight, width, hidden);
+        if activation == Activation::QuickGelu {
+            for value in weight.iter_mut().chain(bias.iter_mut()) {
+                *value *= QUICK_GELU;
+            }
+            for value in &mut second_weight {
+                *value /= QUICK_GELU;
+            }
+        }
+        let weight = self.weight(&format!("{layer}.in.weight"), &[width, hidden], &weight)?;
+        let bias = self.weight(&format!("{layer}.in.bias"), &[hidden], &bias)?;
+        let product = self.graph.node("MatMul", &[input, &weight], &[]);
+        let active = match activation {
+            Activation::QuickGelu => {
+                let sum = self.graph.node("Add", &[&product, &bias], &[]);
+                self.graph
+                    .contrib("QuickGelu", &[&sum], &[("alpha", Setting::Float(1.0))])
+            }
+            Activation::Gelu => self.graph.contrib("BiasGelu", &[&product, &bias], &[]),
+        };
+        let weight = self.weight(
+            &format!("{layer}.back.weight"),
+            &[hidden, width],
+            &second_weight,
+        )?;
+        let added = self.graph.node("MatMul", &[&active, &weight], &[]);
+        let bias = self.weight(&format!("{layer}.back.bias"), &[width], &second.bias)?;
+        Ok((added, bias))
+    }
+
+    fn normalise(&mut self, input: &str, name: &str, norm: &Norm) -> Result<String, CompileError> {
+        let width = self.transformer().width;
+        let scale = self.weight(&format!("{name}.scale"), &[width], &norm.scale)?;
+        let offset = self.weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        Ok(self.graph.node(
+            "LayerNormalization",
+            &[input, &scale, &offset],
+            &[
+                ("axis", Setting::Int(-1)),
+                ("epsilon", Setting::Float(NORM_EPSILON)),
+            ],
+        ))
+    }
+
+    /// `added + bias + trunk` and its normalisation, in one operator.
+    fn add_and_normalise(
+        &mut self,
+        added: &str,
+        trunk: &str,
+        name: &str,
+        norm: &Norm,
+        bias: &str,
+        keep_sum: bool,
+    ) -> Result<Stream, CompileError> {
+        let width = self.transformer().width;
+        let scale = self.weight(&format!("{name}.scale"), &[width], &norm.scale)?;
+        let offset = self.weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        let normalised = self.graph.fresh("skiplayernormalization");
+        let sum = self.graph.fresh("sum");
+        let mut outputs = vec![normalised.clone()];
+        if keep_sum {
+            // The two in between are the mean and the inverse deviation, which only training reads.
+            outputs.extend([String::new(), String::new(), sum.clone()]);
+        }
+        self.graph.push(
+            crate::onnx::CONTRIB,
+            "SkipLayerNormalization",
+            &[added, trunk, &scale, &offset, bias],
+            outputs,
+            &[("epsilon", Setting::Float(NORM_EPSILON))],
+        );
+        Ok(Stream {
+            trunk: sum,
+            normalised,
+        })
+    }
+
+    fn project(&mut self, row: &str, dimensions: usize) -> Result<(), CompileError> {
+        let width = self.transformer().width;
+        let shape = self.integers("row.shape", &[-1, width as i64])?;
+        let row = self.graph.node("Reshape", &[row, &shape], &[]);
+        let projection = self.checkpoint.projection(self.tower)?;
+        let projection = self.weight("projection", &[width, dimensions], &projection)?;
+        let shape = [Dim::Named("batch"), Dim::Fixed(dimensions)];
+        match self.graph.precision() {
+            Precision::Fp32 => {
+                self.graph.push(
+                    "",
+                    "MatMul",
+                    &[&row, &projection],
+                    vec![OUTPUT.to_owned()],
+                    &[],
+                );
+            }
+            Precision::Fp16 => {
+                let product = self.graph.node("MatMul", &[&row, &projection], &[]);
+                let to = [("to", Setting::Int(i64::from(element::FLOAT)))];
+                self.graph
+                    .push("", "Cast", &[&product], vec![OUTPUT.to_owned()], &to);
+            }
+        }
+        self.graph.output(OUTPUT, element::FLOAT, &shape);
+        Ok(())
+    }
+
+    fn weight(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        values: &[f32],
+    ) -> Result<String, CompileError> {
+        let tower = self.tower;
+        self.graph
+            .weight(name, shape, values)
+            .map_err(|source| CompileError::Write { tower, source })
+    }
+
+    fn integers(&mut self, name: &str, values: &[i64]) -> Result<String, CompileError> {
+        let tower = self.tower;
+        self.graph
+            .integers(name, values)
+            .map_err(|source| CompileError::Write { tower, source })
+    }
+}
+
+/// Which row of the sequence the model's vector is read from.
+enum Rows {
+    /// The first, in every sequence.
+    First,
+    /// The one whose index this value holds.
+    At(String),
+}
+
+/// Weights, bias, and the centre that is subtracted from the pixels.
+type PatchWeights = (Vec<f32>, Vec<f32>, Option<[f32; 3]>);
+
+/// What pixels are divided by in 16-bit graphs, so that their weights, otherwise near the smallest
+/// normal 16-bit number, keep their precision. A power of two: the division is exact.
+const HALF_PIXEL_SCALE: f64 = 128.0;
+
+/// The output projection's bias after the values' bias has passed through it.
+fn fold_value_bias(out: &Linear, value_bias: &[f32]) -> Vec<f32> {
+    out.weight
+        .chunks_exact(value_bias.len())
+        .zip(&out.bias)
+        .map(|(row, &bias)| {
+            let carried: f64 = row
+                .iter()
+                .zip(value_bias)
+                .map(|(&weight, &value)| f64::from(weight) * f64::from(value))
+                .sum();
+            (f64::from(bias) + carried) as f32
+        })
+        .collect()
+}
