@@ -1,0 +1,158 @@
+//! API calls that fail on purpose.
+
+use std::{sync::Mutex, time::Duration};
+
+/// How a call fails.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ApiFaultKind {
+    /// `ThrottlingException` (ECS) or `Throttling` (Auto Scaling), "Rate exceeded".
+    Throttle,
+    /// HTTP 500, `ServerException` (ECS) or `InternalFailure` (Auto Scaling).
+    ServerError,
+    /// The call is carried out, and its answer then lost: HTTP 500 instead.
+    /// This is what client tokens are for.
+    AnswerLost,
+    /// The answer takes this much longer.
+    Slow(Duration),
+    /// A client error with this code and message, such as `AccessDeniedException`.
+    Refused {
+        /// The error code.
+        code: String,
+        /// The message.
+        message: String,
+    },
+}
+
+/// A rule for failing calls.
+#[derive(Debug, Clone)]
+pub struct ApiFault {
+    /// The operation that fails, such as `RunTask`; none for every operation.
+    pub operation: Option<String>,
+    /// How it fails.
+    pub kind: ApiFaultKind,
+    /// Share of the calls that fail, 0 to 1.
+    pub rate: f64,
+    /// How many calls fail in all; none for no end.
+    pub times: Option<u32>,
+}
+
+impl ApiFault {
+    /// Every call of `operation` fails this way until the faults are cleared.
+    #[must_use]
+    pub fn always(operation: &str, kind: ApiFaultKind) -> Self {
+        Self {
+            operation: Some(operation.to_owned()),
+            kind,
+            rate: 1.0,
+            times: None,
+        }
+    }
+
+    /// The next `times` calls of `operation` fail this way.
+    #[must_use]
+    pub fn next(operation: &str, times: u32, kind: ApiFaultKind) -> Self {
+        Self {
+            operation: Some(operation.to_owned()),
+            kind,
+            rate: 1.0,
+            times: Some(times),
+        }
+    }
+
+    /// This share of all calls fails this way.
+    #[must_use]
+    pub fn share(rate: f64, kind: ApiFaultKind) -> Self {
+        Self {
+            operation: None,
+            kind,
+            rate,
+            times: None,
+        }
+    }
+}
+
+/// The active faults.
+#[derive(Default)]
+pub(crate) struct Faults {
+    active: Mutex<Active>,
+}
+
+#[derive(Default)]
+struct Active {
+    faults: Vec<ApiFault>,
+    draws: u64,
+}
+
+impl Faults {
+    pub fn add(&self, fault: ApiFault) {
+        self.lock().faults.push(fault);
+    }
+
+    pub fn clear(&self) {
+        self.lock().faults.clear();
+    }
+
+    /// The fault that hits this call, if one does.
+    pub fn strike(&self, operation: &str) -> Option<ApiFaultKind> {
+        let mut active = self.lock();
+        active.draws += 1;
+        let draw = share_of(active.draws);
+        let hit = active.faults.iter_mut().find(|fault| {
+            let named = fault
+                .operation
+                .as_deref()
+                .is_none_or(|name| name == operation);
+            named && fault.times != Some(0) && draw < fault.rate
+        })?;
+        if let Some(times) = &mut hit.times {
+            *times -= 1;
+        }
+        Some(hit.kind.clone())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Active> {
+        self.active
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A number in 0..1 that looks random and is the same in every run
+/// (SplitMix64 of the call's number), so that a failing test fails again.
+fn share_of(number: u64) -> f64 {
+    let mut x = number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^= x >> 31;
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "53 bits are kept, which f64 holds exactly"
+    )]
+    let share = (x >> 11) as f64 / (1_u64 << 53) as f64;
+    share
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_hits_its_operation_its_number_of_times() {
+        let faults = Faults::default();
+        faults.add(ApiFault::next("RunTask", 2, ApiFaultKind::Throttle));
+        assert_eq!(faults.strike("ListTasks"), None);
+        assert_eq!(faults.strike("RunTask"), Some(ApiFaultKind::Throttle));
+        assert_eq!(faults.strike("RunTask"), Some(ApiFaultKind::Throttle));
+        assert_eq!(faults.strike("RunTask"), None);
+    }
+
+    #[test]
+    fn a_share_of_calls_is_hit() {
+        let faults = Faults::default();
+        faults.add(ApiFault::share(0.3, ApiFaultKind::ServerError));
+        let hits = (0..1000)
+            .filter(|_| faults.strike("RunTask").is_some())
+            .count();
+        assert!((250..350).contains(&hits), "{hits}");
+    }
+}

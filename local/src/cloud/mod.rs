@@ -1,0 +1,600 @@
+//! The local cloud: Auto Scaling groups with boot delays and limited capacity,
+//! container instances with GPU slots, and ECS tasks that are real processes.
+//!
+//! [`Cloud`] is a handle; its API doors (`crate::ecs`, `crate::autoscaling`)
+//! are served over HTTP by `crate::server`. Faults are injected through the
+//! handle: capacity that is not there, instances that never register, tasks and
+//! instances that die, API calls that fail.
+
+mod faults;
+pub(crate) mod groups;
+mod instance_types;
+pub(crate) mod state;
+pub(crate) mod tasks;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use crate::process;
+pub(crate) use faults::Faults;
+pub use faults::{ApiFault, ApiFaultKind};
+pub use instance_types::InstanceType;
+use state::{ClusterState, State, TimeForm};
+pub use state::{ContainerInstanceStatus, Lifecycle, TaskStatus};
+
+/// The emulators' account.
+pub const ACCOUNT: &str = "000000000000";
+
+/// Events that a slow listener may be behind before it misses some.
+const EVENT_BUFFER: usize = 8192;
+
+/// How long each step takes. The defaults are short enough to watch; on AWS an
+/// instance takes one to three minutes from launch to registration.
+#[derive(Debug, Clone)]
+pub struct Timings {
+    /// From the launch of an instance to InService.
+    pub instance_launch: Duration,
+    /// From InService to its registration in the ECS cluster.
+    pub instance_register: Duration,
+    /// From the order to terminate an instance until it is gone.
+    pub instance_terminate: Duration,
+    /// Between a launch that failed for lack of capacity and the next attempt.
+    pub capacity_retry: Duration,
+    /// PENDING: pulling the container image.
+    pub image_pull: Duration,
+    /// How long a stopped task stays visible (ECS: at least one hour).
+    pub stopped_task_retention: Duration,
+    /// How long a task waits in PROVISIONING before it is stopped.
+    pub provisioning_limit: Duration,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self {
+            instance_launch: Duration::from_millis(1500),
+            instance_register: Duration::from_millis(1000),
+            instance_terminate: Duration::from_millis(500),
+            capacity_retry: Duration::from_secs(10),
+            image_pull: Duration::from_millis(300),
+            stopped_task_retention: Duration::from_secs(3600),
+            provisioning_limit: Duration::from_secs(1800),
+        }
+    }
+}
+
+impl Timings {
+    /// For tests: every step takes a few milliseconds.
+    #[must_use]
+    pub fn fast() -> Self {
+        Self {
+            instance_launch: Duration::from_millis(40),
+            instance_register: Duration::from_millis(40),
+            instance_terminate: Duration::from_millis(40),
+            capacity_retry: Duration::from_millis(150),
+            image_pull: Duration::from_millis(20),
+            ..Self::default()
+        }
+    }
+}
+
+/// What a container image stands for on this machine.
+#[derive(Debug, Clone)]
+pub struct ImageProgram {
+    /// The program that the image's entry point runs.
+    pub program: PathBuf,
+    /// Variables that on AWS come from the image, the instance or the task role
+    /// (library paths, credentials, endpoints); the task definition's own
+    /// environment comes on top.
+    pub environment: BTreeMap<String, String>,
+}
+
+/// An Auto Scaling group, as it is created.
+#[derive(Debug, Clone)]
+pub struct GroupConfig {
+    /// The group's name.
+    pub name: String,
+    /// The ECS cluster that its instances join.
+    pub cluster: String,
+    /// The EC2 instance type, such as `g4dn.xlarge`.
+    pub instance_type: String,
+    /// Spot instead of On-Demand: only the wording of failures differs.
+    pub spot: bool,
+    /// Lower limit of the desired capacity.
+    pub min: usize,
+    /// Upper limit of the desired capacity.
+    pub max: usize,
+    /// Desired capacity at creation.
+    pub desired: usize,
+    /// Availability zones, used in turn.
+    pub zones: Vec<String>,
+    /// New instances are protected from scale-in.
+    pub protect_new_instances: bool,
+}
+
+impl GroupConfig {
+    /// A group from zero with one zone.
+    #[must_use]
+    pub fn new(name: &str, cluster: &str, instance_type: &str, max: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            cluster: cluster.to_owned(),
+            instance_type: instance_type.to_owned(),
+            spot: false,
+            min: 0,
+            max,
+            desired: 0,
+            zones: vec!["us-east-1a".to_owned()],
+            protect_new_instances: false,
+        }
+    }
+}
+
+/// How the local cloud is set up.
+#[derive(Debug, Clone)]
+pub struct CloudConfig {
+    /// The region in ARNs and events.
+    pub region: String,
+    /// Delays of every step.
+    pub timings: Timings,
+    /// Container images by name.
+    pub images: BTreeMap<String, ImageProgram>,
+    /// Where each task's output goes, one file per task.
+    pub log_dir: PathBuf,
+}
+
+/// An event as EventBridge delivers it.
+#[derive(Debug, Clone)]
+pub struct AwsEvent {
+    /// `aws.ecs` or `aws.autoscaling`.
+    pub source: &'static str,
+    /// Such as `ECS Task State Change`.
+    pub detail_type: &'static str,
+    /// ARNs that the event is about.
+    pub resources: Vec<String>,
+    /// When it happened.
+    pub time: DateTime<Utc>,
+    /// The event's content.
+    pub detail: Value,
+}
+
+impl AwsEvent {
+    /// The whole event, in the form that targets receive.
+    #[must_use]
+    pub fn envelope(&self, region: &str) -> Value {
+        json!({
+            "version": "0",
+            "id": Uuid::new_v4().to_string(),
+            "detail-type": self.detail_type,
+            "source": self.source,
+            "account": ACCOUNT,
+            "time": self.time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+            "region": region,
+            "resources": self.resources,
+            "detail": self.detail,
+        })
+    }
+}
+
+/// One call to the local APIs, kept for tests.
+#[derive(Debug, Clone)]
+pub struct ApiCall {
+    /// When it arrived.
+    pub at: DateTime<Utc>,
+    /// Such as `RunTask`.
+    pub operation: String,
+    /// Its parameters.
+    pub request: Value,
+    /// The error code it was answered with, if any.
+    pub error: Option<String>,
+}
+
+/// A task as a test or a display sees it.
+#[derive(Debug, Clone)]
+pub struct TaskView {
+    /// The last segment of its ARN.
+    pub id: String,
+    /// Where it is in its life.
+    pub status: TaskStatus,
+    /// Its EC2 instance, once placed.
+    pub instance: Option<String>,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+    /// When RunTask made it.
+    pub created_at: DateTime<Utc>,
+    /// When its process started.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it was over.
+    pub stopped_at: Option<DateTime<Utc>>,
+    /// Such as `EssentialContainerExited`.
+    pub stop_code: Option<String>,
+    /// In words.
+    pub stopped_reason: Option<String>,
+    /// Of its process; 128 + the signal when it was killed.
+    pub exit_code: Option<i32>,
+    /// The file with its output.
+    pub log: PathBuf,
+}
+
+/// An instance as a test or a display sees it.
+#[derive(Debug, Clone)]
+pub struct InstanceView {
+    /// The EC2 instance id.
+    pub id: String,
+    /// Its Auto Scaling group.
+    pub group: String,
+    /// Such as `g4dn.xlarge`.
+    pub instance_type: String,
+    /// Where it is in its life.
+    pub lifecycle: Lifecycle,
+    /// When it was launched.
+    pub launched_at: DateTime<Utc>,
+    /// Whether its ECS agent has registered, and its status in the cluster.
+    pub container_status: Option<ContainerInstanceStatus>,
+}
+
+/// Everything at one instant.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// Every task that is still visible, stopped ones included, oldest first.
+    pub tasks: Vec<TaskView>,
+    /// Every instance there ever was, oldest first.
+    pub instances: Vec<InstanceView>,
+    /// Most tasks at one time so far.
+    pub peak_tasks: usize,
+    /// Most live instances at one time so far.
+    pub peak_instances: usize,
+}
+
+impl Snapshot {
+    /// Tasks that are not over.
+    #[must_use]
+    pub fn live_tasks(&self) -> usize {
+        self.tasks
+            .iter()
+            .filter(|task| task.status != TaskStatus::Stopped)
+            .count()
+    }
+
+    /// Instances that are not gone.
+    #[must_use]
+    pub fn live_instances(&self) -> usize {
+        self.instances
+            .iter()
+            .filter(|instance| instance.lifecycle != Lifecycle::Terminated)
+            .count()
+    }
+}
+
+/// A handle on the local cloud; clones share it. When the last one is dropped,
+/// or on [`Cloud::shut_down`], every task's process is killed.
+#[derive(Clone)]
+pub struct Cloud {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub config: CloudConfig,
+    pub faults: Faults,
+    state: Mutex<State>,
+    timings: Mutex<Timings>,
+    events: broadcast::Sender<AwsEvent>,
+    endpoint: OnceLock<String>,
+    pub cancel: CancellationToken,
+    pub runners: TaskTracker,
+}
+
+impl Inner {
+    /// Where the local APIs are served; empty before [`Cloud::serve`].
+    pub fn endpoint(&self) -> &str {
+        self.endpoint.get().map_or("", String::as_str)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        let state = self
+            .state
+            .get_mut()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        for task in state.tasks.values() {
+            if let Some(pid) = task.pid {
+                process::kill(pid);
+            }
+        }
+    }
+}
+
+impl Cloud {
+    /// An empty cloud. Must be called inside a Tokio runtime.
+    #[must_use]
+    pub fn new(config: CloudConfig) -> Self {
+        let (events, _) = broadcast::channel(EVENT_BUFFER);
+        let timings = config.timings.clone();
+        Self {
+            inner: Arc::new(Inner {
+                config,
+                faults: Faults::default(),
+                state: Mutex::default(),
+                timings: Mutex::new(timings),
+                events,
+                endpoint: OnceLock::new(),
+                cancel: CancellationToken::new(),
+                runners: TaskTracker::new(),
+            }),
+        }
+    }
+
+    /// Serves ECS and Auto Scaling on a free port of 127.0.0.1 and answers their
+    /// common endpoint (`AWS_ENDPOINT_URL_ECS`, `AWS_ENDPOINT_URL_AUTO_SCALING`).
+    ///
+    /// # Errors
+    /// When no port can be bound.
+    pub async fn serve(&self) -> std::io::Result<String> {
+        if let Some(endpoint) = self.inner.endpoint.get() {
+            return Ok(endpoint.clone());
+        }
+        let address = crate::server::serve(self).await?;
+        Ok(self
+            .inner
+            .endpoint
+            .get_or_init(|| format!("http://{address}"))
+            .clone())
+    }
+
+    /// Creates an ECS cluster.
+    pub fn create_cluster(&self, name: &str) -> String {
+        let arn = self.arn("ecs", &format!("cluster/{name}"));
+        let cluster = ClusterState {
+            name: name.to_owned(),
+            arn: arn.clone(),
+        };
+        self.lock().clusters.insert(name.to_owned(), cluster);
+        arn
+    }
+
+    /// Creates an Auto Scaling group; its first instances start at once.
+    pub fn create_group(&self, config: GroupConfig) {
+        groups::create(self, config);
+    }
+
+    /// Registers a task definition, as RegisterTaskDefinition would.
+    ///
+    /// # Errors
+    /// What the API would answer, as text.
+    pub fn register_task_definition(&self, definition: &Value) -> Result<String, String> {
+        crate::ecs::register_task_definition(self, definition)
+            .map(|answer| {
+                answer["taskDefinition"]["taskDefinitionArn"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+            .map_err(|error| error.to_string())
+    }
+
+    /// Events from now on.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<AwsEvent> {
+        self.inner.events.subscribe()
+    }
+
+    /// Tasks and instances as they are now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        let mut tasks: Vec<TaskView> = state
+            .tasks
+            .values()
+            .map(|task| TaskView {
+                id: task.id.clone(),
+                status: task.status,
+                instance: task.instance.clone(),
+                pid: task.pid,
+                created_at: task.created_at,
+                started_at: task.started_at,
+                stopped_at: task.stopped_at,
+                stop_code: task.stop_code.map(str::to_owned),
+                stopped_reason: task.stopped_reason.clone(),
+                exit_code: task.exit_code,
+                log: task.log.clone(),
+            })
+            .collect();
+        tasks.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        let mut instances: Vec<InstanceView> = state
+            .instances
+            .values()
+            .map(|instance| InstanceView {
+                id: instance.id.clone(),
+                group: instance.group.clone(),
+                instance_type: instance.instance_type.clone(),
+                lifecycle: instance.lifecycle,
+                launched_at: instance.launched_at,
+                container_status: instance
+                    .registration
+                    .as_ref()
+                    .map(|registration| registration.status),
+            })
+            .collect();
+        instances.sort_by(|a, b| (a.launched_at, &a.id).cmp(&(b.launched_at, &b.id)));
+        Snapshot {
+            tasks,
+            instances,
+            peak_tasks: state.peak_tasks,
+            peak_instances: state.peak_instances,
+        }
+    }
+
+    /// Every API call so far (the latest 20,000).
+    #[must_use]
+    pub fn calls(&self) -> Vec<ApiCall> {
+        self.lock().calls.iter().cloned().collect()
+    }
+
+    /// Changes the delays from now on.
+    pub fn set_timings(&self, timings: Timings) {
+        *self
+            .inner
+            .timings
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = timings;
+    }
+
+    /// Fault: EC2 can give this group at most `instances` at a time (none: any
+    /// number). Launches beyond that fail as InsufficientInstanceCapacity does.
+    pub fn set_capacity(&self, group: &str, instances: Option<usize>) {
+        if let Some(group) = self.lock().groups.get_mut(group) {
+            group.capacity = instances;
+        }
+        groups::reconcile(self, group);
+    }
+
+    /// Fault: the next `count` instances of the group never register in ECS.
+    pub fn set_never_register(&self, group: &str, count: usize) {
+        if let Some(group) = self.lock().groups.get_mut(group) {
+            group.never_register = count;
+        }
+    }
+
+    /// Fault: an instance is lost, with its tasks, without warning. Its group
+    /// replaces it, since its desired capacity is unchanged.
+    pub fn kill_instance(&self, instance_id: &str) -> bool {
+        groups::lose(self, instance_id)
+    }
+
+    /// Fault: SIGKILL to a task's process. False when it has none.
+    pub fn kill_task(&self, task_id: &str) -> bool {
+        let pid = self.lock().tasks.get(task_id).and_then(|task| task.pid);
+        pid.is_some_and(process::kill)
+    }
+
+    /// Fault: API calls that fail. Several can be active; see [`ApiFault`].
+    pub fn inject(&self, fault: ApiFault) {
+        self.inner.faults.add(fault);
+    }
+
+    /// Ends all API faults.
+    pub fn clear_api_faults(&self) {
+        self.inner.faults.clear();
+    }
+
+    /// Kills every task and waits until their processes are gone.
+    pub async fn shut_down(&self) {
+        self.inner.cancel.cancel();
+        self.inner.runners.close();
+        self.inner.runners.wait().await;
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held is a bug in a rule; the state is still
+        // whole enough for the rest of a test to report what it saw.
+        self.inner
+            .state
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn timings(&self) -> Timings {
+        self.inner
+            .timings
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn region(&self) -> &str {
+        &self.inner.config.region
+    }
+
+    pub(crate) fn arn(&self, service: &str, resource: &str) -> String {
+        format!("arn:aws:{service}:{}:{ACCOUNT}:{resource}", self.region())
+    }
+
+    pub(crate) fn publish(&self, event: AwsEvent) {
+        // No listener is no fault: tests of the API alone have none.
+        let _ = self.inner.events.send(event);
+    }
+
+    /// Runs something later, unless the cloud is shut down before. It holds the
+    /// cloud weakly while it waits, so that a forgotten timer keeps nothing alive.
+    pub(crate) fn later(&self, delay: Duration, act: impl FnOnce(&Cloud) + Send + 'static) {
+        let weak = Arc::downgrade(&self.inner);
+        let cancel = self.inner.cancel.clone();
+        self.inner.runners.spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = tokio::time::sleep(delay) => {
+                    if let Some(inner) = weak.upgrade() {
+                        act(&Cloud { inner });
+                    }
+                }
+            }
+        });
+    }
+
+    /// Publishes the present state of a task, as a new version of it.
+    pub(crate) fn publish_task(&self, task_id: &str) {
+        let event = {
+            let mut state = self.lock();
+            state.note_peaks();
+            let Some(task) = state.tasks.get_mut(task_id) else {
+                return;
+            };
+            task.version += 1;
+            let mut detail = task.describe(TimeForm::Iso);
+            detail["updatedAt"] = TimeForm::Iso.write(Utc::now());
+            AwsEvent {
+                source: "aws.ecs",
+                detail_type: "ECS Task State Change",
+                resources: vec![task.arn.clone()],
+                time: Utc::now(),
+                detail,
+            }
+        };
+        self.publish(event);
+    }
+
+    /// Publishes the present state of a container instance, as a new version.
+    pub(crate) fn publish_container_instance(&self, instance_id: &str) {
+        let event = {
+            let mut state = self.lock();
+            let Some(instance) = state.instances.get_mut(instance_id) else {
+                return;
+            };
+            let cluster = instance.cluster.clone();
+            let Some(registration) = &mut instance.registration else {
+                return;
+            };
+            registration.version += 1;
+            let arn = registration.arn.clone();
+            let Some(instance) = state.instances.get(instance_id) else {
+                return;
+            };
+            let Some(mut detail) = state.describe_container_instance(instance, TimeForm::Iso)
+            else {
+                return;
+            };
+            detail["clusterArn"] = json!(self.arn("ecs", &format!("cluster/{cluster}")));
+            detail["accountType"] = json!("task");
+            detail["updatedAt"] = TimeForm::Iso.write(Utc::now());
+            AwsEvent {
+                source: "aws.ecs",
+                detail_type: "ECS Container Instance State Change",
+                resources: vec![arn],
+                time: Utc::now(),
+                detail,
+            }
+        };
+        self.publish(event);
+    }
+}
