@@ -1,0 +1,150 @@
+//! The AWS calls that the scaler makes, as one trait: the SDK is one
+//! implementation, fakes that enforce AWS's limits are the others.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use platform::Failure;
+
+use crate::observation::{Activity, ContainerInstance, GroupInstance, Queue, Task};
+
+/// Most ARNs of one Describe call and most entries of one List page (ECS API
+/// reference, DescribeTasks, ListTasks and their container instance twins).
+pub const DESCRIBE_MAX: usize = 100;
+
+/// Most container instances of one UpdateContainerInstancesState call (ECS API
+/// reference).
+pub const UPDATE_STATE_MAX: usize = 10;
+
+/// An AWS call that failed, after the SDK's own retries.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{operation}: {code}: {message}")]
+pub struct ApiError {
+    /// The operation, such as `ecs:RunTask`.
+    pub operation: &'static str,
+    /// AWS's error code, or the kind of failure below it.
+    pub code: String,
+    /// AWS's message.
+    pub message: String,
+    /// Whether a later try can succeed.
+    pub failure: Failure,
+}
+
+/// A page of a list.
+#[derive(Clone, Debug)]
+pub struct Page<T> {
+    /// Its entries.
+    pub items: Vec<T>,
+    /// Where the next page begins; `None` at the end.
+    pub next: Option<String>,
+}
+
+/// Which tasks to list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TaskFilter {
+    /// Tasks that should run, from PROVISIONING to RUNNING.
+    Wanted,
+    /// Tasks that should stop or have stopped.
+    Unwanted,
+    /// Tasks that should run on one container instance.
+    WantedOn(String),
+}
+
+/// What CloudWatch knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Metrics {
+    /// Age of the oldest message, in seconds.
+    pub oldest_age: Option<u64>,
+    /// Images per second of one busy task.
+    pub images_per_second: Option<f64>,
+}
+
+/// A group as DescribeAutoScalingGroups tells of it.
+#[derive(Clone, Debug, Default)]
+pub struct DescribedGroup {
+    /// Its name.
+    pub name: String,
+    /// DesiredCapacity.
+    pub desired: u32,
+    /// MinSize.
+    pub min: u32,
+    /// MaxSize.
+    pub max: u32,
+    /// Its instances.
+    pub instances: Vec<GroupInstance>,
+    /// All its tags.
+    pub tags: BTreeMap<String, String>,
+    /// Whether it has a warm pool.
+    pub has_warm_pool: bool,
+}
+
+/// An entry of a `failures` list: part of a call did not happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartialFailure {
+    /// The resource, when AWS names it.
+    pub arn: Option<String>,
+    /// AWS's reason, such as `RESOURCE:GPU`.
+    pub reason: String,
+}
+
+/// What RunTask did.
+#[derive(Clone, Debug, Default)]
+pub struct RunTaskAnswer {
+    /// Tasks that now exist.
+    pub started: Vec<String>,
+    /// Tasks that do not.
+    pub failures: Vec<PartialFailure>,
+}
+
+/// The calls. Each is one request; paging and batching are the callers'.
+#[async_trait]
+pub trait Aws: Send + Sync {
+    /// SQS GetQueueAttributes: the three counts.
+    async fn queue(&self) -> Result<Queue, ApiError>;
+    /// CloudWatch GetMetricData.
+    async fn metrics(&self, now: i64) -> Result<Metrics, ApiError>;
+    /// ECS ListTasks.
+    async fn list_tasks(
+        &self,
+        filter: &TaskFilter,
+        page: Option<String>,
+    ) -> Result<Page<String>, ApiError>;
+    /// ECS DescribeTasks, at most [`DESCRIBE_MAX`] ARNs.
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError>;
+    /// ECS ListContainerInstances.
+    async fn list_container_instances(
+        &self,
+        page: Option<String>,
+    ) -> Result<Page<String>, ApiError>;
+    /// ECS DescribeContainerInstances, at most [`DESCRIBE_MAX`] ARNs.
+    async fn describe_container_instances(
+        &self,
+        arns: &[String],
+    ) -> Result<Vec<ContainerInstance>, ApiError>;
+    /// Auto Scaling DescribeAutoScalingGroups.
+    async fn describe_groups(
+        &self,
+        names: &[String],
+        page: Option<String>,
+    ) -> Result<Page<DescribedGroup>, ApiError>;
+    /// Auto Scaling DescribeScalingActivities: the newest page.
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError>;
+    /// Auto Scaling DescribeWarmPool: instances that stand ready in it.
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError>;
+    /// ECS RunTask.
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError>;
+    /// ECS StopTask.
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError>;
+    /// ECS UpdateContainerInstancesState, at most [`UPDATE_STATE_MAX`] ARNs.
+    async fn set_draining(
+        &self,
+        arns: &[String],
+        draining: bool,
+    ) -> Result<Vec<PartialFailure>, ApiError>;
+    /// Auto Scaling SetDesiredCapacity.
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError>;
+    /// Auto Scaling TerminateInstanceInAutoScalingGroup.
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError>;
+    /// Auto Scaling CreateOrUpdateTags.
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError>;
+}

@@ -1,0 +1,163 @@
+//! The Lambda's entry (also `bootstrap` of the custom runtime), and
+//! `scaler explain` for people.
+
+use std::process::ExitCode;
+
+use lambda_runtime::{LambdaEvent, service_fn};
+use platform::env::Reader;
+use scaler::config::{Config, read_policy};
+use scaler::explain::{read_record, render};
+use scaler::handler::{Cause, blind_line, log, metric_lines, run};
+use scaler::{Policy, SdkAws, plan};
+use serde_json::{Value, json};
+
+const HELP: &str = "\
+Decides how many GPU instances and tasks the backlog needs, and acts on it.
+
+Usage:
+  scaler                        run as a Lambda (AWS_LAMBDA_RUNTIME_API is set by the runtime)
+  scaler explain FILE [--json]  print the plan for a recorded observation (- reads standard input)
+  scaler observe                look at AWS, change nothing, print observation and policy as JSON
+  scaler --help | --version
+
+FILE is a log line of the scaler, or its `observation` alone; then the policy comes from the environment, if it is
+set, or is the default one with one option per Auto Scaling group in the observation.
+
+Environment:
+  INPUT_QUEUE_URL       queue whose backlog counts                         required
+  ECS_CLUSTER           name or ARN of the cluster                         required
+  TASK_DEFINITION       family, family:revision or ARN of the task         required
+  CAPACITY_OPTIONS      JSON list, best first: [{\"name\":…,\"autoScalingGroup\":…,\"instanceType\":…}]  required
+  MAX_INSTANCES         never more instances, over all options             5
+  MIN_INSTANCES         never fewer instances                              0
+  TARGET_DRAIN_SECONDS  a backlog is drained within this, once tasks work  60
+  IDLE_GRACE_SECONDS    an instance without work for this long goes        30
+  IDLE_EXIT_SECONDS     how long a task waits for work before it exits
+                        with 0; the same value as the task's               30
+  BOOT_SECONDS          from asking for an instance to its first vector    180
+  IMAGES_PER_SECOND     of one task, until tasks report their own          60
+  METRICS_NAMESPACE     CloudWatch namespace                               ClipImageProcessor
+";
+
+// One thread: the Lambda has one request at a time and waits for the network.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["-h" | "--help" | "help"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        ["-V" | "--version"] => {
+            println!("scaler {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        ["explain", file] => explain(file, false),
+        ["explain", file, "--json"] | ["explain", "--json", file] => explain(file, true),
+        ["observe"] => observe_only().await,
+        [] if std::env::var_os("AWS_LAMBDA_RUNTIME_API").is_some() => serve().await,
+        [] => Err("no AWS_LAMBDA_RUNTIME_API: this is a Lambda; try `scaler --help`".to_owned()),
+        _ => Err(format!(
+            "unknown arguments: {}; try `scaler --help`",
+            words.join(" ")
+        )),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("scaler: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve() -> Result<(), String> {
+    platform::init_logs("scaler");
+    let config = Config::read(&Reader::process()).map_err(|error| error.to_string())?;
+    let aws = SdkAws::new(&platform::aws_config().await, &config);
+    let handle = service_fn(|event: LambdaEvent<Value>| {
+        let (aws, config) = (&aws, &config);
+        async move {
+            let cause = Cause::of(&event.payload);
+            match run(aws, config, &cause).await {
+                Ok(report) => {
+                    for line in metric_lines(&report, config) {
+                        line.emit();
+                    }
+                    log(&report);
+                    Ok(json!({
+                        "verdict": report.plan.verdict,
+                        "actions": report.plan.decisions.len(),
+                        "outcomes": report.outcomes,
+                    }))
+                }
+                Err(error) => {
+                    blind_line(&error, config).emit();
+                    tracing::error!(cause = cause.text(), %error, "nothing was done");
+                    // An error, so that Lambda counts it and tries again.
+                    Err(lambda_runtime::Error::from(error.to_string()))
+                }
+            }
+        }
+    });
+    lambda_runtime::run(handle)
+        .await
+        .map_err(|error| error.to_string())
+}
+
+async fn observe_only() -> Result<(), String> {
+    let config = Config::read(&Reader::process()).map_err(|error| error.to_string())?;
+    let aws = SdkAws::new(&platform::aws_config().await, &config);
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs() as i64);
+    let observation = scaler::observe::observe(&aws, &config.policy, now)
+        .await
+        .map_err(|error| error.to_string())?;
+    println!(
+        "{}",
+        json!({"observation": observation, "policy": config.policy})
+    );
+    Ok(())
+}
+
+fn explain(file: &str, as_json: bool) -> Result<(), String> {
+    let text = if file == "-" {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(file)
+    }
+    .map_err(|error| format!("cannot read {file}: {error}"))?;
+    let record = read_record(&text).map_err(|error| format!("{file}: {error}"))?;
+    let policy = match record.policy {
+        Some(policy) => policy,
+        None if std::env::var_os("CAPACITY_OPTIONS").is_some() => {
+            read_policy(&Reader::process()).map_err(|error| error.to_string())?
+        }
+        None => default_policy(&record.observation),
+    };
+    let plan = plan(&record.observation, &policy);
+    if as_json {
+        let json = serde_json::to_string_pretty(&plan).map_err(|error| error.to_string())?;
+        println!("{json}");
+    } else {
+        print!("{}", render(&record.observation, &policy, &plan));
+    }
+    Ok(())
+}
+
+fn default_policy(observation: &scaler::Observation) -> Policy {
+    Policy {
+        options: observation
+            .groups
+            .iter()
+            .map(|group| scaler::CapacityOption {
+                name: group.name.clone(),
+                auto_scaling_group: group.name.clone(),
+                instance_type: None,
+            })
+            .collect(),
+        ..Policy::default()
+    }
+}

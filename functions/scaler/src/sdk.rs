@@ -1,0 +1,566 @@
+//! [`Aws`] through the AWS SDK.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_config::SdkConfig;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_sdk_autoscaling as autoscaling;
+use aws_sdk_cloudwatch as cloudwatch;
+use aws_sdk_ecs as ecs;
+use aws_sdk_sqs as sqs;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::DateTime;
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
+
+use crate::aws::{
+    ApiError, Aws, DescribedGroup, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
+};
+use crate::config::Config;
+use crate::observation::{
+    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus,
+    GroupInstance, Lifecycle, Queue, Task, TaskStatus,
+};
+
+/// One try of a call. AWS's control planes answer within a second or not at all.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// A call with its retries: less than [`crate::observe::OBSERVE_TIMEOUT`].
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Newest scaling activities that are read: more than a fleet starts in an hour.
+const ACTIVITIES: i32 = 50;
+
+/// Age of messages: SQS reports it each minute, up to several minutes late.
+const AGE_WINDOW_SECONDS: i64 = 600;
+
+/// Throughput: the best minute of the last quarter of an hour is what a busy
+/// task can do.
+const RATE_WINDOW_SECONDS: i64 = 900;
+
+/// The scaler's clients.
+pub struct SdkAws {
+    ecs: ecs::Client,
+    autoscaling: autoscaling::Client,
+    sqs: sqs::Client,
+    cloudwatch: cloudwatch::Client,
+    queue_url: String,
+    queue_name: String,
+    cluster: String,
+    family: String,
+    task_definition: String,
+    namespace: String,
+}
+
+impl SdkAws {
+    /// Makes the clients once; they are shared by all runs of the process.
+    pub fn new(shared: &SdkConfig, config: &Config) -> Self {
+        let shared = shared
+            .to_builder()
+            .retry_config(RetryConfig::standard().with_max_attempts(3))
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+                    .operation_timeout(CALL_TIMEOUT)
+                    .build(),
+            )
+            .build();
+        Self {
+            ecs: ecs::Client::new(&shared),
+            autoscaling: autoscaling::Client::new(&shared),
+            sqs: sqs::Client::new(&shared),
+            cloudwatch: cloudwatch::Client::new(&shared),
+            queue_url: config.input_queue_url.clone(),
+            queue_name: config.queue_name().to_owned(),
+            cluster: config.cluster.clone(),
+            family: config.family().to_owned(),
+            task_definition: config.task_definition.clone(),
+            namespace: config.metrics_namespace.clone(),
+        }
+    }
+}
+
+fn failed<E>(operation: &'static str) -> impl Fn(SdkError<E, HttpResponse>) -> ApiError
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    move |error| {
+        let failure = platform::classify(&error);
+        let (code, message) = match &error {
+            SdkError::ServiceError(service) => (
+                service.err().code().unwrap_or("ServiceError").to_owned(),
+                service.err().message().unwrap_or("no message").to_owned(),
+            ),
+            SdkError::TimeoutError(_) => (
+                "Timeout".to_owned(),
+                format!("no answer within {} s", CALL_TIMEOUT.as_secs()),
+            ),
+            SdkError::DispatchFailure(dispatch) => (
+                "Unreachable".to_owned(),
+                dispatch.as_connector_error().map_or_else(
+                    || "the request was not sent".to_owned(),
+                    ToString::to_string,
+                ),
+            ),
+            other => ("Response".to_owned(), other.to_string()),
+        };
+        ApiError {
+            operation,
+            code,
+            message,
+            failure,
+        }
+    }
+}
+
+fn seconds(time: Option<&DateTime>) -> Option<i64> {
+    time.map(DateTime::secs)
+}
+
+fn count(number: Option<i32>) -> u32 {
+    number.unwrap_or(0).max(0) as u32
+}
+
+fn gpus(resources: &[ecs::types::Resource]) -> u32 {
+    resources
+        .iter()
+        .filter(|resource| resource.name() == Some("GPU"))
+        .map(|resource| resource.string_set_value().len() as u32)
+        .sum()
+}
+
+fn partial(failures: &[ecs::types::Failure]) -> Vec<PartialFailure> {
+    failures
+        .iter()
+        .map(|failure| PartialFailure {
+            arn: failure.arn().map(str::to_owned),
+            reason: match (failure.reason(), failure.detail()) {
+                (Some(reason), _) => reason.to_owned(),
+                (None, Some(detail)) => detail.to_owned(),
+                (None, None) => "no reason given".to_owned(),
+            },
+        })
+        .collect()
+}
+
+fn task(task: &ecs::types::Task) -> Option<Task> {
+    let status = TaskStatus::from_ecs(task.last_status()?);
+    let container = task
+        .containers()
+        .iter()
+        // The failing container is the one to quote; a sidecar's 0 says nothing.
+        .max_by_key(|container| container.exit_code().map_or(-1, i32::abs));
+    let mut stop_reason = task.stopped_reason().map(str::to_owned);
+    if let Some(reason) = container.and_then(ecs::types::Container::reason) {
+        stop_reason = Some(match stop_reason {
+            Some(stopped) => format!("{stopped}: {reason}"),
+            None => reason.to_owned(),
+        });
+    }
+    Some(Task {
+        arn: task.task_arn()?.to_owned(),
+        status,
+        stopping: task.desired_status() == Some("STOPPED"),
+        container_instance: task.container_instance_arn().map(str::to_owned),
+        created_at: seconds(task.created_at()),
+        started_at: seconds(task.started_at()),
+        stopped_at: seconds(task.execution_stopped_at())
+            .or_else(|| seconds(task.stopped_at()))
+            .filter(|_| status == TaskStatus::Stopped),
+        stop_code: task.stop_code().map(|code| code.as_str().to_owned()),
+        stop_reason,
+        exit_code: container.and_then(ecs::types::Container::exit_code),
+    })
+}
+
+#[async_trait]
+impl Aws for SdkAws {
+    async fn queue(&self) -> Result<Queue, ApiError> {
+        use sqs::types::QueueAttributeName as Name;
+        let answer = self
+            .sqs
+            .get_queue_attributes()
+            .queue_url(&self.queue_url)
+            .attribute_names(Name::ApproximateNumberOfMessages)
+            .attribute_names(Name::ApproximateNumberOfMessagesNotVisible)
+            .attribute_names(Name::ApproximateNumberOfMessagesDelayed)
+            .send()
+            .await
+            .map_err(failed("sqs:GetQueueAttributes"))?;
+        let number = |name: Name| {
+            answer
+                .attributes()
+                .and_then(|attributes| attributes.get(&name))
+                .and_then(|value| value.parse::<u64>().ok())
+        };
+        let Some(visible) = number(Name::ApproximateNumberOfMessages) else {
+            return Err(ApiError {
+                operation: "sqs:GetQueueAttributes",
+                code: "NoCount".to_owned(),
+                message: "the answer has no ApproximateNumberOfMessages".to_owned(),
+                failure: platform::Failure::Transient,
+            });
+        };
+        Ok(Queue {
+            visible,
+            in_flight: number(Name::ApproximateNumberOfMessagesNotVisible).unwrap_or(0),
+            delayed: number(Name::ApproximateNumberOfMessagesDelayed).unwrap_or(0),
+            oldest_age: None,
+        })
+    }
+
+    async fn metrics(&self, now: i64) -> Result<Metrics, ApiError> {
+        use cloudwatch::types::{Dimension, Metric, MetricDataQuery, MetricStat, ScanBy};
+        let query = |id: &str, namespace: &str, name: &str| {
+            let dimension = Dimension::builder()
+                .name("QueueName")
+                .value(&self.queue_name)
+                .build();
+            let metric = Metric::builder()
+                .namespace(namespace)
+                .metric_name(name)
+                .dimensions(dimension)
+                .build();
+            let stat = MetricStat::builder()
+                .metric(metric)
+                .period(60)
+                .stat("Maximum")
+                .build();
+            MetricDataQuery::builder().id(id).metric_stat(stat).build()
+        };
+        let answer = self
+            .cloudwatch
+            .get_metric_data()
+            .metric_data_queries(query("age", "AWS/SQS", "ApproximateAgeOfOldestMessage"))
+            .metric_data_queries(query("rate", &self.namespace, "ImagesPerSecond"))
+            .start_time(DateTime::from_secs(now - RATE_WINDOW_SECONDS))
+            .end_time(DateTime::from_secs(now + 60))
+            .scan_by(ScanBy::TimestampDescending)
+            .send()
+            .await
+            .map_err(failed("cloudwatch:GetMetricData"))?;
+        let mut metrics = Metrics::default();
+        for result in answer.metric_data_results() {
+            match result.id() {
+                Some("age") => {
+                    let newest = result.values().first().copied();
+                    let is_recent = result
+                        .timestamps()
+                        .first()
+                        .is_some_and(|at| now - at.secs() <= AGE_WINDOW_SECONDS);
+                    metrics.oldest_age = newest
+                        .filter(|age| is_recent && age.is_finite() && *age >= 0.0)
+                        .map(|age| age as u64);
+                }
+                Some("rate") => {
+                    metrics.images_per_second = result
+                        .values()
+                        .iter()
+                        .copied()
+                        .filter(|rate| rate.is_finite() && *rate > 0.0)
+                        .reduce(f64::max);
+                }
+                _ => {}
+            }
+        }
+        Ok(metrics)
+    }
+
+    async fn list_tasks(
+        &self,
+        filter: &TaskFilter,
+        page: Option<String>,
+    ) -> Result<Page<String>, ApiError> {
+        use ecs::types::DesiredStatus;
+        let mut request = self
+            .ecs
+            .list_tasks()
+            .cluster(&self.cluster)
+            .max_results(100)
+            .set_next_token(page);
+        request = match filter {
+            TaskFilter::Wanted => request
+                .family(&self.family)
+                .desired_status(DesiredStatus::Running),
+            TaskFilter::Unwanted => request
+                .family(&self.family)
+                .desired_status(DesiredStatus::Stopped),
+            TaskFilter::WantedOn(arn) => request
+                .family(&self.family)
+                .container_instance(arn)
+                .desired_status(DesiredStatus::Running),
+        };
+        let answer = request.send().await.map_err(failed("ecs:ListTasks"))?;
+        Ok(Page {
+            items: answer.task_arns().to_vec(),
+            next: answer.next_token().map(str::to_owned),
+        })
+    }
+
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError> {
+        let answer = self
+            .ecs
+            .describe_tasks()
+            .cluster(&self.cluster)
+            .set_tasks(Some(arns.to_vec()))
+            .send()
+            .await
+            .map_err(failed("ecs:DescribeTasks"))?;
+        Ok(answer.tasks().iter().filter_map(task).collect())
+    }
+
+    async fn list_container_instances(
+        &self,
+        page: Option<String>,
+    ) -> Result<Page<String>, ApiError> {
+        let answer = self
+            .ecs
+            .list_container_instances()
+            .cluster(&self.cluster)
+            .max_results(100)
+            .set_next_token(page)
+            .send()
+            .await
+            .map_err(failed("ecs:ListContainerInstances"))?;
+        Ok(Page {
+            items: answer.container_instance_arns().to_vec(),
+            next: answer.next_token().map(str::to_owned),
+        })
+    }
+
+    async fn describe_container_instances(
+        &self,
+        arns: &[String],
+    ) -> Result<Vec<ContainerInstance>, ApiError> {
+        let answer = self
+            .ecs
+            .describe_container_instances()
+            .cluster(&self.cluster)
+            .set_container_instances(Some(arns.to_vec()))
+            .send()
+            .await
+            .map_err(failed("ecs:DescribeContainerInstances"))?;
+        let described = answer
+            .container_instances()
+            .iter()
+            .filter_map(|instance| {
+                Some(ContainerInstance {
+                    arn: instance.container_instance_arn()?.to_owned(),
+                    instance_id: instance.ec2_instance_id()?.to_owned(),
+                    status: ContainerInstanceStatus::from_ecs(instance.status()?),
+                    agent_connected: instance.agent_connected(),
+                    registered_at: seconds(instance.registered_at()),
+                    version: instance.version(),
+                    gpus: gpus(instance.registered_resources()),
+                    free_gpus: gpus(instance.remaining_resources()),
+                })
+            })
+            .collect();
+        Ok(described)
+    }
+
+    async fn describe_groups(
+        &self,
+        names: &[String],
+        page: Option<String>,
+    ) -> Result<Page<DescribedGroup>, ApiError> {
+        let answer = self
+            .autoscaling
+            .describe_auto_scaling_groups()
+            .set_auto_scaling_group_names(Some(names.to_vec()))
+            .set_next_token(page)
+            .send()
+            .await
+            .map_err(failed("autoscaling:DescribeAutoScalingGroups"))?;
+        let items = answer
+            .auto_scaling_groups()
+            .iter()
+            .map(|group| DescribedGroup {
+                name: group
+                    .auto_scaling_group_name()
+                    .unwrap_or_default()
+                    .to_owned(),
+                desired: count(group.desired_capacity()),
+                min: count(group.min_size()),
+                max: count(group.max_size()),
+                instances: group
+                    .instances()
+                    .iter()
+                    .filter_map(|instance| {
+                        Some(GroupInstance {
+                            id: instance.instance_id()?.to_owned(),
+                            state: Lifecycle::from_auto_scaling(
+                                instance.lifecycle_state()?.as_str(),
+                            ),
+                            healthy: instance.health_status() != Some("Unhealthy"),
+                            zone: instance.availability_zone().unwrap_or_default().to_owned(),
+                            instance_type: instance.instance_type().unwrap_or_default().to_owned(),
+                        })
+                    })
+                    .collect(),
+                tags: group
+                    .tags()
+                    .iter()
+                    .filter_map(|tag| Some((tag.key()?.to_owned(), tag.value()?.to_owned())))
+                    .collect(),
+                has_warm_pool: group.warm_pool_configuration().is_some(),
+            })
+            .collect();
+        Ok(Page {
+            items,
+            next: answer.next_token().map(str::to_owned),
+        })
+    }
+
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError> {
+        let answer = self
+            .autoscaling
+            .describe_scaling_activities()
+            .auto_scaling_group_name(group)
+            .max_records(ACTIVITIES)
+            .send()
+            .await
+            .map_err(failed("autoscaling:DescribeScalingActivities"))?;
+        let activities = answer
+            .activities()
+            .iter()
+            .map(|activity| {
+                let description = activity.description().unwrap_or_default();
+                Activity {
+                    kind: ActivityKind::from_description(description),
+                    instance: Activity::instance_in(description),
+                    started_at: seconds(activity.start_time()).unwrap_or(0),
+                    status: activity
+                        .status_code()
+                        .map_or(ActivityStatus::InProgress, |code| {
+                            ActivityStatus::from_auto_scaling(code.as_str())
+                        }),
+                    message: activity.status_message().map(str::to_owned),
+                }
+            })
+            .collect();
+        Ok(activities)
+    }
+
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError> {
+        let answer = self
+            .autoscaling
+            .describe_warm_pool()
+            .auto_scaling_group_name(group)
+            .send()
+            .await
+            .map_err(failed("autoscaling:DescribeWarmPool"))?;
+        let ready = answer
+            .instances()
+            .iter()
+            .filter_map(autoscaling::types::Instance::lifecycle_state)
+            .filter(|state| {
+                matches!(
+                    state.as_str(),
+                    "Warmed:Stopped" | "Warmed:Hibernated" | "Warmed:Running"
+                )
+            })
+            .count();
+        Ok(ready as u32)
+    }
+
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError> {
+        let answer = self
+            .ecs
+            .run_task()
+            .cluster(&self.cluster)
+            .task_definition(&self.task_definition)
+            .launch_type(ecs::types::LaunchType::Ec2)
+            .count(count as i32)
+            .client_token(token)
+            .started_by("scaler")
+            .send()
+            .await
+            .map_err(failed("ecs:RunTask"))?;
+        Ok(RunTaskAnswer {
+            started: answer
+                .tasks()
+                .iter()
+                .filter_map(|task| task.task_arn().map(str::to_owned))
+                .collect(),
+            failures: partial(answer.failures()),
+        })
+    }
+
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError> {
+        self.ecs
+            .stop_task()
+            .cluster(&self.cluster)
+            .task(task)
+            .reason(reason)
+            .send()
+            .await
+            .map_err(failed("ecs:StopTask"))?;
+        Ok(())
+    }
+
+    async fn set_draining(
+        &self,
+        arns: &[String],
+        draining: bool,
+    ) -> Result<Vec<PartialFailure>, ApiError> {
+        use ecs::types::ContainerInstanceStatus as Status;
+        let status = if draining {
+            Status::Draining
+        } else {
+            Status::Active
+        };
+        let answer = self
+            .ecs
+            .update_container_instances_state()
+            .cluster(&self.cluster)
+            .set_container_instances(Some(arns.to_vec()))
+            .status(status)
+            .send()
+            .await
+            .map_err(failed("ecs:UpdateContainerInstancesState"))?;
+        Ok(partial(answer.failures()))
+    }
+
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError> {
+        self.autoscaling
+            .set_desired_capacity()
+            .auto_scaling_group_name(group)
+            .desired_capacity(desired as i32)
+            .honor_cooldown(false)
+            .send()
+            .await
+            .map_err(failed("autoscaling:SetDesiredCapacity"))?;
+        Ok(())
+    }
+
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError> {
+        self.autoscaling
+            .terminate_instance_in_auto_scaling_group()
+            .instance_id(id)
+            .should_decrement_desired_capacity(decrement)
+            .send()
+            .await
+            .map_err(failed("autoscaling:TerminateInstanceInAutoScalingGroup"))?;
+        Ok(())
+    }
+
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError> {
+        let tag = autoscaling::types::Tag::builder()
+            .resource_id(group)
+            .resource_type("auto-scaling-group")
+            .key(key)
+            .value(value)
+            .propagate_at_launch(false)
+            .build();
+        self.autoscaling
+            .create_or_update_tags()
+            .tags(tag)
+            .send()
+            .await
+            .map_err(failed("autoscaling:CreateOrUpdateTags"))?;
+        Ok(())
+    }
+}
