@@ -1,0 +1,135 @@
+//! The markers before the first scan, read as the reference reads them: what it
+//! refuses here, libjpeg never sees.
+
+use crate::error::{Blame, Result};
+use crate::raster::Mode;
+
+pub(super) const JPEG: Blame = Blame("JPEG");
+
+/// What the frame header and the segments before the scan say.
+#[derive(Debug)]
+pub(super) struct Frame {
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) mode: Mode,
+    /// Bytes that libjpeg will hold.
+    pub(super) memory: u64,
+    /// All EXIF segments, joined, without their identifiers but the first.
+    pub(super) exif: Option<Vec<u8>>,
+}
+
+/// Lines of buffers that libjpeg keeps for each component of a sequential image.
+const BUFFERED_LINES: u64 = 64;
+
+pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
+    if !bytes.starts_with(&[0xff, 0xd8, 0xff]) {
+        return Err(JPEG.corrupt("no start-of-image marker"));
+    }
+    let mut frame: Option<Frame> = None;
+    let mut exif: Option<Vec<u8>> = None;
+    let mut at = 2;
+    loop {
+        // A marker is any number of 0xff and a code; anything else is skipped.
+        let Some(skipped) = bytes[at..].iter().position(|&byte| byte == 0xff) else {
+            return Err(JPEG.truncated("no scan before the end of the file"));
+        };
+        at += skipped + 1;
+        let Some(&code) = bytes.get(at) else {
+            return Err(JPEG.truncated("no scan before the end of the file"));
+        };
+        match code {
+            0x00 => {
+                at += 1;
+                continue;
+            }
+            0xff => continue,
+            0xc8 | 0xd0..=0xd9 | 0xf0..=0xfd => {
+                at += 1;
+                continue;
+            }
+            0x01..=0xbf => {
+                return Err(JPEG.corrupt(format!("unknown marker {code:#04x} at byte {at}")));
+            }
+            _ => {}
+        }
+        at += 1;
+        let Some(length) = bytes.get(at..at + 2) else {
+            return Err(JPEG.truncated(format!("segment {code:#04x} has no length")));
+        };
+        let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
+        // A length below its own two bytes is an empty segment to the reference.
+        let end = at + length.max(2);
+        let Some(data) = bytes.get(at + 2..end) else {
+            return Err(JPEG.truncated(format!("segment {code:#04x} at byte {at} is cut")));
+        };
+        at = end;
+        match code {
+            0xc4 | 0xcc => {}
+            0xc0..=0xcf | 0xde => frame = Some(read_frame(code, data)?),
+            0xdb => check_quantisation(data)?,
+            0xe1 if data.starts_with(b"Exif\0\0") => match &mut exif {
+                None => exif = Some(data.to_vec()),
+                Some(joined) => joined.extend_from_slice(&data[6..]),
+            },
+            0xda => {
+                let Some(mut frame) = frame else {
+                    return Err(JPEG.corrupt("a scan before any frame header"));
+                };
+                let components_in_scan = data.first().copied().unwrap_or_default();
+                let planes = planes_of(frame.mode);
+                if frame.memory > 0 || u64::from(components_in_scan) < planes {
+                    // Progressive, or one component after the other: libjpeg keeps
+                    // all coefficients, two bytes each, padded to whole blocks.
+                    let padded = |side: u32| u64::from(side).next_multiple_of(32);
+                    frame.memory = padded(frame.width) * padded(frame.height) * planes * 2;
+                }
+                frame.memory += u64::from(frame.width) * planes * BUFFERED_LINES;
+                frame.exif = exif;
+                return Ok(frame);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn planes_of(mode: Mode) -> u64 {
+    mode.bytes() as u64
+}
+
+fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
+    let Some(fields) = data.get(..6) else {
+        return Err(JPEG.truncated("frame header"));
+    };
+    if fields[0] != 8 {
+        return Err(JPEG.unsupported(format!("{} bits per sample", fields[0])));
+    }
+    let mode = match fields[5] {
+        1 => Mode::Grey,
+        3 => Mode::Rgb,
+        4 => Mode::Cmyk,
+        other => return Err(JPEG.unsupported(format!("{other} components"))),
+    };
+    if !(data.len() - 6).is_multiple_of(3) {
+        return Err(JPEG.corrupt("frame header does not hold whole components"));
+    }
+    let is_progressive = matches!(code, 0xc2 | 0xc6 | 0xca | 0xce);
+    Ok(Frame {
+        width: u32::from(u16::from_be_bytes([fields[3], fields[4]])),
+        height: u32::from(u16::from_be_bytes([fields[1], fields[2]])),
+        mode,
+        // Filled in at the scan; here only whether it is progressive.
+        memory: u64::from(is_progressive),
+        exif: None,
+    })
+}
+
+fn check_quantisation(mut data: &[u8]) -> Result<()> {
+    while let Some(&head) = data.first() {
+        let length = if head >> 4 == 0 { 65 } else { 129 };
+        match data.get(length..) {
+            Some(rest) => data = rest,
+            None => return Err(JPEG.corrupt("quantisation table is cut")),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,285 @@
+//! The C library: owning its state, its errors, and its rows.
+
+use super::codestream::{Frame, JPEG};
+use crate::error::{ImageError, Result};
+use crate::raster::{Mode, Sink, Spec};
+use mozjpeg_sys as ffi;
+use std::ffi::{c_int, c_long};
+use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+
+/// Work that a progressive file may ask for, in blocks times scans: a hostile
+/// file can have thousands of empty scans over a large frame. A file of the
+/// largest allowed size with a hundred scans stays below.
+const MAX_SCAN_BLOCKS: u64 = 1_000_000_000;
+
+/// Message of libjpeg's fatal error, carried by the unwinding.
+struct Fatal(String);
+
+/// The library's state. The three structures point to each other, so they are
+/// boxed together and never moved.
+struct State {
+    cinfo: ffi::jpeg_decompress_struct,
+    error: ffi::jpeg_error_mgr,
+    source: ffi::jpeg_source_mgr,
+    progress: ffi::jpeg_progress_mgr,
+    created: bool,
+}
+
+struct Decompress(Box<MaybeUninit<State>>);
+
+unsafe extern "C-unwind" fn on_fatal(cinfo: &mut ffi::jpeg_common_struct) {
+    let mut text = [0u8; 80];
+    // SAFETY: `err` is the manager that this module installed; the buffer has the
+    // length that the library asks for, and the library writes to it in spite of
+    // the binding's shared reference, so it is passed through a mutable pointer.
+    unsafe {
+        if let Some(format) = (*cinfo.err).format_message {
+            let buffer = ptr::from_mut(&mut text);
+            format(cinfo, &*buffer);
+        }
+    }
+    let length = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+    let message = String::from_utf8_lossy(&text[..length]).into_owned();
+    // Unwinds through the C frames, which are built for it, without the panic hook.
+    resume_unwind(Box::new(Fatal(message)));
+}
+
+unsafe extern "C-unwind" fn on_message(_: &mut ffi::jpeg_common_struct) {}
+
+unsafe extern "C-unwind" fn on_level(_: &mut ffi::jpeg_common_struct, _: c_int) {}
+
+unsafe extern "C-unwind" fn on_progress(cinfo: &mut ffi::jpeg_common_struct) {
+    // SAFETY: this monitor is only installed in a decompressor, of which the
+    // common structure is the first field.
+    let cinfo = unsafe { &*ptr::from_mut(cinfo).cast::<ffi::jpeg_decompress_struct>() };
+    let blocks = u64::from(cinfo.image_width.div_ceil(8))
+        * u64::from(cinfo.image_height.div_ceil(8))
+        * cinfo.num_components.max(1) as u64;
+    let scans = cinfo.input_scan_number.max(0) as u64;
+    if scans > 100 && scans * blocks > MAX_SCAN_BLOCKS {
+        resume_unwind(Box::new(Fatal(format!("{scans} scans are too many"))));
+    }
+}
+
+unsafe extern "C-unwind" fn no_op(_: &mut ffi::jpeg_decompress_struct) {}
+
+/// The whole file is in the buffer, so a request for more means that it is cut:
+/// suspending tells the caller so.
+unsafe extern "C-unwind" fn no_more(_: &mut ffi::jpeg_decompress_struct) -> ffi::boolean {
+    0
+}
+
+unsafe extern "C-unwind" fn skip(cinfo: &mut ffi::jpeg_decompress_struct, count: c_long) {
+    let Ok(count) = usize::try_from(count) else {
+        return;
+    };
+    // SAFETY: `src` is the source that this module installed; it never moves past
+    // the end of the buffer.
+    unsafe {
+        let source = &mut *cinfo.src;
+        let step = count.min(source.bytes_in_buffer);
+        source.next_input_byte = source.next_input_byte.add(step);
+        source.bytes_in_buffer -= step;
+    }
+}
+
+impl Decompress {
+    /// A decompressor that reads `bytes`, which must outlive it.
+    fn new() -> Self {
+        let mut state: Box<MaybeUninit<State>> = Box::new(MaybeUninit::zeroed());
+        // SAFETY: all fields are plain C data for which zero is valid (null
+        // pointers, absent callbacks), and the library fills them in.
+        unsafe {
+            let state = &mut *state.as_mut_ptr();
+            ffi::jpeg_std_error(&mut state.error);
+            state.error.error_exit = Some(on_fatal);
+            state.error.output_message = Some(on_message);
+            state.error.emit_message = Some(on_level);
+            state.cinfo.common.err = &mut state.error;
+        }
+        Self(state)
+    }
+
+    fn state(&mut self) -> &mut State {
+        // SAFETY: initialised by `new`.
+        unsafe { &mut *self.0.as_mut_ptr() }
+    }
+
+    fn create(&mut self) {
+        let state = self.state();
+        // SAFETY: the error manager is set; the library initialises the rest.
+        unsafe { ffi::jpeg_create_decompress(&mut state.cinfo) };
+        state.created = true;
+        state.progress.progress_monitor = Some(on_progress);
+        state.cinfo.common.progress = &mut state.progress;
+        state.source.init_source = Some(no_op);
+        state.source.fill_input_buffer = Some(no_more);
+        state.source.skip_input_data = Some(skip);
+        state.source.resync_to_restart = Some(ffi::jpeg_resync_to_restart);
+        state.source.term_source = Some(no_op);
+        state.cinfo.src = &mut state.source;
+    }
+
+    fn set_input(&mut self, bytes: &[u8]) {
+        let source = &mut self.state().source;
+        source.next_input_byte = bytes.as_ptr();
+        source.bytes_in_buffer = bytes.len();
+    }
+}
+
+impl Drop for Decompress {
+    fn drop(&mut self) {
+        let state = self.state();
+        if state.created {
+            // SAFETY: created and destroyed once. Destruction only frees memory,
+            // also after an error.
+            unsafe { ffi::jpeg_destroy_decompress(&mut state.cinfo) };
+        }
+    }
+}
+
+/// Runs `work`, in which libjpeg may fail by unwinding.
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result,
+        Err(panic) => match panic.downcast::<Fatal>() {
+            Ok(fatal) => Err(JPEG.corrupt(fatal.0.to_lowercase())),
+            Err(panic) => resume_unwind(panic),
+        },
+    }
+}
+
+fn cut(row: u32, height: u32) -> ImageError {
+    JPEG.truncated(format!("pixels end in row {row} of {height}"))
+}
+
+/// Decodes a whole file at `eighths` of its resolution.
+pub(super) fn decode(
+    bytes: &[u8],
+    frame: &Frame,
+    eighths: u32,
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    caught(|| {
+        let mut decompress = Decompress::new();
+        decompress.create();
+        decompress.set_input(bytes);
+        let state = decompress.state();
+        // SAFETY: the decompressor was created and its source set.
+        unsafe {
+            // Skips over streams that hold nothing but tables.
+            loop {
+                match ffi::jpeg_read_header(&mut state.cinfo, 0) {
+                    1 => break,
+                    2 => {}
+                    _ => return Err(JPEG.truncated("header")),
+                }
+            }
+        }
+        state.cinfo.out_color_space = match frame.mode {
+            Mode::Grey => ffi::J_COLOR_SPACE::JCS_GRAYSCALE,
+            Mode::Cmyk => ffi::J_COLOR_SPACE::JCS_CMYK,
+            _ => ffi::J_COLOR_SPACE::JCS_RGB,
+        };
+        state.cinfo.scale_num = eighths;
+        state.cinfo.scale_denom = 8;
+        run(state, frame.mode, true, sink)
+    })
+}
+
+/// Starts the decompressor and hands on its rows. `adobe` inverts CMYK, which
+/// the reference takes to be stored as Adobe does.
+fn run(state: &mut State, mode: Mode, adobe: bool, sink: &mut dyn Sink) -> Result<()> {
+    let cinfo = &mut state.cinfo;
+    // SAFETY: the header was read.
+    if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
+        return Err(JPEG.truncated("the scans end early"));
+    }
+    let (width, height) = (cinfo.output_width, cinfo.output_height);
+    sink.start(Spec {
+        width,
+        height,
+        mode,
+        palette: None,
+    })?;
+    let stride = width as usize * mode.bytes();
+    let mut row = vec![0u8; stride];
+    for y in 0..height {
+        let mut lines = [row.as_mut_ptr()];
+        // SAFETY: the row has room for a line of the output's components.
+        if unsafe { ffi::jpeg_read_scanlines(cinfo, lines.as_mut_ptr(), 1) } != 1 {
+            return Err(cut(y, height));
+        }
+        if !sink.wants(y) {
+            continue;
+        }
+        if mode == Mode::Cmyk && adobe {
+            for sample in &mut row {
+                *sample = 255 - *sample;
+            }
+        }
+        sink.row(y, &row);
+    }
+    Ok(())
+}
+
+/// Colour space of the data in a TIFF's strip or tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Space {
+    /// As the components are.
+    Raw,
+    /// Luma and chroma, to be converted to RGB.
+    YCbCr,
+}
+
+/// The tables that a TIFF keeps apart from its strips.
+pub(crate) type Tables<'a> = Option<&'a [u8]>;
+
+/// Decodes one strip or tile of a TIFF: width, height, components and samples.
+pub(crate) fn decode_tile(
+    tables: Tables<'_>,
+    bytes: &[u8],
+    space: Space,
+) -> Result<(u32, u32, u32, Vec<u8>)> {
+    caught(|| {
+        let mut decompress = Decompress::new();
+        decompress.create();
+        if let Some(tables) = tables {
+            decompress.set_input(tables);
+            // SAFETY: created, source set. A stream of tables alone is not an error.
+            unsafe { ffi::jpeg_read_header(&mut decompress.state().cinfo, 0) };
+        }
+        decompress.set_input(bytes);
+        let state = decompress.state();
+        let cinfo = &mut state.cinfo;
+        // SAFETY: created, source set.
+        if unsafe { ffi::jpeg_read_header(cinfo, 1) } != 1 {
+            return Err(JPEG.truncated("header of a strip"));
+        }
+        if space == Space::YCbCr && cinfo.num_components == 3 {
+            cinfo.jpeg_color_space = ffi::J_COLOR_SPACE::JCS_YCbCr;
+            cinfo.out_color_space = ffi::J_COLOR_SPACE::JCS_RGB;
+        } else {
+            cinfo.jpeg_color_space = ffi::J_COLOR_SPACE::JCS_UNKNOWN;
+            cinfo.out_color_space = ffi::J_COLOR_SPACE::JCS_UNKNOWN;
+        }
+        // SAFETY: the header was read.
+        if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
+            return Err(JPEG.truncated("the scans of a strip end early"));
+        }
+        let (width, height) = (cinfo.output_width, cinfo.output_height);
+        let components = cinfo.output_components.max(0) as u32;
+        let stride = width as usize * components as usize;
+        let mut samples = crate::raster::try_zeroed(stride * height as usize)?;
+        for (y, row) in samples.chunks_exact_mut(stride.max(1)).enumerate() {
+            let mut lines = [row.as_mut_ptr()];
+            // SAFETY: the row has room for a line of the output's components.
+            if unsafe { ffi::jpeg_read_scanlines(cinfo, lines.as_mut_ptr(), 1) } != 1 {
+                return Err(cut(y as u32, height));
+            }
+        }
+        Ok((width, height, components, samples))
+    })
+}

@@ -1,0 +1,71 @@
+//! JPEG through libjpeg-turbo (as `mozjpeg-sys` builds it with the C compiler
+//! alone), with the accurate integer DCT and fancy upsampling: the reference's
+//! own decoder and settings, so its pixels bit for bit.
+
+mod codestream;
+mod libjpeg;
+
+use crate::error::Result;
+use crate::raster::Sink;
+use crate::resample::Crop;
+use crate::{DecodeMode, FAST_OVERSAMPLING, Header, Options, exif};
+pub(crate) use libjpeg::{Space, Tables, decode_tile};
+
+/// Eighths of the full resolution: all of it.
+const FULL_SCALE: u32 = 8;
+
+pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
+    let frame = codestream::scan(bytes)?;
+    Ok(Header {
+        width: frame.width,
+        height: frame.height,
+        memory: frame.memory,
+        mode: frame.mode,
+    })
+}
+
+pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
+    let frame = codestream::scan(bytes)?;
+    libjpeg::decode(bytes, &frame, FULL_SCALE, sink)
+}
+
+/// As [`decode`], at the resolution that the options allow and only where the
+/// crop needs pixels.
+pub(crate) fn decode_to_crop(bytes: &[u8], options: &Options, crop: &mut Crop) -> Result<()> {
+    let frame = codestream::scan(bytes)?;
+    let eighths = match options.decode {
+        DecodeMode::Exact => FULL_SCALE,
+        DecodeMode::Fast => fast_scale(frame.width, frame.height, options.size),
+    };
+    libjpeg::decode(bytes, &frame, eighths, crop)
+}
+
+/// The smallest scale, in eighths, that leaves the shorter side long enough.
+fn fast_scale(width: u32, height: u32, size: u32) -> u32 {
+    let shorter = width.min(height);
+    let wanted = size * FAST_OVERSAMPLING;
+    (1..FULL_SCALE)
+        .find(|eighths| (shorter * eighths).div_ceil(FULL_SCALE) >= wanted)
+        .unwrap_or(FULL_SCALE)
+}
+
+/// The orientation in the file's EXIF segment.
+pub(crate) fn orientation(bytes: &[u8]) -> u8 {
+    codestream::scan(bytes)
+        .ok()
+        .and_then(|frame| frame.exif)
+        .map_or(1, |exif| exif::orientation(&exif))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fast_scale_keeps_three_times_the_crop() {
+        assert_eq!(fast_scale(4000, 3000, 224), 2);
+        assert_eq!(fast_scale(1000, 671, 224), 8);
+        assert_eq!(fast_scale(1789, 1342, 224), 5);
+        assert_eq!(fast_scale(6000, 5376, 224), 1);
+    }
+}

@@ -1,0 +1,548 @@
+//! PNG: all colour types and depths, interlaced, and the first frame of an
+//! animation. Chunks are read here, because what the reference refuses and what
+//! it lets pass is decided there (checksums before the pixels, none after);
+//! inflating is `flate2`'s work.
+
+use crate::error::{Blame, Result};
+use crate::inflate::{Ending, Inflater};
+use crate::raster::{Mode, Palette, Raster, Sink, Spec, palette_from_rgb};
+use crate::{Header, exif};
+
+const PNG: Blame = Blame("PNG");
+
+const SIGNATURE: &[u8; 8] = b"\x89PNG\r\n\x1a\n";
+
+/// How samples lie in a line.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Packing {
+    /// Below eight bits: grey is spread over 0 to 255, indices are not.
+    Bits(u8),
+    /// Bytes that are already the image's mode.
+    Bytes,
+    /// Big-endian grey of sixteen bits.
+    Grey16,
+    /// Big-endian channels of which the high byte is kept.
+    High(usize),
+    /// Big-endian grey and alpha, which become RGBA.
+    GreyAlpha16,
+}
+
+struct Parsed<'a> {
+    bytes: &'a [u8],
+    width: u32,
+    height: u32,
+    mode: Mode,
+    packing: Packing,
+    /// Bits of a pixel in a line.
+    bits: usize,
+    interlaced: bool,
+    palette: Option<Box<Palette>>,
+    /// Left, top, width and height of the first frame, where an animation says so.
+    frame: Option<[u32; 4]>,
+    /// Where the first chunk of pixels begins, at its length.
+    pixels: usize,
+    exif: Option<&'a [u8]>,
+}
+
+/// One chunk: name, data, and where the next one begins.
+struct Chunk<'a> {
+    name: [u8; 4],
+    data: &'a [u8],
+    next: usize,
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+fn is_name(name: [u8; 4]) -> bool {
+    name.iter()
+        .all(|byte| byte.is_ascii_alphanumeric() || *byte == b'_')
+}
+
+fn show(name: [u8; 4]) -> String {
+    String::from_utf8_lossy(&name).into_owned()
+}
+
+/// The chunk at `at`; its data may be cut by the end of the file only where
+/// `cut` allows it.
+fn chunk(bytes: &[u8], at: usize, cut: bool) -> Result<Chunk<'_>> {
+    let (Some(length), Some(name)) = (word(bytes, at), bytes.get(at + 4..at + 8)) else {
+        return Err(PNG.truncated(format!("no chunk at byte {at}")));
+    };
+    let name = [name[0], name[1], name[2], name[3]];
+    if !is_name(name) {
+        return Err(PNG.corrupt(format!("no chunk name at byte {}", at + 4)));
+    }
+    let start = at + 8;
+    let end = start.saturating_add(length as usize);
+    if end > bytes.len() && !cut {
+        return Err(PNG.truncated(format!("chunk {} is cut at byte {}", show(name), bytes.len())));
+    }
+    Ok(Chunk {
+        name,
+        data: &bytes[start..end.min(bytes.len())],
+        next: end.saturating_add(4),
+    })
+}
+
+/// Refuses what the reference's chunk handlers refuse.
+fn check_chunk(chunk: &Chunk<'_>) -> Result<()> {
+    let least = match &chunk.name {
+        b"IHDR" => 13,
+        b"gAMA" => 4,
+        b"cHRM" => 32,
+        b"sRGB" => 1,
+        b"pHYs" => 9,
+        b"acTL" => 8,
+        b"fcTL" => 26,
+        _ => 0,
+    };
+    if chunk.data.len() < least {
+        return Err(PNG.truncated(format!(
+            "chunk {} has {} bytes of {least}",
+            show(chunk.name),
+            chunk.data.len()
+        )));
+    }
+    Ok(())
+}
+
+fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
+    if !bytes.starts_with(SIGNATURE) {
+        return Err(PNG.corrupt("no signature"));
+    }
+    let mut size = None;
+    let mut layout = None;
+    let mut interlaced = false;
+    let mut palette = None;
+    let mut frame = None;
+    let mut exif = None;
+    let mut at = SIGNATURE.len();
+    let pixels = loop {
+        let head = chunk(bytes, at, true)?;
+        if &head.name == b"IDAT" || &head.name == b"fdAT" {
+            break at;
+        }
+        if &head.name == b"IEND" {
+            return Err(PNG.corrupt("no pixels before the end of the file"));
+        }
+        let chunk = chunk(bytes, at, false)?;
+        check_chunk(&chunk)?;
+        let data = chunk.data;
+        match &chunk.name {
+            b"IHDR" => {
+                size = word(data, 0).zip(word(data, 4));
+                layout = layout_of(data[8], data[9]).or(layout);
+                interlaced = data[12] != 0;
+                if data[11] != 0 {
+                    return Err(PNG.unsupported(format!("filter method {}", data[11])));
+                }
+            }
+            b"PLTE" => {
+                if data.len() / 3 > 256 {
+                    return Err(PNG.corrupt(format!("palette of {} bytes", data.len())));
+                }
+                palette = Some(palette_from_rgb(data));
+            }
+            b"tRNS" => {
+                let least = match layout {
+                    Some((Mode::Rgb, ..)) => 6,
+                    Some((Mode::Bit | Mode::Grey | Mode::Grey16, ..)) => 2,
+                    _ => 0,
+                };
+                if data.len() < least {
+                    return Err(PNG.truncated("chunk tRNS is too short"));
+                }
+            }
+            b"eXIf" => exif = Some(data),
+            b"fcTL" => {
+                let field = |index: usize| word(data, 4 + index * 4).unwrap_or(0);
+                let (width, height, left, top) = (field(0), field(1), field(2), field(3));
+                let (canvas_width, canvas_height) = size.unwrap_or((0, 0));
+                if u64::from(left) + u64::from(width) > u64::from(canvas_width)
+                    || u64::from(top) + u64::from(height) > u64::from(canvas_height)
+                {
+                    return Err(PNG.corrupt("the first frame reaches over the canvas"));
+                }
+                frame = Some([left, top, width, height]);
+            }
+            _ => {}
+        }
+        let stored = word(bytes, chunk.next - 4);
+        if stored != Some(checksum(chunk.name, data)) {
+            return Err(PNG.corrupt(format!("wrong checksum of chunk {}", show(chunk.name))));
+        }
+        at = chunk.next;
+    };
+    let Some((width, height)) = size else {
+        return Err(PNG.corrupt("no header chunk"));
+    };
+    let Some((mode, packing, bits)) = layout else {
+        return Err(PNG.unsupported("colour type and bit depth do not go together"));
+    };
+    Ok(Parsed {
+        bytes,
+        width,
+        height,
+        mode,
+        packing,
+        bits,
+        interlaced,
+        palette: palette.filter(|_| mode == Mode::Palette),
+        frame,
+        pixels,
+        exif,
+    })
+}
+
+fn checksum(name: [u8; 4], data: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&name);
+    hasher.update(data);
+    hasher.finalize()
+}
+
+fn layout_of(depth: u8, colour: u8) -> Option<(Mode, Packing, usize)> {
+    Some(match (depth, colour) {
+        (1, 0) => (Mode::Bit, Packing::Bits(1), 1),
+        (2 | 4, 0) => (Mode::Grey, Packing::Bits(depth), usize::from(depth)),
+        (8, 0) => (Mode::Grey, Packing::Bytes, 8),
+        (16, 0) => (Mode::Grey16, Packing::Grey16, 16),
+        (8, 2) => (Mode::Rgb, Packing::Bytes, 24),
+        (16, 2) => (Mode::Rgb, Packing::High(3), 48),
+        (1 | 2 | 4, 3) => (Mode::Palette, Packing::Bits(depth), usize::from(depth)),
+        (8, 3) => (Mode::Palette, Packing::Bytes, 8),
+        (8, 4) => (Mode::GreyAlpha, Packing::Bytes, 16),
+        (16, 4) => (Mode::Rgba, Packing::GreyAlpha16, 32),
+        (8, 6) => (Mode::Rgba, Packing::Bytes, 32),
+        (16, 6) => (Mode::Rgba, Packing::High(4), 64),
+        _ => return None,
+    })
+}
+
+pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
+    let parsed = parse(bytes)?;
+    let line = (u64::from(parsed.width) * parsed.bits as u64).div_ceil(8) + 1;
+    let mut memory = line * 2 + u64::from(parsed.width) * 4;
+    if needs_raster(&parsed) {
+        memory += u64::from(parsed.width) * u64::from(parsed.height) * parsed.mode.bytes() as u64;
+    }
+    Ok(Header {
+        width: parsed.width,
+        height: parsed.height,
+        memory,
+        mode: parsed.mode,
+    })
+}
+
+fn needs_raster(parsed: &Parsed<'_>) -> bool {
+    let whole = [0, 0, parsed.width, parsed.height];
+    parsed.interlaced || parsed.frame.is_some_and(|frame| frame != whole)
+}
+
+/// The pieces of the zlib stream; their checksums are not looked at, as the
+/// reference does not.
+struct Pieces<'a> {
+    bytes: &'a [u8],
+    at: Option<usize>,
+}
+
+impl<'a> Iterator for Pieces<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let chunk = chunk(self.bytes, self.at?, true).ok()?;
+        let data = match &chunk.name {
+            b"IDAT" | b"DDAT" => chunk.data,
+            b"fdAT" => chunk.data.get(4..).unwrap_or_default(),
+            _ => {
+                self.at = None;
+                return None;
+            }
+        };
+        self.at = Some(chunk.next);
+        Some(data)
+    }
+}
+
+pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
+    let parsed = parse(bytes)?;
+    let mut inflater = Inflater::new(Pieces {
+        bytes,
+        at: Some(parsed.pixels),
+    });
+    let spec = Spec {
+        width: parsed.width,
+        height: parsed.height,
+        mode: parsed.mode,
+        palette: parsed
+            .palette
+            .clone()
+            .or_else(|| (parsed.mode == Mode::Palette).then(|| palette_from_rgb(&[]))),
+    };
+    if needs_raster(&parsed) {
+        let mut raster = Raster::zeroed(spec)?;
+        let [left, top, width, height] =
+            parsed.frame.unwrap_or([0, 0, parsed.width, parsed.height]);
+        let passes: &[[u32; 4]] = if parsed.interlaced {
+            &ADAM7
+        } else {
+            &[[0, 0, 1, 1]]
+        };
+        let mut begun = false;
+        'passes: for &[first_x, first_y, step_x, step_y] in passes {
+            let columns = width.saturating_sub(first_x).div_ceil(step_x);
+            let rows = height.saturating_sub(first_y).div_ceil(step_y);
+            if columns == 0 || rows == 0 {
+                continue;
+            }
+            let mut lines = Lines::new(&parsed, columns as usize);
+            let pixel = parsed.mode.bytes();
+            let mut row = vec![0u8; columns as usize * pixel];
+            for index in 0..rows {
+                if !lines.next(&mut inflater, first_y + index * step_y, begun)? {
+                    break 'passes;
+                }
+                begun = true;
+                lines.unpack(&parsed, &mut row);
+                let target = raster.row_mut(top + first_y + index * step_y);
+                for (column, value) in row.chunks_exact(pixel).enumerate() {
+                    let x = left as usize + first_x as usize + column * step_x as usize;
+                    target[x * pixel..][..pixel].copy_from_slice(value);
+                }
+            }
+        }
+        check_rest(&parsed)?;
+        return raster.feed(sink);
+    }
+    sink.start(spec)?;
+    let mut lines = Lines::new(&parsed, parsed.width as usize);
+    let mut row = vec![0u8; parsed.width as usize * parsed.mode.bytes()];
+    let mut ended = false;
+    for y in 0..parsed.height {
+        if !ended && !lines.next(&mut inflater, y, y > 0)? {
+            // The stream ended between two lines: the reference leaves the rest black.
+            ended = true;
+            row.fill(0);
+        }
+        if sink.wants(y) {
+            if !ended {
+                lines.unpack(&parsed, &mut row);
+            }
+            sink.row(y, &row);
+        }
+    }
+    check_rest(&parsed)
+}
+
+/// First column and row, and the steps, of each pass of an interlaced image.
+const ADAM7: [[u32; 4]; 7] = [
+    [0, 0, 8, 8],
+    [4, 0, 8, 8],
+    [0, 4, 4, 8],
+    [2, 0, 4, 4],
+    [0, 2, 2, 4],
+    [1, 0, 2, 2],
+    [0, 1, 1, 2],
+];
+
+/// Decodes the lines of one pass.
+struct Lines {
+    current: Vec<u8>,
+    previous: Vec<u8>,
+    /// Bytes between a sample and the same one of the pixel before.
+    distance: usize,
+}
+
+impl Lines {
+    fn new(parsed: &Parsed<'_>, columns: usize) -> Self {
+        let length = (columns * parsed.bits).div_ceil(8) + 1;
+        Self {
+            current: vec![0; length],
+            previous: vec![0; length],
+            distance: parsed.bits.div_ceil(8),
+        }
+    }
+
+    /// Reads the next line; `false` where the stream ended before it, which only
+    /// the first line of the image may not do.
+    fn next<'a>(
+        &mut self,
+        inflater: &mut Inflater<'a, impl Iterator<Item = &'a [u8]>>,
+        y: u32,
+        may_end: bool,
+    ) -> Result<bool> {
+        std::mem::swap(&mut self.current, &mut self.previous);
+        match inflater.read(&mut self.current) {
+            (_, Ending::Full) => {}
+            (0, Ending::Finished) if may_end => return Ok(false),
+            (_, Ending::Finished | Ending::Starved) => {
+                return Err(PNG.truncated(format!("pixels end in row {y}")));
+            }
+            (_, Ending::Broken(reason)) => {
+                return Err(PNG.corrupt(format!("{reason} in row {y}")));
+            }
+        }
+        self.unfilter(y)?;
+        Ok(true)
+    }
+
+    fn unfilter(&mut self, y: u32) -> Result<()> {
+        let filter = self.current[0];
+        let line = &mut self.current[1..];
+        let above = &self.previous[1..];
+        match filter {
+            0 => {}
+            1 => sub(line, self.distance),
+            2 => {
+                for (sample, &up) in line.iter_mut().zip(above) {
+                    *sample = sample.wrapping_add(up);
+                }
+            }
+            3 => average(line, above, self.distance),
+            4 => paeth(line, above, self.distance),
+            other => return Err(PNG.corrupt(format!("filter {other} in row {y}"))),
+        }
+        Ok(())
+    }
+
+    fn unpack(&self, parsed: &Parsed<'_>, row: &mut [u8]) {
+        let line = &self.current[1..];
+        match parsed.packing {
+            Packing::Bytes => row.copy_from_slice(line),
+            Packing::Bits(depth) => {
+                let top = (1u8 << depth) - 1;
+                let spread = if parsed.mode == Mode::Palette {
+                    1
+                } else {
+                    255 / top
+                };
+                let per_byte = 8 / usize::from(depth);
+                for (x, pixel) in row.iter_mut().enumerate() {
+                    let shift = (per_byte - 1 - x % per_byte) * usize::from(depth);
+                    *pixel = (line[x / per_byte] >> shift & top) * spread;
+                }
+            }
+            Packing::Grey16 => {
+                for (pixel, stored) in row.chunks_exact_mut(2).zip(line.chunks_exact(2)) {
+                    (pixel[0], pixel[1]) = (stored[1], stored[0]);
+                }
+            }
+            Packing::High(_) => {
+                for (sample, stored) in row.iter_mut().zip(line.chunks_exact(2)) {
+                    *sample = stored[0];
+                }
+            }
+            Packing::GreyAlpha16 => {
+                for (pixel, stored) in row.chunks_exact_mut(4).zip(line.chunks_exact(4)) {
+                    pixel[..3].fill(stored[0]);
+                    pixel[3] = stored[2];
+                }
+            }
+        }
+    }
+}
+
+fn sub(line: &mut [u8], distance: usize) {
+    for index in distance..line.len() {
+        line[index] = line[index].wrapping_add(line[index - distance]);
+    }
+}
+
+fn average(line: &mut [u8], above: &[u8], distance: usize) {
+    for index in 0..line.len() {
+        let left = if index < distance {
+            0
+        } else {
+            line[index - distance]
+        };
+        let mean = (u16::from(left) + u16::from(above[index])) / 2;
+        line[index] = line[index].wrapping_add(mean as u8);
+    }
+}
+
+fn paeth(line: &mut [u8], above: &[u8], distance: usize) {
+    match distance {
+        3 => paeth_pixels::<3>(line, above),
+        4 => paeth_pixels::<4>(line, above),
+        _ => {
+            for index in 0..line.len() {
+                let (left, corner) = if index < distance {
+                    (0, 0)
+                } else {
+                    (line[index - distance], above[index - distance])
+                };
+                line[index] = line[index].wrapping_add(predict(left, above[index], corner));
+            }
+        }
+    }
+}
+
+/// The common pixel sizes with the left neighbours kept in registers.
+fn paeth_pixels<const N: usize>(line: &mut [u8], above: &[u8]) {
+    let (mut left, mut corner) = ([0u8; N], [0u8; N]);
+    for (pixel, up) in line.chunks_exact_mut(N).zip(above.chunks_exact(N)) {
+        for channel in 0..N {
+            let value = pixel[channel].wrapping_add(predict(
+                left[channel],
+                up[channel],
+                corner[channel],
+            ));
+            pixel[channel] = value;
+            left[channel] = value;
+            corner[channel] = up[channel];
+        }
+    }
+}
+
+fn predict(left: u8, up: u8, corner: u8) -> u8 {
+    let (a, b, c) = (i16::from(left), i16::from(up), i16::from(corner));
+    let (to_left, to_up, to_corner) = ((b - c).abs(), (a - c).abs(), (a + b - 2 * c).abs());
+    if to_left <= to_up && to_left <= to_corner {
+        left
+    } else if to_up <= to_corner {
+        up
+    } else {
+        corner
+    }
+}
+
+/// The reference reads the chunks after the pixels, too, and refuses a file that
+/// is cut within one of them. A broken name or a missing end is let pass.
+fn check_rest(parsed: &Parsed<'_>) -> Result<()> {
+    let mut at = parsed.pixels;
+    loop {
+        let head = match chunk(parsed.bytes, at, true) {
+            Ok(head) if &head.name != b"IEND" => head,
+            _ => return Ok(()),
+        };
+        let is_pixels = matches!(&head.name, b"IDAT" | b"DDAT" | b"fdAT");
+        if &head.name == b"fcTL" && parsed.frame.is_some() {
+            return Ok(());
+        }
+        if !is_pixels {
+            check_chunk(&chunk(parsed.bytes, at, false)?)?;
+        }
+        at = head.next;
+    }
+}
+
+/// The orientation in the file's EXIF chunk, before or after the pixels.
+pub(crate) fn orientation(bytes: &[u8]) -> u8 {
+    let Ok(parsed) = parse(bytes) else {
+        return 1;
+    };
+    let mut found = parsed.exif;
+    let mut at = parsed.pixels;
+    while let Ok(chunk) = chunk(bytes, at, true) {
+        match &chunk.name {
+            b"IEND" => break,
+            b"eXIf" => found = Some(chunk.data),
+            _ => {}
+        }
+        at = chunk.next;
+    }
+    found.map_or(1, exif::orientation)
+}

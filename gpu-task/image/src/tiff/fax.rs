@@ -1,0 +1,245 @@
+//! CCITT run-length, Group 3 (one- and two-dimensional) and Group 4, with the
+//! code tables of the `fax` crate. The lines are put together here because
+//! TIFF's variants (no end-of-line codes, byte alignment, a known number of rows)
+//! and what is done about a broken line are not that crate's subject.
+
+use fax::BitReader;
+use fax::maps::{Mode, black, mode, white};
+
+/// How lines are coded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scheme {
+    /// Runs of one line, each line from a byte boundary, no codes between (2).
+    Runs,
+    /// Group 3: end-of-line codes, and perhaps two-dimensional lines (3).
+    Group3 { two_dimensional: bool },
+    /// Group 4: two-dimensional lines only (4).
+    Group4,
+}
+
+/// Bits from the highest of each byte; zeros after the end.
+struct Bits<'a> {
+    data: &'a [u8],
+    position: usize,
+}
+
+impl Bits<'_> {
+    fn is_over(&self) -> bool {
+        self.position >= self.data.len() * 8
+    }
+
+    fn look(&self, count: u8) -> u16 {
+        let byte = |index: usize| u32::from(self.data.get(index).copied().unwrap_or(0));
+        let at = self.position / 8;
+        let window = byte(at) << 16 | byte(at + 1) << 8 | byte(at + 2);
+        let shifted = window << (8 + self.position % 8);
+        (shifted >> (32 - u32::from(count))) as u16
+    }
+}
+
+impl BitReader for Bits<'_> {
+    type Error = ();
+
+    fn peek(&self, bits: u8) -> Option<u16> {
+        if bits == 0 {
+            return Some(0);
+        }
+        (!self.is_over()).then(|| self.look(bits))
+    }
+
+    fn consume(&mut self, bits: u8) -> Result<(), ()> {
+        self.position += usize::from(bits);
+        Ok(())
+    }
+
+    fn bits_to_byte_boundary(&self) -> u8 {
+        ((8 - self.position % 8) % 8) as u8
+    }
+}
+
+/// A run: make-up codes and the terminating one.
+fn run(bits: &mut Bits<'_>, is_black: bool) -> Option<usize> {
+    let mut length = 0;
+    loop {
+        let part = if is_black {
+            black::decode(bits)?
+        } else {
+            white::decode(bits)?
+        };
+        length += usize::from(part);
+        if part < 64 {
+            return Some(length);
+        }
+    }
+}
+
+/// Positions where the colour changes, of a line of runs, as far as it is sound.
+/// The flag is false where a code was not.
+fn one_dimensional(bits: &mut Bits<'_>, width: usize, changes: &mut Vec<usize>) -> bool {
+    changes.clear();
+    let (mut position, mut is_black) = (0, false);
+    while position < width {
+        let Some(length) = run(bits, is_black) else {
+            return false;
+        };
+        position += length;
+        changes.push(position.min(width));
+        is_black = !is_black;
+    }
+    true
+}
+
+/// The first change in `reference` right of `from` (or at the left edge) to the
+/// colour opposite to `is_black`.
+fn next_change(reference: &[usize], from: isize, is_black: bool, width: usize) -> (usize, usize) {
+    let mut index = usize::from(is_black);
+    while index < reference.len() && reference[index] as isize <= from {
+        index += 2;
+    }
+    let first = reference.get(index).copied().unwrap_or(width);
+    let second = reference.get(index + 1).copied().unwrap_or(width);
+    (first, second)
+}
+
+/// What a two-dimensional line came to.
+enum Line {
+    Good,
+    Broken,
+    EndOfBlock,
+}
+
+fn two_dimensional(
+    bits: &mut Bits<'_>,
+    reference: &[usize],
+    width: usize,
+    changes: &mut Vec<usize>,
+) -> Line {
+    changes.clear();
+    let (mut position, mut is_black) = (-1isize, false);
+    while position < width as isize {
+        let Some(code) = mode::decode(bits) else {
+            return Line::Broken;
+        };
+        let (b1, b2) = next_change(reference, position, is_black, width);
+        match code {
+            Mode::Pass => position = b2 as isize,
+            Mode::Vertical(delta) => {
+                let target = b1 as isize + isize::from(delta);
+                if target < position.max(0) {
+                    return Line::Broken;
+                }
+                position = target.min(width as isize);
+                changes.push(position as usize);
+                is_black = !is_black;
+                if position == 0 && b1 == 0 {
+                    continue;
+                }
+            }
+            Mode::Horizontal => {
+                for _ in 0..2 {
+                    let Some(length) = run(bits, is_black) else {
+                        return Line::Broken;
+                    };
+                    position = (position.max(0) + length as isize).min(width as isize);
+                    changes.push(position as usize);
+                    is_black = !is_black;
+                }
+            }
+            Mode::Extension => return Line::Broken,
+            Mode::EOF => return Line::EndOfBlock,
+        }
+    }
+    Line::Good
+}
+
+fn paint(changes: &[usize], width: usize, row: &mut [u8]) {
+    row.fill(0);
+    for pair in changes.chunks(2) {
+        let start = pair[0].min(width);
+        let end = pair.get(1).copied().unwrap_or(width).min(width);
+        for x in start..end {
+            row[x / 8] |= 0x80 >> (x % 8);
+        }
+    }
+}
+
+/// Skips fill and an end-of-line code, if one is next. Fill is zeros, and no
+/// other code begins with eleven of them.
+fn skip_end_of_line(bits: &mut Bits<'_>) -> bool {
+    if bits.look(11) != 0 || bits.is_over() {
+        return false;
+    }
+    while !bits.is_over() && bits.look(1) == 0 {
+        bits.position += 1;
+    }
+    bits.position += 1;
+    true
+}
+
+/// After a broken line: on to the next end-of-line code.
+fn find_end_of_line(bits: &mut Bits<'_>) {
+    while !bits.is_over() && bits.look(11) != 0 {
+        bits.position += 1;
+    }
+}
+
+/// Expands `data` to rows of `width` bits, black as one. `None` where not a
+/// single line could be read.
+pub(super) fn expand(data: &[u8], scheme: Scheme, width: usize, out: &mut [u8]) -> Option<()> {
+    let row_bytes = width.div_ceil(8);
+    let mut bits = Bits { data, position: 0 };
+    let (mut reference, mut changes) = (Vec::new(), Vec::new());
+    let mut read = 0;
+    for row in out.chunks_exact_mut(row_bytes) {
+        if bits.is_over() {
+            break;
+        }
+        match scheme {
+            Scheme::Runs => {
+                bits.position = bits.position.next_multiple_of(8);
+                if bits.is_over() {
+                    break;
+                }
+                one_dimensional(&mut bits, width, &mut changes);
+            }
+            Scheme::Group3 { two_dimensional: is_two } => {
+                let mut ends = 0;
+                let mut is_one = true;
+                while skip_end_of_line(&mut bits) {
+                    ends += 1;
+                    if is_two {
+                        is_one = bits.look(1) == 1;
+                        bits.position += 1;
+                    }
+                }
+                if ends >= 6 || bits.is_over() {
+                    break;
+                }
+                let good = if is_one {
+                    one_dimensional(&mut bits, width, &mut changes)
+                } else {
+                    matches!(
+                        two_dimensional(&mut bits, &reference, width, &mut changes),
+                        Line::Good
+                    )
+                };
+                if !good {
+                    find_end_of_line(&mut bits);
+                }
+            }
+            Scheme::Group4 => match two_dimensional(&mut bits, &reference, width, &mut changes) {
+                Line::Good => {}
+                Line::EndOfBlock => break,
+                Line::Broken => {
+                    paint(&changes, width, row);
+                    read += 1;
+                    break;
+                }
+            },
+        }
+        paint(&changes, width, row);
+        read += 1;
+        std::mem::swap(&mut reference, &mut changes);
+    }
+    (read > 0).then_some(())
+}
