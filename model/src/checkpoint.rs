@@ -14,7 +14,7 @@ use thiserror::Error;
 use crate::architecture::{
     Activation, Architecture, OPENAI_HEAD_WIDTH, TextTower, Transformer, VisionTower,
 };
-use crate::synthesize::{ARCHITECTURE_KEY, SEED_KEY, SynthesizedWeights};
+use crate::synthesize::{MARK_KEY, Mark, SynthesizedWeights};
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, Error)]
@@ -191,21 +191,20 @@ impl Checkpoint {
         };
         let origin = path.display().to_string();
         let layout = detect_layout(&store, &origin)?;
-        let synthesized_seed = metadata.get(SEED_KEY).and_then(|seed| seed.parse().ok());
-        let written = metadata
-            .get(ARCHITECTURE_KEY)
-            .and_then(|json| serde_json::from_str::<Architecture>(json).ok());
+        let mark = metadata
+            .get(MARK_KEY)
+            .and_then(|json| serde_json::from_str::<Mark>(json).ok());
         let mut checkpoint = Checkpoint {
             origin,
             path: Some(path.to_owned()),
             store,
             layout,
             // Replaced below, when the tensors have been looked at.
-            architecture: written.unwrap_or_else(placeholder),
-            synthesized_seed,
+            architecture: mark.map_or_else(placeholder, |mark| mark.architecture),
+            synthesized_seed: mark.map(|mark| mark.seed),
             assumptions: Vec::new(),
         };
-        if written.is_none() {
+        if mark.is_none() {
             checkpoint.architecture = checkpoint.infer(overrides)?;
         }
         check(&checkpoint.architecture, &checkpoint.origin)?;
@@ -662,7 +661,7 @@ impl Checkpoint {
         let configuration = understood.map_err(|error| {
             self.contradiction(format!("{} is malformed: {error}", path.display()))
         })?;
-        for activation in configuration.unknown_activations.iter() {
+        if let Some(activation) = configuration.unknown_activations.first() {
             return Err(self.contradiction(format!(
                 "{} asks for the activation `{activation}`; known are quick_gelu and gelu",
                 path.display()

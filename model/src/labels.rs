@@ -13,8 +13,9 @@ pub const DEFAULT_LABELS: &str = include_str!("../labels.txt");
 /// The sentence whose embedding stands for a label.
 pub const PROMPT: &str = "a photo of a {label}";
 
+/// Key of the file metadata with the names as a JSON list. The only key: see
+/// [`crate::synthesize::MARK_KEY`].
 const NAMES_KEY: &str = "labels";
-const PROMPT_KEY: &str = "prompt";
 const TENSOR: &str = "embeddings";
 
 /// Labels with their normalised embeddings.
@@ -88,10 +89,7 @@ impl Labels {
         let shape = vec![self.names.len(), self.dimensions];
         let view = TensorView::new(Dtype::F32, shape, &bytes).map_err(std::io::Error::other)?;
         let names = serde_json::to_string(&self.names).map_err(std::io::Error::other)?;
-        let metadata = HashMap::from([
-            (NAMES_KEY.to_owned(), names),
-            (PROMPT_KEY.to_owned(), PROMPT.to_owned()),
-        ]);
+        let metadata = HashMap::from([(NAMES_KEY.to_owned(), names)]);
         let encoded = safetensors::serialize([(TENSOR, view)], Some(metadata))
             .map_err(std::io::Error::other)?;
         std::fs::write(path, encoded)

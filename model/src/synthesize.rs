@@ -11,15 +11,24 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use safetensors::tensor::View;
+use serde::{Deserialize, Serialize};
 
 use crate::architecture::{Architecture, Transformer};
 use crate::checkpoint::CheckpointError;
 
-/// Key of the file metadata that marks synthesised weights; its value is the seed.
-pub const SEED_KEY: &str = "clip-model.synthesized-seed";
-/// Key of the file metadata that holds the architecture as JSON, where the tensors alone do not
-/// tell it (heads, activation, image size).
-pub const ARCHITECTURE_KEY: &str = "clip-model.architecture";
+/// Key of the file metadata that marks synthesised weights; its value is a [`Mark`] as JSON. It is
+/// the only key, because the order of several would change from run to run and the file's digest
+/// with it.
+pub const MARK_KEY: &str = "clip-model.synthesized";
+
+/// What synthesised weights say about themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The generator's seed.
+    pub seed: u64,
+    /// The whole architecture; tensors alone do not tell heads, activation and image size.
+    pub architecture: Architecture,
+}
 
 /// How the values of a tensor are drawn.
 #[derive(Clone, Copy, Debug)]
@@ -130,12 +139,12 @@ impl SynthesizedWeights {
             path: path.to_owned(),
             reason,
         };
-        let architecture =
-            serde_json::to_string(&self.architecture).map_err(|error| failed(error.to_string()))?;
-        let metadata = HashMap::from([
-            (SEED_KEY.to_owned(), self.seed.to_string()),
-            (ARCHITECTURE_KEY.to_owned(), architecture),
-        ]);
+        let mark = Mark {
+            seed: self.seed,
+            architecture: self.architecture,
+        };
+        let mark = serde_json::to_string(&mark).map_err(|error| failed(error.to_string()))?;
+        let metadata = HashMap::from([(MARK_KEY.to_owned(), mark)]);
         // Renamed into place when whole, so that an interrupted run leaves no half file behind.
         let folder = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
