@@ -488,6 +488,16 @@ impl Cloud {
         self.inner.faults.clear();
     }
 
+    /// Kills every task at once, without waiting.
+    pub fn kill_everything(&self) {
+        self.inner.cancel.cancel();
+        for task in self.lock().tasks.values() {
+            if let Some(pid) = task.pid {
+                process::kill(pid);
+            }
+        }
+    }
+
     /// Kills every task and waits until their processes are gone.
     pub async fn shut_down(&self) {
         self.inner.cancel.cancel();
