@@ -7,7 +7,6 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::aws::{ApiError, Aws, UPDATE_STATE_MAX};
-use crate::history::OUR_STOP_REASON;
 use crate::observe::tasks_on;
 use crate::planner::{Action, Plan};
 
@@ -25,6 +24,9 @@ pub struct Outcome {
     /// Error code or failure reason, for the metric.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
+    /// Whether a later try can succeed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transient: bool,
     /// Tasks that the action launched.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub launched: u32,
@@ -55,6 +57,7 @@ impl Outcome {
             result: OutcomeKind::Done,
             detail: detail.into(),
             cause: None,
+            transient: false,
             launched: 0,
         }
     }
@@ -65,6 +68,7 @@ impl Outcome {
             result: OutcomeKind::Failed,
             detail: error.to_string(),
             cause: Some(error.code.clone()),
+            transient: error.failure == platform::Failure::Transient,
             launched: 0,
         }
     }
@@ -85,9 +89,8 @@ pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<Outcome> {
     for decision in &plan.decisions {
         let outcome = match &decision.action {
             Action::Release { .. } => continue,
-            Action::StopTask { task } => {
-                let reason = format!("{OUR_STOP_REASON} {}", decision.why);
-                Outcome::of(format!("stop {task}"), aws.stop_task(task, &reason).await)
+            Action::StopTask { task, reason } => {
+                Outcome::of(format!("stop {task}"), aws.stop_task(task, reason).await)
             }
             Action::SetDesired { group, from, to } => Outcome::of(
                 format!("set {group} from {from} to {to}"),
@@ -136,6 +139,8 @@ async fn run_tasks<A: Aws>(aws: &A, count: u32, token: &str) -> Outcome {
         result,
         detail,
         cause: reasons.keys().next().map(|reason| (*reason).to_owned()),
+        // A GPU that was not free is seen by the next run, not by asking again.
+        transient: false,
         launched,
     }
 }
@@ -153,6 +158,7 @@ async fn activate<A: Aws>(aws: &A, container_instance: &str, instance: &str) -> 
                 result: OutcomeKind::Failed,
                 detail: failure.reason.clone(),
                 cause: Some(failure.reason.clone()),
+                transient: true,
                 launched: 0,
             },
         },
@@ -246,6 +252,7 @@ async fn release_one<A: Aws>(
                     result: OutcomeKind::Skipped,
                     detail: format!("a task was placed on it meanwhile: {}", tasks.join(" ")),
                     cause: None,
+                    transient: false,
                     launched: 0,
                 };
             }

@@ -131,7 +131,7 @@ pub fn describe(action: &Action) -> String {
             };
             format!("drain and terminate {instance} of {group} {capacity}")
         }
-        Action::StopTask { task } => format!("stop {task}"),
+        Action::StopTask { task, .. } => format!("stop {task}"),
         Action::SetDesired { group, from, to } => {
             format!("set the capacity of {group} from {from} to {to}")
         }

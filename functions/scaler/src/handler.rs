@@ -25,6 +25,15 @@ const SECOND_LOOKS: [Duration; 3] = [
     Duration::from_secs(4),
 ];
 
+/// Wait before something on its way is called back for an empty queue: one
+/// count that is wrong for a moment must not cost a start.
+const RECALL_LOOK: Duration = Duration::from_secs(2);
+
+/// Waits before another pass when a call failed that can succeed, or when a
+/// task was stopped whose instance can go at once: the schedule's minute is
+/// long when an instance is paid for.
+const NEXT_PASSES: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(8)];
+
 /// Who woke the scaler. Only for the log, and for one more look at the queue:
 /// what is decided depends on the observation alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,23 +86,78 @@ pub struct Report {
     pub decision_ms: u64,
 }
 
-/// Runs once. An error means that an essential read failed and nothing was done.
+/// Observes, plans and acts; again, a few seconds later, for what failed and
+/// can succeed. The report is the last pass's, with every pass's outcomes. An
+/// error means that no pass could read what is essential, and nothing was done.
 pub async fn run<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Report, ObserveError> {
+    let mut waits = NEXT_PASSES.iter();
+    let mut earlier: Vec<Outcome> = Vec::new();
+    let mut last_report = None;
+    loop {
+        let pass = one_pass(aws, config, cause).await;
+        let (again, failure) = match pass {
+            Ok(mut report) => {
+                let again = deserves_another_pass(&report);
+                earlier.append(&mut report.outcomes);
+                last_report = Some(report);
+                (again, None)
+            }
+            Err(error) => (true, Some(error)),
+        };
+        let wait = waits.next().filter(|_| again);
+        match (wait, failure, last_report.take()) {
+            (Some(wait), _, kept) => {
+                last_report = kept;
+                tokio::time::sleep(*wait).await;
+            }
+            (None, _, Some(mut report)) => {
+                report.outcomes = earlier;
+                return Ok(report);
+            }
+            (None, Some(error), None) => return Err(error),
+            // A pass ends with a report or an error.
+            (None, None, None) => unreachable!("a pass without report and error"),
+        }
+    }
+}
+
+fn deserves_another_pass(report: &Report) -> bool {
+    let can_succeed = report
+        .outcomes
+        .iter()
+        .any(|outcome| outcome.result == OutcomeKind::Failed && outcome.transient);
+    let frees_an_instance = report
+        .plan
+        .actions()
+        .any(|action| matches!(action, Action::StopTask { .. }));
+    can_succeed || frees_an_instance
+}
+
+async fn one_pass<A: Aws>(
+    aws: &A,
+    config: &Config,
+    cause: &Cause,
+) -> Result<Report, ObserveError> {
     let began = Instant::now();
     let mut looks = SECOND_LOOKS.iter();
+    let mut recall_looks = [RECALL_LOOK].iter();
     let mut waited = Duration::ZERO;
-    let observation = loop {
+    let (observation, plan) = loop {
         let observation = observe(aws, &config.policy, epoch_seconds()).await?;
-        if !deserves_second_look(cause, &observation) {
-            break observation;
-        }
-        let Some(wait) = looks.next() else {
-            break observation;
+        let plan = plan(&observation, &config.policy);
+        let wait = if deserves_second_look(cause, &observation) {
+            looks.next()
+        } else if calls_back(&observation, &plan) {
+            recall_looks.next()
+        } else {
+            None
+        };
+        let Some(wait) = wait else {
+            break (observation, plan);
         };
         tokio::time::sleep(*wait).await;
         waited += *wait;
     };
-    let plan = plan(&observation, &config.policy);
     let decision_ms = (began.elapsed().saturating_sub(waited)).as_millis() as u64;
     let outcomes = act(aws, &plan).await;
     Ok(Report {
@@ -105,6 +169,21 @@ pub async fn run<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Repo
         outcomes,
         decision_ms,
     })
+}
+
+/// The plan gives up something that is on its way because the queue is empty.
+fn calls_back(observation: &Observation, plan: &Plan) -> bool {
+    observation.queue.backlog() == 0
+        && plan.actions().any(|action| {
+            matches!(
+                action,
+                Action::StopTask { .. }
+                    | Action::Release {
+                        container_instance: None,
+                        ..
+                    }
+            )
+        })
 }
 
 /// Somebody says that work came, nothing shows it, and nothing runs that would

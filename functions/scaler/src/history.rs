@@ -20,9 +20,13 @@ pub const UNPROVEN_LAUNCHES: u32 = 5;
 /// is pulled in 2–3 minutes.
 pub const STUCK_TASK_SECONDS: i64 = 600;
 
-/// The scaler's StopTask reasons begin with this, so that the next run knows
-/// its own.
-pub const OUR_STOP_REASON: &str = "scaler:";
+/// StopTask's reason for a stuck task begins with this, so that the next run
+/// counts it as a failed launch.
+pub const STUCK_REASON: &str = "scaler: stuck";
+
+/// StopTask's reason for a task that is not needed any more begins with this:
+/// no fault of the task.
+pub const RECALLED_REASON: &str = "scaler: recalled";
 
 /// Wait after the first, second, … failed launch in a row, in minutes. The
 /// first four add up to 47 minutes, so a launch at a time makes 5 in the first
@@ -57,7 +61,7 @@ pub fn ending(task: &Task) -> Ending {
         return Ending::Worked;
     }
     let reason = task.stop_reason.as_deref().unwrap_or("");
-    if reason.starts_with(OUR_STOP_REASON) {
+    if reason.starts_with(STUCK_REASON) {
         return Ending::Failed;
     }
     let taken = matches!(
@@ -385,8 +389,10 @@ mod tests {
         let mut stuck = stopped(10, 0, 0);
         stuck.exit_code = None;
         stuck.stop_code = Some("UserInitiated".to_owned());
-        stuck.stop_reason = Some("scaler: not running after 10 min".to_owned());
+        stuck.stop_reason = Some("scaler: stuck in PENDING for 600 s".to_owned());
         assert_eq!(ending(&stuck), Ending::Failed);
+        stuck.stop_reason = Some("scaler: recalled, the queue is empty".to_owned());
+        assert_eq!(ending(&stuck), Ending::Taken);
         assert_eq!(ending(&stopped(1000, 900, 1)), Ending::Worked);
     }
 

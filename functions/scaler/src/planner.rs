@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::history::{self, Launches, STUCK_TASK_SECONDS};
+use crate::history::{self, Launches, RECALLED_REASON, STUCK_REASON, STUCK_TASK_SECONDS};
 use crate::memory::{Memory, OPTION_KEY, TASKS_KEY};
 use crate::observation::{
     ActivityKind, ContainerInstance, ContainerInstanceStatus, Group, Lifecycle, Observation, Task,
@@ -31,6 +31,11 @@ const USELESS_AFTER_SECONDS: i64 = 600;
 /// An agent reconnects within a minute or two; an instance whose agent is away
 /// longer than this, and idle, is not waited for.
 const DISCONNECTED_SECONDS: i64 = 180;
+
+/// What is on its way is called back when the queue has been empty, but not
+/// sooner after it was asked for: SQS's counts lag behind the sends that asked
+/// for it.
+const SETTLED_SECONDS: i64 = 30;
 
 /// A number of tasks that one RunTask call takes: 1 to [`RUN_TASK_MAX_COUNT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,10 +85,12 @@ pub enum Action {
         /// Whether the group's DesiredCapacity falls with it.
         decrement: bool,
     },
-    /// Stop a task that never became RUNNING.
+    /// Stop a task that is not RUNNING yet.
     StopTask {
         /// Its ARN.
         task: String,
+        /// What ECS is told.
+        reason: String,
     },
     /// Set a group's DesiredCapacity.
     SetDesired {
@@ -345,6 +352,8 @@ impl<'a> Planner<'a> {
             .filter(|task| task.container_instance.as_deref() == Some(registered.arn.as_str()))
             .filter_map(|task| {
                 let stopped = task.stopped_at?;
+                // A task that never ran was no work.
+                task.started_at?;
                 let credit = match task.exit_code {
                     Some(0) => waited_before_exit,
                     _ => 0,
@@ -417,7 +426,7 @@ impl<'a> Planner<'a> {
         let mut running = 0;
         let mut starting_etas = Vec::new();
         let mut unplaced = 0;
-        let mut stuck = Vec::new();
+        let mut stops = Vec::new();
         for task in &self.seen.tasks {
             if task.status == TaskStatus::Stopped {
                 continue;
@@ -431,7 +440,13 @@ impl<'a> Planner<'a> {
             } else {
                 let age = task.created_at.map_or(0, |created| self.now - created);
                 if age >= STUCK_TASK_SECONDS {
-                    stuck.push((task.arn.clone(), task.status, age));
+                    let status = format!("{:?}", task.status).to_uppercase();
+                    self.figures.stuck_tasks += 1;
+                    stops.push((task.arn.clone(), format!("{STUCK_REASON} in {status} for {age} s")));
+                    continue;
+                }
+                if backlog == 0 && age >= SETTLED_SECONDS {
+                    stops.push((task.arn.clone(), format!("{RECALLED_REASON}, the queue is empty")));
                     continue;
                 }
                 starting_etas.push((self.task_start() - age as f64).max(0.0));
@@ -442,14 +457,9 @@ impl<'a> Planner<'a> {
         let active = running + starting;
         self.figures.running = running;
         self.figures.starting = starting;
-        self.figures.stuck_tasks = stuck.len() as u32;
-        for (task, status, age) in stuck {
-            let status = format!("{status:?}").to_uppercase();
-            let why = format!(
-                "{status} for {age} s: not running after {} min",
-                STUCK_TASK_SECONDS / 60
-            );
-            self.decide(Action::StopTask { task }, why);
+        for (task, reason) in stops {
+            let why = reason.trim_start_matches("scaler: ").to_owned();
+            self.decide(Action::StopTask { task, reason }, why);
         }
 
         // What the backlog wants of tasks.
@@ -816,6 +826,7 @@ impl<'a> Planner<'a> {
         let mut idle: Vec<(i64, usize)> = Vec::new();
         let mut kept_ready = missing_tasks + unplaced;
         let mut ready: Vec<(i64, usize)> = Vec::new();
+        let mut recalled = Vec::new();
         for (index, instance) in self.instances.iter().enumerate() {
             if broken.instances.contains(&index) {
                 continue;
@@ -824,6 +835,11 @@ impl<'a> Planner<'a> {
                 State::Ready { idle } => ready.push((idle, index)),
                 State::Unusable { idle: seconds } | State::Drained { idle: seconds } => {
                     idle.push((seconds, index));
+                }
+                State::Booting { age: Some(age) }
+                    if self.figures.backlog == 0 && age >= SETTLED_SECONDS =>
+                {
+                    recalled.push(index);
                 }
                 _ => {}
             }
@@ -842,6 +858,12 @@ impl<'a> Planner<'a> {
         let living: u32 = (0..self.groups.len()).map(|group| self.living(group)).sum();
         let mut left = living.saturating_sub(broken.instances.len() as u32);
         let mut bookkeeping = broken.clone();
+        for index in recalled {
+            if left > self.policy.min_instances {
+                left -= 1;
+                self.release(index, "not needed any more: the queue is empty before it came", &mut bookkeeping);
+            }
+        }
         for (seconds, index) in idle {
             let is_drained = matches!(self.instances[index].state, State::Drained { .. });
             let id = self.instances[index].id.to_owned();
