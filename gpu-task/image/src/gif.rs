@@ -193,19 +193,22 @@ fn expand(parsed: &Parsed<'_>, wanted: usize) -> Result<Vec<u8>> {
     let mut decoder = Decoder::new(BitOrder::Lsb, parsed.code_bits);
     let mut reader = Reader { rest: parsed.data };
     let mut filled = 0;
-    'blocks: while filled < wanted {
-        let Some(mut block) = reader.block() else {
-            break;
-        };
-        loop {
+    let mut is_over = false;
+    'blocks: while filled < wanted && !is_over {
+        // Once the blocks are over, the decoder may still hold codes.
+        let mut block = reader.block().unwrap_or_else(|| {
+            is_over = true;
+            &[]
+        });
+        while filled < wanted {
             let step = decoder.decode_bytes(block, &mut pixels[filled..]);
             block = &block[step.consumed_in..];
             filled += step.consumed_out;
             match step.status {
-                Ok(_) if filled == wanted => break 'blocks,
                 Ok(LzwStatus::Done) => break 'blocks,
-                Ok(LzwStatus::Ok) if !block.is_empty() => {}
-                Ok(LzwStatus::Ok | LzwStatus::NoProgress) => break,
+                Ok(_) if step.consumed_in == 0 && step.consumed_out == 0 => break,
+                Ok(_) => {}
+                Err(_) if filled == wanted => break 'blocks,
                 Err(error) => {
                     return Err(GIF.corrupt(format!("{error} at pixel {filled} of {wanted}")));
                 }

@@ -243,14 +243,10 @@ pub fn prepare(
         let mut crop = Crop::new(options.size);
         let (mut width, mut height) = (header.width, header.height);
         if turn == 1 {
-            if kind == ImageType::Jpeg {
-                jpeg::decode_to_crop(bytes, options, &mut crop)?;
-            } else {
-                decode(bytes, kind, &mut crop)?;
-            }
+            decode(bytes, kind, options, &mut crop)?;
         } else {
             let mut collect = Collect::default();
-            decode(bytes, kind, &mut collect)?;
+            decode(bytes, kind, options, &mut collect)?;
             if let Some(raster) = collect.into_raster() {
                 let turned = raster.oriented(turn)?;
                 drop(raster);
@@ -266,11 +262,11 @@ pub fn prepare(
     })
 }
 
-fn decode(bytes: &[u8], kind: ImageType, sink: &mut dyn Sink) -> Result<()> {
+fn decode(bytes: &[u8], kind: ImageType, options: &Options, sink: &mut dyn Sink) -> Result<()> {
     match kind {
         ImageType::Bmp => bmp::decode(bytes, sink),
         ImageType::Gif => gif::decode(bytes, sink),
-        ImageType::Jpeg => jpeg::decode(bytes, sink),
+        ImageType::Jpeg => jpeg::decode(bytes, options, sink),
         ImageType::Pcx => pcx::decode(bytes, sink),
         ImageType::Png => png::decode(bytes, sink),
         ImageType::Tiff => tiff::decode(bytes, sink),
@@ -296,7 +292,7 @@ fn guarded<T>(kind: ImageType, work: impl FnOnce() -> Result<T>) -> Result<T> {
 /// A whole decoded image, for tests that compare pixels before the resize.
 #[doc(hidden)]
 pub mod testing {
-    use super::{Collect, ImageError, ImageType, decode, guarded};
+    use super::{Collect, ImageError, ImageType, Options, decode, guarded};
 
     /// Width, height and interleaved samples in the image's own mode.
     ///
@@ -306,7 +302,7 @@ pub mod testing {
     pub fn decode_whole(bytes: &[u8], kind: ImageType) -> Result<(u32, u32, Vec<u8>), ImageError> {
         guarded(kind, || {
             let mut collect = Collect::default();
-            decode(bytes, kind, &mut collect)?;
+            decode(bytes, kind, &Options::default(), &mut collect)?;
             let raster = collect.into_raster().ok_or(ImageError::Corrupt {
                 format: super::format_name(kind),
                 detail: "no image in the file".to_owned(),

@@ -85,6 +85,14 @@ pub(crate) trait Sink {
 
     /// Row `y`, `width × mode.bytes()` long.
     fn row(&mut self, y: u32, pixels: &[u8]);
+
+    /// First column that matters, and one past the last; known after the start.
+    fn columns(&self) -> (usize, usize);
+
+    /// Row `y` as one plane for each byte of a pixel. Of each plane only the
+    /// columns that matter need be right, and after the last column there are
+    /// `ROW_PADDING` bytes of anything.
+    fn row_planar(&mut self, y: u32, planes: &[&[u8]]);
 }
 
 /// A whole image in memory, for what cannot be streamed: interlacing, tiles,
@@ -196,6 +204,21 @@ impl Sink for Collect {
     fn row(&mut self, y: u32, pixels: &[u8]) {
         if let Some(raster) = &mut self.raster {
             raster.row_mut(y).copy_from_slice(pixels);
+        }
+    }
+
+    fn columns(&self) -> (usize, usize) {
+        let width = self.raster.as_ref().map_or(0, |raster| raster.spec.width);
+        (0, width as usize)
+    }
+
+    fn row_planar(&mut self, y: u32, planes: &[&[u8]]) {
+        if let Some(raster) = &mut self.raster {
+            for (x, pixel) in raster.row_mut(y).chunks_exact_mut(planes.len()).enumerate() {
+                for (sample, plane) in pixel.iter_mut().zip(planes) {
+                    *sample = plane[x];
+                }
+            }
         }
     }
 }

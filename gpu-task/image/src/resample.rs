@@ -333,6 +333,28 @@ fn horizontal<const N: usize>(channels: [&[u8]; N], fixed: &Fixed, outs: &mut [u
     }
 }
 
+/// The first pass over one row of planes, or a copy from `left` on where there is
+/// nothing to resize.
+fn first_pass(
+    planes: &[&[u8]],
+    across: Option<&Fixed>,
+    left: usize,
+    out: &mut [u8],
+    size: usize,
+) {
+    match (across, planes) {
+        (Some(fixed), &[a]) => horizontal([a], fixed, out, size),
+        (Some(fixed), &[a, b]) => horizontal([a, b], fixed, out, size),
+        (Some(fixed), &[a, b, c]) => horizontal([a, b, c], fixed, out, size),
+        (Some(fixed), &[a, b, c, d]) => horizontal([a, b, c, d], fixed, out, size),
+        (_, _) => {
+            for (plane, target) in planes.iter().zip(out.chunks_exact_mut(size)) {
+                target.copy_from_slice(&plane[left..left + size]);
+            }
+        }
+    }
+}
+
 fn vertical(rows: &[u8], width: usize, weights: &[i32], out: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
@@ -415,46 +437,6 @@ impl Crop {
             other => other.bytes() as u64,
         };
         rows as u64 * u64::from(size) * sample + u64::from(width) * mode.bytes() as u64 * 2
-    }
-
-    /// The columns that matter, for decoders that can skip the others.
-    pub(crate) fn columns(&self) -> (usize, usize) {
-        match &self.state {
-            Some((_, Work::Eight { columns, .. })) => *columns,
-            Some((spec, _)) => (0, spec.width as usize),
-            None => (0, 0),
-        }
-    }
-
-    /// Row `y` of an RGB image as three planes, each with [`ROW_PADDING`] bytes of
-    /// anything after its last sample.
-    pub(crate) fn row_planar(&mut self, y: u32, planes: [&[u8]; 3]) {
-        let size = self.size as usize;
-        if let Some((
-            _,
-            Work::Eight {
-                across,
-                rows,
-                passed,
-                columns,
-                ..
-            },
-        )) = &mut self.state
-        {
-            let y = y as usize;
-            if y < rows.0 || y >= rows.1 {
-                return;
-            }
-            let out = &mut passed[(y - rows.0) * 3 * size..][..3 * size];
-            match across {
-                Some(fixed) => horizontal(planes, fixed, out, size),
-                None => {
-                    for (plane, target) in planes.iter().zip(out.chunks_exact_mut(size)) {
-                        target.copy_from_slice(&plane[columns.0..columns.0 + size]);
-                    }
-                }
-            }
-        }
     }
 
     /// The crop, RGB; `false` where no image was started.
@@ -614,8 +596,13 @@ fn deinterleave(row: &[u8], channels: usize, first: usize, end: usize, planes: &
 }
 
 impl Sink for Crop {
-    fn start(&mut self, spec: Spec) -> Result<()> {
+    fn start(&mut self, mut spec: Spec) -> Result<()> {
         let plan = Plan::new(spec.width, spec.height, self.size);
+        if spec.mode == Mode::PaletteAlpha && plan.resized != (spec.width, spec.height) {
+            // Pillow loses the palette of such an image when it resizes it; what is
+            // left is black.
+            spec.palette = None;
+        }
         let (left, top) = plan.origin;
         let size = self.size;
         if spec.mode.is_nearest() {
@@ -681,6 +668,18 @@ impl Sink for Crop {
         }
     }
 
+    fn columns(&self) -> (usize, usize) {
+        match &self.state {
+            Some((_, Work::Eight { columns, .. })) => *columns,
+            Some((spec, _)) => (0, spec.width as usize),
+            None => (0, 0),
+        }
+    }
+
+    fn row_planar(&mut self, y: u32, planes: &[&[u8]]) {
+        self.planes(y, planes);
+    }
+
     fn row(&mut self, y: u32, pixels: &[u8]) {
         let size = self.size as usize;
         let Some((spec, work)) = &mut self.state else {
@@ -727,17 +726,10 @@ impl Sink for Crop {
                 };
                 deinterleave(source, *channels, first, end, planes);
                 let out = &mut passed[(line - rows.0) * *channels * size..][..*channels * size];
-                match (across, &planes[..]) {
-                    (Some(fixed), [a]) => horizontal([a], fixed, out, size),
-                    (Some(fixed), [a, b]) => horizontal([a, b], fixed, out, size),
-                    (Some(fixed), [a, b, c]) => horizontal([a, b, c], fixed, out, size),
-                    (Some(fixed), [a, b, c, d]) => horizontal([a, b, c, d], fixed, out, size),
-                    (_, planes) => {
-                        for (plane, target) in planes.iter().zip(out.chunks_exact_mut(size)) {
-                            target.copy_from_slice(&plane[first..first + size]);
-                        }
-                    }
-                }
+                let planes: [&[u8]; 4] = std::array::from_fn(|index| {
+                    planes.get(index).map_or(&[][..], |plane| &plane[..])
+                });
+                first_pass(&planes[..*channels], across.as_ref(), first, out, size);
             }
             Work::Wide {
                 across,
@@ -765,6 +757,32 @@ impl Sink for Crop {
                     };
                 }
             }
+        }
+    }
+}
+
+impl Crop {
+    /// As [`Sink::row_planar`], for modes without alpha.
+    fn planes(&mut self, y: u32, planes: &[&[u8]]) {
+        let size = self.size as usize;
+        let Some((_, work)) = &mut self.state else {
+            return;
+        };
+        let Work::Eight {
+            channels,
+            across,
+            columns,
+            rows,
+            passed,
+            ..
+        } = work
+        else {
+            return;
+        };
+        let line = y as usize;
+        if line >= rows.0 && line < rows.1 {
+            let out = &mut passed[(line - rows.0) * *channels * size..][..*channels * size];
+            first_pass(planes, across.as_ref(), columns.0, out, size);
         }
     }
 }

@@ -1,8 +1,10 @@
 //! The C library: owning its state, its errors, and its rows.
 
 use super::codestream::{Frame, JPEG};
+use super::planes::{Upsampling, ycc_to_rgb};
 use crate::error::{ImageError, Result};
 use crate::raster::{Mode, Sink, Spec};
+use crate::resample::ROW_PADDING;
 use mozjpeg_sys as ffi;
 use std::ffi::{c_int, c_long};
 use std::mem::MaybeUninit;
@@ -185,44 +187,292 @@ pub(super) fn decode(
         };
         state.cinfo.scale_num = eighths;
         state.cinfo.scale_denom = 8;
-        run(state, frame.mode, true, sink)
+        run(state, frame.mode, eighths, sink)
     })
 }
 
-/// Starts the decompressor and hands on its rows. `adobe` inverts CMYK, which
-/// the reference takes to be stored as Adobe does.
-fn run(state: &mut State, mode: Mode, adobe: bool, sink: &mut dyn Sink) -> Result<()> {
+/// The part of libjpeg's inverse-DCT module that it calls through.
+#[repr(C)]
+struct InverseDct {
+    start_pass: Option<unsafe extern "C-unwind" fn(*mut ffi::jpeg_decompress_struct)>,
+    methods: [Option<Method>; 10],
+}
+
+type Method = unsafe extern "C-unwind" fn(
+    *mut ffi::jpeg_decompress_struct,
+    *mut ffi::jpeg_component_info,
+    *mut i16,
+    *mut *mut u8,
+    u32,
+);
+
+/// What the inverse DCT may leave out.
+struct Needed {
+    /// Whether any row of this line of blocks matters.
+    rows: bool,
+    /// First column, and one past the last, of each component.
+    columns: [(u32, u32); 4],
+    /// The methods that libjpeg chose.
+    methods: [Option<Method>; 4],
+    /// Whether a component's blocks have their full eight by eight samples.
+    whole: [bool; 4],
+}
+
+/// Takes the place of libjpeg's inverse DCT: leaves out blocks that the crop does
+/// not need, and transforms the others with vector code where there is some.
+unsafe extern "C-unwind" fn inverse_dct(
+    cinfo: *mut ffi::jpeg_decompress_struct,
+    component: *mut ffi::jpeg_component_info,
+    coefficients: *mut i16,
+    rows: *mut *mut u8,
+    column: u32,
+) {
+    // SAFETY: libjpeg passes its own valid structures; `client_data` points to the
+    // `Needed` of the running decode; a block has 64 coefficients, and eight rows
+    // have room for eight samples at `column`.
+    unsafe {
+        let needed = &*(*cinfo).common.client_data.cast::<Needed>();
+        let index = (*component).component_index as usize & 3;
+        let (first, end) = needed.columns[index];
+        if !needed.rows || column + 8 <= first || column >= end {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if needed.whole[index] && !(*component).quant_table.is_null() {
+            let quantisers = &(*(*component).quant_table).quantval;
+            let samples = super::idct::block(&*coefficients.cast(), quantisers);
+            for (line, samples) in samples.iter().enumerate() {
+                let target = (*rows.add(line)).add(column as usize);
+                ptr::copy_nonoverlapping(samples.as_ptr(), target, 8);
+            }
+            return;
+        }
+        if let Some(method) = needed.methods[index] {
+            method(cinfo, component, coefficients, rows, column);
+        }
+    }
+}
+
+/// One component's last two lines of blocks.
+struct Plane {
+    samples: Vec<u8>,
+    stride: usize,
+    /// Rows that one line of blocks has.
+    band: usize,
+    /// Size of the component.
+    width: usize,
+    height: usize,
+    upsampling: Upsampling,
+}
+
+impl Plane {
+    fn row(&self, y: usize) -> &[u8] {
+        &self.samples[y % (2 * self.band) * self.stride..][..self.stride]
+    }
+}
+
+/// What libjpeg computed when it started.
+struct Shape {
+    width: usize,
+    height: usize,
+    /// Rows of the image in a line of blocks.
+    band: usize,
+    planes: Vec<Plane>,
+    /// Whether each component's blocks are eight by eight.
+    whole: [bool; 4],
+}
+
+/// Sizes of the component planes, by libjpeg's own rules.
+fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
+    let count = cinfo.num_components.max(0) as usize;
+    // SAFETY: after the header there are `num_components` components.
+    let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, count) };
+    let most = |factor: fn(&ffi::jpeg_component_info) -> c_int| {
+        components.iter().map(factor).max().unwrap_or(1).max(1) as usize
+    };
+    let (most_across, most_down) = (most(|c| c.h_samp_factor), most(|c| c.v_samp_factor));
+    let smallest = eighths as usize;
+    let mut whole = [false; 4];
+    let mut planes = Vec::with_capacity(count);
+    for (index, component) in components.iter().enumerate() {
+        let (across, down) = (component.h_samp_factor as usize, component.v_samp_factor as usize);
+        // Subsampled components are decoded at up to twice the scale, again and
+        // again, as long as that does not make them larger than the image.
+        let mut size = smallest;
+        while size < 8
+            && (most_across * smallest).is_multiple_of(across * size * 2)
+            && (most_down * smallest).is_multiple_of(down * size * 2)
+        {
+            size *= 2;
+        }
+        let (reach, depth) = (most_across * smallest, most_down * smallest);
+        if !reach.is_multiple_of(across * size) || !depth.is_multiple_of(down * size) {
+            return Err(JPEG.unsupported("sampling factors that are not whole multiples"));
+        }
+        let width = (cinfo.image_width as usize * across * size).div_ceil(most_across * 8);
+        let height = (cinfo.image_height as usize * down * size).div_ceil(most_down * 8);
+        let blocks = (component.width_in_blocks as usize).next_multiple_of(across);
+        // Eight more than the blocks take: a scaled block writes what it has, and
+        // the readers may look a little past the end.
+        let stride = blocks * size + 64;
+        let band = down * size;
+        whole[index & 3] = size == 8;
+        planes.push(Plane {
+            samples: vec![0; stride * band * 2],
+            stride,
+            band,
+            width,
+            height,
+            upsampling: Upsampling::choose(
+                reach / (across * size),
+                depth / (down * size),
+                width,
+                smallest > 1,
+            ),
+        });
+    }
+    Ok(Shape {
+        width: cinfo.output_width as usize,
+        height: cinfo.output_height as usize,
+        band: most_down * smallest,
+        planes,
+        whole,
+    })
+}
+
+/// Starts the decompressor and hands on its rows. CMYK is inverted, because the
+/// reference takes it to be stored as Adobe does.
+fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Result<()> {
     let cinfo = &mut state.cinfo;
+    cinfo.raw_data_out = 1;
     // SAFETY: the header was read.
     if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
         return Err(JPEG.truncated("the scans end early"));
     }
-    let (width, height) = (cinfo.output_width, cinfo.output_height);
-    sink.start(Spec {
+    let Shape {
         width,
         height,
+        band,
+        mut planes,
+        whole,
+    } = shape(cinfo, eighths)?;
+    if planes.len() != mode.bytes() {
+        return Err(JPEG.corrupt("the number of components changes"));
+    }
+    sink.start(Spec {
+        width: width as u32,
+        height: height as u32,
         mode,
         palette: None,
     })?;
-    let stride = width as usize * mode.bytes();
-    let mut row = vec![0u8; stride];
-    for y in 0..height {
-        let mut lines = [row.as_mut_ptr()];
-        // SAFETY: the row has room for a line of the output's components.
-        if unsafe { ffi::jpeg_read_scanlines(cinfo, lines.as_mut_ptr(), 1) } != 1 {
-            return Err(cut(y, height));
+    let columns = sink.columns();
+    let mut needed = Needed {
+        rows: true,
+        columns: [(0, u32::MAX); 4],
+        methods: [None; 4],
+        whole,
+    };
+    for (index, plane) in planes.iter().enumerate() {
+        // Filters look one sample further.
+        let (across, _) = plane.upsampling.factors();
+        let first = (columns.0 / across).saturating_sub(2);
+        let end = columns.1 / across + 3;
+        needed.columns[index] = (first as u32, end as u32);
+    }
+    // SAFETY: the structure ends with the pointers to its modules for the inverse
+    // DCT, upsampling, colour conversion and quantisation, which the binding keeps
+    // private; the exact version is pinned, and every decode in the tests goes
+    // through here. libjpeg has set the module up when it started.
+    unsafe {
+        let end = ptr::from_mut(cinfo).add(1).cast::<*mut InverseDct>();
+        let module = end.sub(4).read();
+        for index in 0..planes.len() {
+            needed.methods[index] = (*module).methods[index];
+            (*module).methods[index] = Some(inverse_dct);
         }
-        if !sink.wants(y) {
-            continue;
+    }
+    let converts = match (cinfo.jpeg_color_space, mode) {
+        (ffi::J_COLOR_SPACE::JCS_YCbCr, Mode::Rgb) | (ffi::J_COLOR_SPACE::JCS_YCCK, _) => true,
+        (ffi::J_COLOR_SPACE::JCS_RGB | ffi::J_COLOR_SPACE::JCS_CMYK, _) => false,
+        (_, Mode::Grey) => false,
+        (other, _) => return Err(JPEG.unsupported(format!("colour space {}", other as i32))),
+    };
+    let holds_back = planes.iter().any(|plane| plane.upsampling.needs_context());
+    let widest = planes.iter().map(|plane| plane.stride).max().unwrap_or(0);
+    let mut sums = vec![0u16; widest];
+    // Upsampling writes whole pairs, and the resize reads past the end.
+    let mut rows = vec![vec![0u8; width + ROW_PADDING]; planes.len()];
+    let bands = height.div_ceil(band);
+    let mut done = 0;
+    for index in 0..bands {
+        let ready = if index + 1 == bands {
+            height
+        } else {
+            (index + 1) * band - usize::from(holds_back)
+        };
+        // Blocks matter if any row does that they or their neighbours reach.
+        let reach = (index * band).saturating_sub(2)..((index + 1) * band + 2).min(height);
+        needed.rows = reach.into_iter().any(|y| sink.wants(y as u32));
+        cinfo.common.client_data = ptr::from_ref(&needed).cast_mut().cast();
+        let mut lines: Vec<Vec<*mut u8>> = planes
+            .iter_mut()
+            .map(|plane| {
+                let start = index % 2 * plane.band * plane.stride;
+                plane.samples[start..][..plane.band * plane.stride]
+                    .chunks_exact_mut(plane.stride)
+                    .map(<[u8]>::as_mut_ptr)
+                    .collect()
+            })
+            .collect();
+        let mut components: Vec<*mut *mut u8> = lines.iter_mut().map(Vec::as_mut_ptr).collect();
+        // SAFETY: each component has as many rows as a line of its blocks, each as
+        // wide as its blocks padded to whole units of a scan.
+        let got = unsafe { ffi::jpeg_read_raw_data(cinfo, components.as_mut_ptr(), band as u32) };
+        if got == 0 {
+            return Err(cut((index * band) as u32, height as u32));
         }
-        if mode == Mode::Cmyk && adobe {
-            for sample in &mut row {
-                *sample = 255 - *sample;
+        for y in done..ready {
+            if !sink.wants(y as u32) {
+                continue;
             }
+            for (plane, out) in planes.iter().zip(&mut rows) {
+                let (near, far) = plane.upsampling.sources(y, plane.height);
+                plane.upsampling.row(
+                    plane.row(near),
+                    plane.row(far),
+                    y,
+                    plane.width,
+                    columns,
+                    &mut sums,
+                    out,
+                );
+            }
+            if converts && let [luma, cb, cr, ..] = &mut rows[..] {
+                let range = columns.0..columns.1;
+                ycc_to_rgb(&mut luma[range.clone()], &mut cb[range.clone()], &mut cr[range]);
+            }
+            if mode == Mode::Cmyk {
+                invert(converts, &mut rows, columns);
+            }
+            let slices: [&[u8]; 4] = std::array::from_fn(|index| {
+                rows.get(index).map_or(&[][..], |row| &row[..])
+            });
+            sink.row_planar(y as u32, &slices[..rows.len()]);
         }
-        sink.row(y, &row);
+        done = ready;
     }
     Ok(())
+}
+
+/// Inverts what is to be inverted of CMYK. YCCK becomes CMY by an inversion of
+/// its own after its conversion to RGB, so only black is left to invert.
+fn invert(was_converted: bool, rows: &mut [Vec<u8>], columns: (usize, usize)) {
+    let skip = if was_converted { 3 } else { 0 };
+    for row in &mut rows[skip..] {
+        for sample in &mut row[columns.0..columns.1] {
+            *sample = 255 - *sample;
+        }
+    }
 }
 
 /// Colour space of the data in a TIFF's strip or tile.
@@ -234,12 +484,10 @@ pub(crate) enum Space {
     YCbCr,
 }
 
-/// The tables that a TIFF keeps apart from its strips.
-pub(crate) type Tables<'a> = Option<&'a [u8]>;
-
-/// Decodes one strip or tile of a TIFF: width, height, components and samples.
+/// Decodes one strip or tile of a TIFF, whose `tables` may be stored apart:
+/// width, height, components and samples.
 pub(crate) fn decode_tile(
-    tables: Tables<'_>,
+    tables: Option<&[u8]>,
     bytes: &[u8],
     space: Space,
 ) -> Result<(u32, u32, u32, Vec<u8>)> {

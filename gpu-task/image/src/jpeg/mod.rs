@@ -3,13 +3,15 @@
 //! own decoder and settings, so its pixels bit for bit.
 
 mod codestream;
+#[cfg(target_arch = "x86_64")]
+mod idct;
 mod libjpeg;
+mod planes;
 
 use crate::error::Result;
 use crate::raster::Sink;
-use crate::resample::Crop;
 use crate::{DecodeMode, FAST_OVERSAMPLING, Header, Options, exif};
-pub(crate) use libjpeg::{Space, Tables, decode_tile};
+pub(crate) use libjpeg::{Space, decode_tile};
 
 /// Eighths of the full resolution: all of it.
 const FULL_SCALE: u32 = 8;
@@ -24,20 +26,13 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
     })
 }
 
-pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
-    let frame = codestream::scan(bytes)?;
-    libjpeg::decode(bytes, &frame, FULL_SCALE, sink)
-}
-
-/// As [`decode`], at the resolution that the options allow and only where the
-/// crop needs pixels.
-pub(crate) fn decode_to_crop(bytes: &[u8], options: &Options, crop: &mut Crop) -> Result<()> {
+pub(crate) fn decode(bytes: &[u8], options: &Options, sink: &mut dyn Sink) -> Result<()> {
     let frame = codestream::scan(bytes)?;
     let eighths = match options.decode {
         DecodeMode::Exact => FULL_SCALE,
         DecodeMode::Fast => fast_scale(frame.width, frame.height, options.size),
     };
-    libjpeg::decode(bytes, &frame, eighths, crop)
+    libjpeg::decode(bytes, &frame, eighths, sink)
 }
 
 /// The smallest scale, in eighths, that leaves the shorter side long enough.
