@@ -133,11 +133,7 @@ fn deserves_another_pass(report: &Report) -> bool {
     can_succeed || frees_an_instance
 }
 
-async fn one_pass<A: Aws>(
-    aws: &A,
-    config: &Config,
-    cause: &Cause,
-) -> Result<Report, ObserveError> {
+async fn one_pass<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Report, ObserveError> {
     let began = Instant::now();
     let mut looks = SECOND_LOOKS.iter();
     let mut recall_looks = [RECALL_LOOK].iter();

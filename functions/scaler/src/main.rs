@@ -30,7 +30,7 @@ Environment:
   CAPACITY_OPTIONS      JSON list, best first: [{\"name\":…,\"autoScalingGroup\":…,\"instanceType\":…}]  required
   MAX_INSTANCES         never more instances, over all options             5
   MIN_INSTANCES         never fewer instances                              0
-  TARGET_DRAIN_SECONDS  a backlog is drained within this, once tasks work  60
+  TARGET_DRAIN_SECONDS  a backlog is drained within this, once tasks work  45
   IDLE_GRACE_SECONDS    an instance without work for this long goes        30
   IDLE_EXIT_SECONDS     how long a task waits for work before it exits
                         with 0; the same value as the task's               30

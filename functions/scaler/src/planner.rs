@@ -442,11 +442,17 @@ impl<'a> Planner<'a> {
                 if age >= STUCK_TASK_SECONDS {
                     let status = format!("{:?}", task.status).to_uppercase();
                     self.figures.stuck_tasks += 1;
-                    stops.push((task.arn.clone(), format!("{STUCK_REASON} in {status} for {age} s")));
+                    stops.push((
+                        task.arn.clone(),
+                        format!("{STUCK_REASON} in {status} for {age} s"),
+                    ));
                     continue;
                 }
                 if backlog == 0 && age >= SETTLED_SECONDS {
-                    stops.push((task.arn.clone(), format!("{RECALLED_REASON}, the queue is empty")));
+                    stops.push((
+                        task.arn.clone(),
+                        format!("{RECALLED_REASON}, the queue is empty"),
+                    ));
                     continue;
                 }
                 starting_etas.push((self.task_start() - age as f64).max(0.0));
@@ -861,7 +867,11 @@ impl<'a> Planner<'a> {
         for index in recalled {
             if left > self.policy.min_instances {
                 left -= 1;
-                self.release(index, "not needed any more: the queue is empty before it came", &mut bookkeeping);
+                self.release(
+                    index,
+                    "not needed any more: the queue is empty before it came",
+                    &mut bookkeeping,
+                );
             }
         }
         for (seconds, index) in idle {

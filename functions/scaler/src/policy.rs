@@ -31,7 +31,7 @@ impl Default for Policy {
         Self {
             max_instances: 5,
             min_instances: 0,
-            target_drain_seconds: 60,
+            target_drain_seconds: 45,
             idle_grace_seconds: 30,
             idle_exit_seconds: 30,
             boot_seconds: 180,

@@ -1,0 +1,215 @@
+//! `simulator`: compares scalers on traces, simulates random days, checks the
+//! requirements.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use scaler::Policy;
+use simulator::days::{crash_loop, day};
+use simulator::evaluate::{Setting, Verdict, compare, verdicts};
+use simulator::plot;
+use simulator::table;
+use simulator::trace::Trace;
+
+/// Simulates the queue, the Auto Scaling groups, ECS and the tasks, with the
+/// scaler's real planner and with what users would have instead.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compare the scalers on traces: a table and an SVG each.
+    Run {
+        /// one, hundred, ten-thousand, steady, bursts, day, backfill, or CSV
+        /// files of `seconds[,count]` lines; all of the built-in ones without any.
+        traces: Vec<String>,
+        /// Folder for the plots.
+        #[arg(long, default_value = ".local/simulation")]
+        out: PathBuf,
+        #[command(flatten)]
+        conditions: Conditions,
+    },
+    /// Simulate random days with API failures; fails when a promise is broken.
+    Days {
+        /// How many.
+        #[arg(long, default_value_t = 10_000)]
+        count: u64,
+        /// First seed.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+    },
+    /// Check every requirement that a simulation can; exit code 1 when one fails.
+    Check {
+        /// Random days to simulate.
+        #[arg(long, default_value_t = 10_000)]
+        days: u64,
+        #[command(flatten)]
+        conditions: Conditions,
+    },
+}
+
+/// Given or measured rates.
+#[derive(Args)]
+struct Conditions {
+    /// Images per second of one task.
+    #[arg(long, default_value_t = Policy::default().images_per_second)]
+    images_per_second: f64,
+    /// Seconds from asking for an instance to its first vector, for every scaler.
+    #[arg(long, default_value_t = Policy::default().boot_seconds)]
+    boot_seconds: u32,
+    /// MAX_INSTANCES, for every scaler.
+    #[arg(long, default_value_t = Policy::default().max_instances)]
+    max_instances: u32,
+    /// TARGET_DRAIN_SECONDS.
+    #[arg(long, default_value_t = Policy::default().target_drain_seconds)]
+    target_drain_seconds: u32,
+    /// IDLE_GRACE_SECONDS and IDLE_EXIT_SECONDS.
+    #[arg(long, default_value_t = Policy::default().idle_grace_seconds)]
+    idle_seconds: u32,
+}
+
+impl Conditions {
+    fn setting(&self) -> Result<Setting, String> {
+        if !(self.images_per_second > 0.0 && self.boot_seconds > 0 && self.max_instances > 0) {
+            return Err("rate, boot time and maximum must be above zero".to_owned());
+        }
+        Ok(Setting::new(Policy {
+            images_per_second: self.images_per_second,
+            boot_seconds: self.boot_seconds,
+            max_instances: self.max_instances,
+            target_drain_seconds: self.target_drain_seconds.max(1),
+            idle_grace_seconds: self.idle_seconds,
+            idle_exit_seconds: self.idle_seconds,
+            ..Policy::default()
+        }))
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run {
+            traces,
+            out,
+            conditions,
+        } => run(&traces, &out, &conditions),
+        Command::Days { count, first } => days(first, count),
+        Command::Check { days, conditions } => check(days, &conditions),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(message) => {
+            eprintln!("simulator: {message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(names: &[String], out: &std::path::Path, conditions: &Conditions) -> Result<bool, String> {
+    let setting = conditions.setting()?;
+    let traces = if names.is_empty() {
+        Trace::all()
+    } else {
+        names
+            .iter()
+            .map(|name| Trace::load(name))
+            .collect::<Result<_, _>>()
+            .map_err(|error| error.to_string())?
+    };
+    for trace in &traces {
+        let comparison = compare(&setting, trace);
+        println!("{}", table::comparison(&comparison));
+        let path = plot::draw(&comparison, out).map_err(|error| error.to_string())?;
+        println!("plot: {}\n", path.display());
+    }
+    Ok(true)
+}
+
+fn simulate_days(first: u64, count: u64) -> (Vec<String>, u64, i64) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let parts: Vec<(Vec<String>, u64, i64)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                scope.spawn(move || {
+                    let (mut faults, mut runs, mut latest) = (Vec::new(), 0, i64::MIN);
+                    for number in (thread..count).step_by(threads as usize) {
+                        let day = day(first + number);
+                        faults.extend(day.fault());
+                        runs += day.runs;
+                        latest = latest.max(day.to_zero - day.grace);
+                    }
+                    (faults, runs, latest)
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .map(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .collect()
+    });
+    let mut total = (Vec::new(), 0, i64::MIN);
+    for (faults, runs, latest) in parts {
+        total.0.extend(faults);
+        total.1 += runs;
+        total.2 = total.2.max(latest);
+    }
+    total
+}
+
+fn days(first: u64, count: u64) -> Result<bool, String> {
+    let began = Instant::now();
+    let (faults, runs, latest) = simulate_days(first, count);
+    for fault in faults.iter().take(20) {
+        println!("FAIL  {fault}");
+    }
+    println!(
+        "{count} days, {runs} planner runs, {} broken promises, at the latest {} s after the grace at zero, {:.1} s",
+        faults.len(),
+        latest / 1000,
+        began.elapsed().as_secs_f64()
+    );
+    Ok(faults.is_empty())
+}
+
+fn check(count: u64, conditions: &Conditions) -> Result<bool, String> {
+    let setting = conditions.setting()?;
+    let mut all = Vec::new();
+    for trace in Trace::all() {
+        all.extend(verdicts(&compare(&setting, &trace)));
+    }
+    let (faults, runs, latest) = simulate_days(0, count);
+    all.push(Verdict {
+        what: format!("{count} random days: never above the maximum, zero within grace + 90 s"),
+        holds: faults.is_empty(),
+        numbers: faults
+            .first()
+            .cloned()
+            .unwrap_or_else(|| format!("{runs} runs, at the latest grace + {} s", latest / 1000)),
+    });
+    for (max_instances, images) in [(5, 1), (5, 100_000), (25, 1_000_000)] {
+        let cost = crash_loop(max_instances, images, 30 * 3_600_000);
+        all.push(Verdict {
+            what: format!(
+                "crash loop, {images} images, maximum {max_instances}: at most 5 launches in the first hour, recovers"
+            ),
+            holds: cost.first_hour <= 5 && cost.recovered,
+            numbers: format!(
+                "{} in the first hour, {} in the first day",
+                cost.first_hour, cost.first_day
+            ),
+        });
+    }
+    let (text, holds) = table::verdicts(&all);
+    print!("{text}");
+    Ok(holds)
+}

@@ -1,0 +1,184 @@
+//! What a run cost and how long images waited.
+
+use crate::world::Ms;
+
+/// Latency samples of one piece of work: enough for percentiles, few enough
+/// for a million images.
+const SAMPLES_PER_PIECE: u64 = 8;
+
+/// Points kept of a curve before every second one is dropped.
+const MAX_POINTS: usize = 20_000;
+
+/// What happened in one run.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Messages that arrived.
+    pub arrived: u64,
+    /// Images done.
+    pub done: u64,
+    /// Milliseconds of instances that were paid for.
+    pub paid: Ms,
+    /// Of these, before an instance's first task was ready.
+    pub booting: Ms,
+    /// Of these, with images on the GPU.
+    pub busy: Ms,
+    /// Instances launched.
+    pub instances_started: u32,
+    /// Tasks launched.
+    pub tasks_launched: u32,
+    /// When each was.
+    pub launch_times: Vec<Ms>,
+    /// Most instances at once, those on their way out included.
+    pub most_instances: u32,
+    /// When the first image was done, after its arrival.
+    pub first_vector: Option<Ms>,
+    /// When the last image was done.
+    pub last_done: Ms,
+    /// Latencies (milliseconds, images).
+    pub latencies: Vec<(u32, u32)>,
+    /// Time, paid instances, backlog.
+    pub curve: Vec<(Ms, u32, u64)>,
+}
+
+impl Stats {
+    /// `count` images that arrived together were done one after the other,
+    /// after `done_before` others of a chunk that began at `began`.
+    pub fn images_done(
+        &mut self,
+        arrived: Ms,
+        count: u64,
+        began: Ms,
+        done_before: u64,
+        per_image: f64,
+    ) {
+        let at = |number: u64| began + ((done_before + number) as f64 * per_image).round() as Ms;
+        if self.first_vector.is_none() {
+            self.first_vector = Some(at(1) - arrived);
+        }
+        self.done += count;
+        let samples = count.min(SAMPLES_PER_PIECE);
+        let mut counted = 0;
+        for sample in 1..=samples {
+            let upto = count * sample / samples;
+            let weight = upto - counted;
+            let middle = counted + weight.div_ceil(2);
+            self.latencies
+                .push(((at(middle) - arrived).max(0) as u32, weight as u32));
+            counted = upto;
+        }
+    }
+
+    /// Notes a point of the curve.
+    pub fn note(&mut self, now: Ms, paid: u32, backlog: u64) {
+        match self.curve.last_mut() {
+            Some(last) if last.0 == now => *last = (now, paid, backlog),
+            Some(last) if last.1 == paid && last.2 == backlog => {}
+            _ => self.curve.push((now, paid, backlog)),
+        }
+        if self.curve.len() > MAX_POINTS {
+            let mut index = 0;
+            self.curve.retain(|_| {
+                index += 1;
+                index % 2 == 0
+            });
+        }
+    }
+
+    /// Paid milliseconds without work after the first task was ready.
+    pub fn idle(&self) -> Ms {
+        (self.paid - self.booting - self.busy).max(0)
+    }
+}
+
+/// The numbers of a table's row, over one or several runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Summary {
+    /// Mean GPU-hours of a run.
+    pub gpu_hours: f64,
+    /// Mean seconds from the first arrival to its vector.
+    pub first_vector: Option<f64>,
+    /// Half of the images took no longer, in seconds.
+    pub p50: Option<f64>,
+    /// 95 % of them.
+    pub p95: Option<f64>,
+    /// 99 % of them.
+    pub p99: Option<f64>,
+    /// Mean idle seconds of paid GPUs.
+    pub idle_seconds: f64,
+    /// Mean number of instances started.
+    pub instances_started: f64,
+    /// Share of the images done.
+    pub done: f64,
+}
+
+impl Summary {
+    /// Folds runs together.
+    pub fn of(runs: &[Stats]) -> Self {
+        let number = runs.len().max(1) as f64;
+        let mean = |value: &dyn Fn(&Stats) -> f64| runs.iter().map(value).sum::<f64>() / number;
+        let mut latencies: Vec<(u32, u32)> = runs
+            .iter()
+            .flat_map(|run| run.latencies.iter().copied())
+            .collect();
+        latencies.sort_unstable();
+        let firsts: Vec<f64> = runs
+            .iter()
+            .filter_map(|run| run.first_vector)
+            .map(|at| at as f64 / 1000.0)
+            .collect();
+        let arrived: u64 = runs.iter().map(|run| run.arrived).sum();
+        let done: u64 = runs.iter().map(|run| run.done).sum();
+        Self {
+            gpu_hours: mean(&|run| run.paid as f64 / 3_600_000.0),
+            first_vector: (!firsts.is_empty())
+                .then(|| firsts.iter().sum::<f64>() / firsts.len() as f64),
+            p50: percentile(&latencies, 0.50),
+            p95: percentile(&latencies, 0.95),
+            p99: percentile(&latencies, 0.99),
+            idle_seconds: mean(&|run| run.idle() as f64 / 1000.0),
+            instances_started: mean(&|run| f64::from(run.instances_started)),
+            done: if arrived == 0 {
+                1.0
+            } else {
+                done as f64 / arrived as f64
+            },
+        }
+    }
+}
+
+/// Weighted percentile of sorted latencies, in seconds.
+fn percentile(sorted: &[(u32, u32)], share: f64) -> Option<f64> {
+    let total: u64 = sorted.iter().map(|(_, weight)| u64::from(*weight)).sum();
+    let wanted = (total as f64 * share).ceil() as u64;
+    let mut seen = 0;
+    for (latency, weight) in sorted {
+        seen += u64::from(*weight);
+        if seen >= wanted.max(1) {
+            return Some(f64::from(*latency) / 1000.0);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_weigh_images() {
+        let latencies = [(1000, 90), (5000, 9), (9000, 1)];
+        assert_eq!(percentile(&latencies, 0.5), Some(1.0));
+        assert_eq!(percentile(&latencies, 0.95), Some(5.0));
+        assert_eq!(percentile(&latencies, 1.0), Some(9.0));
+        assert_eq!(percentile(&[], 0.5), None);
+    }
+
+    #[test]
+    fn a_piece_is_sampled_with_all_its_weight() {
+        let mut stats = Stats::default();
+        stats.images_done(0, 1000, 5000, 0, 10.0);
+        let weight: u64 = stats.latencies.iter().map(|(_, w)| u64::from(*w)).sum();
+        assert_eq!((weight, stats.done), (1000, 1000));
+        assert_eq!(stats.first_vector, Some(5010));
+    }
+}
