@@ -1,0 +1,553 @@
+//! The whole pipeline, seen from outside: objects go into S3, CloudEvents come
+//! out of a queue that is subscribed to the output topic.
+//!
+//! The emulator's address is `LOCAL_MINISTACK`, ONNX Runtime's `ORT_DYLIB_PATH`;
+//! `cargo xtask test` installs both and sets them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use local::cloud::TaskStatus;
+use local::deployment::{SOURCE_BUCKET, WayIn};
+use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
+use serde_json::{Value, json};
+
+const SOURCE: &str = "s3://clip-source";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_put_into_s3_come_out_as_events_with_vectors_and_the_cluster_is_back_at_zero() {
+    let pipeline = Pipeline::start(|options| options).await.unwrap();
+    let mut images: BTreeMap<String, Vec<u8>> = samples().into_iter().collect();
+    images.insert("a folder/my photo+é&(1).bmp".to_owned(), bmp(1, 300));
+    for (key, content) in &images {
+        pipeline
+            .deployment
+            .upload(key, content.clone(), None)
+            .await
+            .unwrap();
+    }
+
+    let events = pipeline.events_of(images.len()).await.unwrap();
+
+    let documents = by_document(&events);
+    for key in images.keys() {
+        let url = events::S3Url::new(SOURCE_BUCKET, key).to_string();
+        let event = documents
+            .get(&url)
+            .unwrap_or_else(|| panic!("no event for {url}"))[0];
+        check_contract(event).unwrap();
+        assert_eq!(event["type"], "document-created");
+        assert_eq!(
+            event["data"]["callStack"],
+            json!(["clip-image-processor", "s3-event-trigger"])
+        );
+        assert_eq!(event["data"]["source"], event["data"]["document"]);
+        let vector = pipeline.vector(event).await.unwrap();
+        assert_eq!(vector.len(), 32);
+        assert!(vector.iter().any(|value| *value != 0.0));
+        let keywords = event["data"]["metadata"]["keywords"].as_array().unwrap();
+        assert_eq!(keywords.len(), 5, "{keywords:?}");
+    }
+    let vectors: BTreeSet<Vec<u32>> = {
+        let mut all = BTreeSet::new();
+        for event in documents.values() {
+            let vector = pipeline.vector(event[0]).await.unwrap();
+            all.insert(vector.iter().map(|value| value.to_bits()).collect());
+        }
+        all
+    };
+    assert_eq!(
+        vectors.len(),
+        images.len(),
+        "every image has a vector of its own"
+    );
+    pipeline.back_at_zero().await.unwrap();
+    let snapshot = pipeline.deployment.cloud.snapshot();
+    assert_eq!(
+        snapshot.peak_instances, 1,
+        "so few images need one instance"
+    );
+    assert!(snapshot.tasks.iter().all(|task| task.exit_code == Some(0)));
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_killed_in_mid_batch_loses_nothing() {
+    const IMAGES: u32 = 60;
+    let pipeline = Pipeline::start(|options| {
+        options
+            .parameter("MaxInstances", 1)
+            .parameter("VisibilityTimeoutSeconds", 130)
+    })
+    .await
+    .unwrap();
+    // The template's least visibility timeout is minutes, and this test is
+    // about what comes back, not about how long that takes.
+    set_visibility_timeout(&pipeline, 4).await;
+    for seed in 0..IMAGES {
+        let key = format!("image-{seed:03}.bmp");
+        pipeline
+            .deployment
+            .upload(&key, bmp(seed, 320), None)
+            .await
+            .unwrap();
+    }
+    // Kill each of the first two tasks as soon as it holds messages.
+    for _ in 0..2 {
+        loop {
+            let (task, _) = pipeline.running_task().await.unwrap();
+            let input = pipeline.deployment.input_queue_url();
+            let counts = pipeline.deployment.queue_counts(&input).await.unwrap();
+            if counts.in_flight > 0 && pipeline.deployment.cloud.kill_task(&task) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+
+    let events = pipeline.events_of(IMAGES as usize).await.unwrap();
+    pipeline.back_at_zero().await.unwrap();
+
+    let mut all = events;
+    all.extend(pipeline.deployment.take_events().await.unwrap());
+    let documents = by_document(&all);
+    assert_eq!(
+        documents.len(),
+        IMAGES as usize,
+        "at least one event for each image"
+    );
+    let named: BTreeSet<String> = all
+        .iter()
+        .map(|event| vector_url(event).unwrap().key)
+        .collect();
+    let stored: BTreeSet<String> = pipeline.vector_keys().await.unwrap().into_iter().collect();
+    assert_eq!(
+        named.len(),
+        IMAGES as usize,
+        "exactly one vector for each image"
+    );
+    assert_eq!(
+        named, stored,
+        "no vector without an event and no event without a vector"
+    );
+    let killed = pipeline.deployment.cloud.snapshot();
+    let killed = killed
+        .tasks
+        .iter()
+        .filter(|task| task.exit_code == Some(137))
+        .count();
+    assert_eq!(killed, 2, "both kills hit a task");
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_leaves_with_its_reason_and_costs_the_good_nothing() {
+    let pipeline = Pipeline::start(|options| options).await.unwrap();
+    let jpeg = samples()
+        .into_iter()
+        .find(|(name, _)| name.ends_with(".jpg"));
+    let (_, jpeg) = jpeg.expect("a JPEG among the samples");
+    let truncated = jpeg[..jpeg.len() / 2].to_vec();
+    let uploads: [(&str, Vec<u8>); 5] = [
+        ("good.bmp", bmp(1, 64)),
+        ("text.jpg", b"This is no photo.".to_vec()),
+        ("truncated.jpg", truncated),
+        ("empty.png", Vec::new()),
+        ("lie.png", jpeg.clone()),
+    ];
+    for (key, content) in uploads {
+        pipeline
+            .deployment
+            .upload(key, content, Some("image/png"))
+            .await
+            .unwrap();
+    }
+    pipeline
+        .deployment
+        .upload("notes.txt", b"notes".to_vec(), None)
+        .await
+        .unwrap();
+
+    let events = pipeline.events_of(2).await.unwrap();
+    let rejections = pipeline.rejections(3).await.unwrap();
+    pipeline.back_at_zero().await.unwrap();
+
+    let documents = by_document(&events);
+    assert!(documents.contains_key(&format!("{SOURCE}/good.bmp")));
+    let lie = documents[&format!("{SOURCE}/lie.png")][0];
+    assert_eq!(
+        lie["data"]["document"]["type"], "image/jpeg",
+        "content wins"
+    );
+    let mut reasons = BTreeMap::new();
+    for rejection in &rejections {
+        let object = rejection.object.clone().unwrap_or_default();
+        reasons.insert(object, rejection.reason.clone().unwrap_or_default());
+    }
+    for (object, word) in [
+        ("text.jpg", "none of the seven"),
+        ("empty.png", "empty"),
+        ("truncated.jpg", "trunc"),
+    ] {
+        let reason = reasons.get(&format!("{SOURCE}/{object}"));
+        let reason = reason.unwrap_or_else(|| panic!("{object} in {reasons:?}"));
+        assert!(reason.contains(word), "{object}: {reason}");
+    }
+    assert_eq!(
+        reasons.len(),
+        3,
+        "a file that claims nothing is no rejection: {reasons:?}"
+    );
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_reaches_the_output_takes_the_vector_along_and_starts_no_gpu() {
+    let pipeline = Pipeline::start(|options| options).await.unwrap();
+    pipeline
+        .deployment
+        .upload("here.bmp", bmp(1, 64), None)
+        .await
+        .unwrap();
+    pipeline
+        .deployment
+        .upload("stays.bmp", bmp(2, 64), None)
+        .await
+        .unwrap();
+    pipeline.events_of(2).await.unwrap();
+    pipeline.back_at_zero().await.unwrap();
+    let tasks_before = pipeline.deployment.cloud.snapshot().tasks.len();
+    // The next middleware of the deployment takes only vectors; this one
+    // listens to everything.
+    let queue = listen_to_everything(&pipeline).await;
+
+    let deletion = pipeline
+        .deployment
+        .s3
+        .delete_object()
+        .bucket(SOURCE_BUCKET)
+        .key("here.bmp");
+    deletion.send().await.unwrap();
+
+    let event = receive(&pipeline, &queue).await;
+    assert_eq!(event["type"], "document-deleted");
+    assert_eq!(
+        event["data"]["document"],
+        json!({"url": format!("{SOURCE}/here.bmp"), "type": "image/bmp"})
+    );
+    assert_eq!(pipeline.vector_keys().await.unwrap().len(), 1);
+    assert_eq!(
+        pipeline.deployment.cloud.snapshot().tasks.len(),
+        tasks_before
+    );
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cloudevent_of_another_middleware_keeps_what_it_carries() {
+    let pipeline = Pipeline::start(|options| options).await.unwrap();
+    // Not through the source bucket's notification: as an object that another
+    // middleware wrote elsewhere.
+    let elsewhere = pipeline.deployment.cache_bucket();
+    let put = pipeline
+        .deployment
+        .s3
+        .put_object()
+        .bucket(&elsewhere)
+        .key("resized/photo");
+    put.body(bmp(5, 80).into()).send().await.unwrap();
+    let event = json!({
+        "specversion": "1.0",
+        "id": "1780d5de-fd6f-4530-98d7-82ebee85ea39",
+        "type": "document-created",
+        "time": "2023-10-22T13:19:10.657Z",
+        "data": {
+            "chainId": "6ebf76e4-f70c-440c-98f9-3e3e7eb34c79",
+            "source": {"url": format!("{SOURCE}/photo.tiff"), "type": "image/tiff", "size": 9},
+            "document": {"url": format!("s3://{elsewhere}/resized/photo"), "type": "image/bmp"},
+            "metadata": {"keywords": ["sea"], "custom": {"order": 7}, "title": "Harbour"},
+            "callStack": ["sharp-image-transform", "s3-event-trigger"],
+        }
+    });
+    let topic = pipeline
+        .deployment
+        .sns
+        .create_topic()
+        .name("other-middleware")
+        .send()
+        .await;
+    let topic = topic.unwrap().topic_arn.unwrap();
+    let input = pipeline.deployment.input_queue_url();
+    let name = input.rsplit('/').next().unwrap();
+    let filter: Value =
+        serde_json::from_str(include_str!("../../events/filters/subscription.json")).unwrap();
+    let subscription = json!({
+        "TopicArn": topic, "Protocol": "sqs",
+        "Endpoint": format!("arn:aws:sqs:us-east-1:000000000000:{name}"),
+        "RawMessageDelivery": true, "FilterPolicyScope": "MessageBody", "FilterPolicy": filter,
+    });
+    pipeline.deployment.subscribe(&subscription).await.unwrap();
+    let publish = pipeline.deployment.sns.publish().topic_arn(topic);
+    publish.message(event.to_string()).send().await.unwrap();
+
+    let output = pipeline.events_of(1).await.unwrap().remove(0);
+
+    check_contract(&output).unwrap();
+    for same in [
+        "/id",
+        "/time",
+        "/data/chainId",
+        "/data/source",
+        "/data/document",
+    ] {
+        assert_eq!(output.pointer(same), event.pointer(same), "{same}");
+    }
+    let metadata = &output["data"]["metadata"];
+    assert_eq!(metadata["custom"], json!({"order": 7}));
+    assert_eq!(metadata["title"], "Harbour");
+    let keywords = metadata["keywords"].as_array().unwrap();
+    assert_eq!((keywords.len(), &keywords[0]), (6, &json!("sea")));
+    assert_eq!(
+        output["data"]["callStack"],
+        json!([
+            "clip-image-processor",
+            "sharp-image-transform",
+            "s3-event-trigger"
+        ])
+    );
+    pipeline.back_at_zero().await.unwrap();
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eventbridge_sqs_sns_and_pipes_are_ways_in_too() {
+    let pipeline = Pipeline::start(|mut options| {
+        options.way_in = WayIn::EventBridge;
+        options
+    })
+    .await
+    .unwrap();
+    // The bucket's own events on the default bus.
+    pipeline
+        .deployment
+        .upload("by-eventbridge.bmp", bmp(1, 64), None)
+        .await
+        .unwrap();
+    let first = pipeline.events_of(1).await.unwrap();
+    assert!(by_document(&first).contains_key(&format!("{SOURCE}/by-eventbridge.bmp")));
+
+    // The other forms, as Lambda hands them over: the emulated bucket sends
+    // its events to EventBridge only, so these objects arrive twice.
+    let notification = |key: &str| {
+        json!({"Records": [{"eventSource": "aws:s3", "eventName": "ObjectCreated:Put", "s3": {
+            "bucket": {"name": SOURCE_BUCKET}, "object": {"key": key, "size": 1},
+        }}]})
+        .to_string()
+    };
+    let envelope = json!({"Type": "Notification", "Message": notification("wrapped.bmp")});
+    let sqs = |bodies: &[String]| {
+        let record = |(index, body): (usize, &String)| json!({"messageId": format!("m{index}"), "body": body, "eventSource": "aws:sqs"});
+        json!({"Records": bodies.iter().enumerate().map(record).collect::<Vec<Value>>()})
+    };
+    let payloads = [
+        ("by-sqs.bmp", sqs(&[notification("by-sqs.bmp")])),
+        ("wrapped.bmp", sqs(&[envelope.to_string()])),
+        (
+            "by-sns.bmp",
+            json!({"Records": [{"EventSource": "aws:sns", "Sns": {"Message": notification("by-sns.bmp")}}]}),
+        ),
+        (
+            "by-pipe.bmp",
+            json!([{"messageId": "m", "body": notification("by-pipe.bmp")}]),
+        ),
+    ];
+    let elsewhere = payloads.len();
+    for (seed, (key, payload)) in payloads.iter().enumerate() {
+        pipeline
+            .deployment
+            .upload(key, bmp(10 + seed as u32, 64), None)
+            .await
+            .unwrap();
+        let answer = pipeline
+            .deployment
+            .invoke("IntakeFunction", payload)
+            .await
+            .unwrap();
+        assert!(
+            answer == json!({"batchItemFailures": []}) || answer["enqueued"] == 1,
+            "{key}: {answer}"
+        );
+    }
+    let events = pipeline.events_of(elsewhere).await.unwrap();
+    for event in &events {
+        check_contract(event).unwrap();
+    }
+    pipeline.back_at_zero().await.unwrap();
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topic_bus_and_queue_are_ways_out_and_all_get_every_event() {
+    let pipeline =
+        Pipeline::start(|options| options.parameter("OutputKind", "topic+event-bus+queue"))
+            .await
+            .unwrap();
+    let on_bus = listen_to_the_bus(&pipeline).await;
+    let output_queue = pipeline
+        .deployment
+        .sqs
+        .get_queue_url()
+        .queue_name("clip-OutputQueue");
+    let output_queue = output_queue.send().await.unwrap().queue_url.unwrap();
+
+    pipeline
+        .deployment
+        .upload("one.bmp", bmp(1, 64), None)
+        .await
+        .unwrap();
+
+    let from_topic = pipeline.events_of(1).await.unwrap().remove(0);
+    let from_queue = receive(&pipeline, &output_queue).await;
+    let from_bus = receive(&pipeline, &on_bus).await;
+    check_contract(&from_topic).unwrap();
+    assert_eq!(from_topic, from_queue);
+    assert_eq!(from_bus["detail-type"], "document-created");
+    let detail = &from_bus["detail"];
+    for required in [
+        "specversion",
+        "id",
+        "source",
+        "type",
+        "subject",
+        "datacontenttype",
+    ] {
+        assert!(detail[required].is_string(), "{required} in {detail}");
+    }
+    assert_eq!(detail["data"], from_topic["data"]);
+    pipeline.back_at_zero().await.unwrap();
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_images_start_no_more_tasks_than_allowed_and_each_decision_is_explained() {
+    const IMAGES: u32 = 120;
+    let pipeline = Pipeline::start(|options| {
+        options
+            .parameter("MaxInstances", 3)
+            .parameter("ImagesPerSecond", 1)
+            .parameter("TargetDrainSeconds", 30)
+    })
+    .await
+    .unwrap();
+    for seed in 0..IMAGES {
+        let key = format!("{seed:03}.bmp");
+        pipeline
+            .deployment
+            .upload(&key, bmp(seed, 200), None)
+            .await
+            .unwrap();
+    }
+    let events = pipeline.events_of(IMAGES as usize).await.unwrap();
+    pipeline.back_at_zero().await.unwrap();
+    assert_eq!(by_document(&events).len(), IMAGES as usize);
+    let snapshot = pipeline.deployment.cloud.snapshot();
+    assert!(
+        (1..=3).contains(&snapshot.peak_instances),
+        "{}",
+        snapshot.peak_instances
+    );
+    assert!(
+        (1..=3).contains(&snapshot.peak_tasks),
+        "{}",
+        snapshot.peak_tasks
+    );
+    let all_stopped = snapshot
+        .tasks
+        .iter()
+        .all(|task| task.status == TaskStatus::Stopped);
+    assert!(all_stopped);
+    let logs = pipeline
+        .deployment
+        .function_logs("ScalerFunction")
+        .await
+        .unwrap();
+    let explained = logs.iter().filter_map(|line| line.json());
+    let explained = explained
+        .filter(|line| line.to_string().contains("reason"))
+        .count();
+    assert!(
+        explained >= 3,
+        "the log explains the way up and the way down: {explained}"
+    );
+    pipeline.stop().await;
+}
+
+async fn set_visibility_timeout(pipeline: &Pipeline, seconds: u32) {
+    let name = aws_sdk_sqs::types::QueueAttributeName::VisibilityTimeout;
+    let request = pipeline.deployment.sqs.set_queue_attributes();
+    let request = request.queue_url(pipeline.deployment.input_queue_url());
+    request
+        .attributes(name, seconds.to_string())
+        .send()
+        .await
+        .unwrap();
+}
+
+async fn new_queue(pipeline: &Pipeline, name: &str) -> (String, String) {
+    let url = pipeline
+        .deployment
+        .create_queue(name, &Value::Null)
+        .await
+        .unwrap();
+    (url, format!("arn:aws:sqs:us-east-1:000000000000:{name}"))
+}
+
+/// A queue that gets everything that the output topic carries.
+async fn listen_to_everything(pipeline: &Pipeline) -> String {
+    let (url, arn) = new_queue(pipeline, "everything").await;
+    let subscription = json!({
+        "TopicArn": "arn:aws:sns:us-east-1:000000000000:clip-OutputTopic",
+        "Protocol": "sqs", "Endpoint": arn, "RawMessageDelivery": true,
+    });
+    pipeline.deployment.subscribe(&subscription).await.unwrap();
+    url
+}
+
+/// A queue that gets everything of this system on the default event bus.
+async fn listen_to_the_bus(pipeline: &Pipeline) -> String {
+    let (url, arn) = new_queue(pipeline, "on-bus").await;
+    let pattern = json!({"detail-type": ["document-created", "document-deleted"]});
+    let rule = pipeline.deployment.events.put_rule().name("listen");
+    rule.event_pattern(pattern.to_string())
+        .send()
+        .await
+        .unwrap();
+    let target = aws_sdk_eventbridge::types::Target::builder()
+        .id("queue")
+        .arn(arn);
+    let targets = pipeline.deployment.events.put_targets().rule("listen");
+    targets
+        .targets(target.build().unwrap())
+        .send()
+        .await
+        .unwrap();
+    url
+}
+
+/// The next message of a queue, as JSON.
+async fn receive(pipeline: &Pipeline, queue_url: &str) -> Value {
+    let started = std::time::Instant::now();
+    while started.elapsed() < PATIENCE {
+        let request = pipeline
+            .deployment
+            .sqs
+            .receive_message()
+            .queue_url(queue_url);
+        let answer = request.wait_time_seconds(1).send().await.unwrap();
+        if let Some(message) = answer.messages().first() {
+            return serde_json::from_str(message.body().unwrap()).unwrap();
+        }
+    }
+    panic!("nothing arrived in {queue_url}");
+}
