@@ -1,0 +1,217 @@
+//! What can go wrong with a piece of work, where, and whether trying again
+//! can help.
+
+use std::fmt;
+
+pub use platform::Failure;
+
+/// A stage of the pipeline, in the order in which work passes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stage {
+    /// Taking messages from the queue.
+    Receive,
+    /// Reading what a message says.
+    Parse,
+    /// Getting the document's bytes.
+    Download,
+    /// Decoding, resizing, cropping.
+    Decode,
+    /// Waiting for company in a batch.
+    Batch,
+    /// Running the model.
+    Infer,
+    /// Writing the vector.
+    Store,
+    /// Sending the event to the outputs.
+    Publish,
+    /// Deleting, returning or rejecting the message.
+    Acknowledge,
+}
+
+impl Stage {
+    /// All stages, in order.
+    pub const ALL: [Stage; 9] = [
+        Stage::Receive,
+        Stage::Parse,
+        Stage::Download,
+        Stage::Decode,
+        Stage::Batch,
+        Stage::Infer,
+        Stage::Store,
+        Stage::Publish,
+        Stage::Acknowledge,
+    ];
+
+    /// The name in logs, metrics and rejections.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Receive => "receive",
+            Stage::Parse => "parse",
+            Stage::Download => "download",
+            Stage::Decode => "decode",
+            Stage::Batch => "batch",
+            Stage::Infer => "infer",
+            Stage::Store => "store",
+            Stage::Publish => "publish",
+            Stage::Acknowledge => "acknowledge",
+        }
+    }
+}
+
+/// Why something failed: one of few words, so that metrics can count them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Cause {
+    /// The message is no work in any known form.
+    Malformed,
+    /// The document is not there.
+    NotFound,
+    /// Access to a service or document was refused.
+    AccessDenied,
+    /// The document is empty.
+    Empty,
+    /// The document is larger than allowed.
+    TooLarge,
+    /// The document is none of the supported types.
+    Unsupported,
+    /// The document is damaged.
+    Damaged,
+    /// A decoder gave up in a way that it should not have.
+    DecoderPanic,
+    /// The model's answer holds a value that is no number.
+    NotFinite,
+    /// The model could not be run.
+    Engine,
+    /// The finished event is larger than an output takes.
+    EventTooLarge,
+    /// A service refuses this very request.
+    Refused,
+    /// A service or the network failed.
+    Unavailable,
+    /// Something took longer than it may.
+    Timeout,
+    /// The message's visibility ended before its work did.
+    LeaseLost,
+    /// A fault of this program.
+    Internal,
+}
+
+impl Cause {
+    /// The word in logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Cause::Malformed => "malformed",
+            Cause::NotFound => "not-found",
+            Cause::AccessDenied => "access-denied",
+            Cause::Empty => "empty",
+            Cause::TooLarge => "too-large",
+            Cause::Unsupported => "unsupported",
+            Cause::Damaged => "damaged",
+            Cause::DecoderPanic => "decoder-panic",
+            Cause::NotFinite => "not-finite",
+            Cause::Engine => "engine",
+            Cause::EventTooLarge => "event-too-large",
+            Cause::Refused => "refused",
+            Cause::Unavailable => "unavailable",
+            Cause::Timeout => "timeout",
+            Cause::LeaseLost => "lease-lost",
+            Cause::Internal => "internal",
+        }
+    }
+}
+
+/// A piece of work failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskError {
+    /// Where.
+    pub stage: Stage,
+    /// Why, in one word.
+    pub cause: Cause,
+    /// Whether a later try can succeed.
+    pub failure: Failure,
+    /// Why, for a person.
+    pub message: String,
+    /// Where the finished event lies that no output took.
+    pub event: Option<String>,
+}
+
+impl TaskError {
+    /// The input is at fault: every try will fail.
+    pub fn permanent(stage: Stage, cause: Cause, message: impl Into<String>) -> Self {
+        Self {
+            stage,
+            cause,
+            failure: Failure::Permanent,
+            message: message.into(),
+            event: None,
+        }
+    }
+
+    /// A later try can succeed.
+    pub fn transient(stage: Stage, cause: Cause, message: impl Into<String>) -> Self {
+        Self {
+            failure: Failure::Transient,
+            ..Self::permanent(stage, cause, message)
+        }
+    }
+}
+
+impl fmt::Display for TaskError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for TaskError {}
+
+/// Why the task ends before its work does. Each has an exit code of its own,
+/// which the scaler's crash-loop detection and a person reading ECS see.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fatal {
+    /// The configuration is wrong.
+    #[error("configuration: {0}")]
+    Configuration(String),
+    /// The model cannot be fetched, loaded or warmed.
+    #[error("model: {0}")]
+    Model(String),
+    /// A queue, bucket or output cannot be used.
+    #[error("aws access: {0}")]
+    Access(String),
+    /// The model fails run after run.
+    #[error("inference: {0}")]
+    Inference(String),
+}
+
+/// Exit code after SIGTERM, and when nothing is left to do.
+pub const EXIT_DONE: u8 = 0;
+
+impl Fatal {
+    /// The process's exit code.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Fatal::Configuration(_) => 2,
+            Fatal::Model(_) => 3,
+            Fatal::Access(_) => 4,
+            Fatal::Inference(_) => 5,
+        }
+    }
+}
+
+/// Codes with which AWS refuses access, whatever the service.
+const ACCESS_CODES: &[&str] = &[
+    "AccessDenied",
+    "AccessDeniedException",
+    "AuthorizationError",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "KMSAccessDenied",
+    "NotAuthorized",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+];
+
+/// Whether an error's text names a refusal of access. Batch APIs and wrapped
+/// errors bring the code as text only.
+pub fn is_access_problem(message: &str) -> bool {
+    ACCESS_CODES.iter().any(|code| message.contains(code))
+}

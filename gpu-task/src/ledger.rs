@@ -1,0 +1,513 @@
+//! Who owns a message when. `design.md` beside this crate tells the whole
+//! protocol; this is its bookkeeping, without any I/O.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+
+use crate::failure::{Cause, Failure, Stage, TaskError};
+use crate::queue::Received;
+
+/// Who owns a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ownership {
+    /// This task; the work has not reached the model yet, so a stop hands the
+    /// message back. Entered by receiving.
+    Held,
+    /// This task; an image of it is in a batch or behind it, so a stop
+    /// finishes it. Entered from `Held` by the batcher.
+    Committed,
+    /// Somebody else, or soon: the visibility ended. Entered from `Held` or
+    /// `Committed` by the heartbeat.
+    Lost,
+    /// The queue: handed back by a stop. Entered from `Held`, or from
+    /// `Committed` when the time to stop is up.
+    HandedBack,
+}
+
+impl Ownership {
+    /// Whether work on the message still makes sense.
+    pub const fn is_ours(self) -> bool {
+        matches!(self, Ownership::Held | Ownership::Committed)
+    }
+}
+
+/// What became of one item of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ItemFailure {
+    /// What failed.
+    pub error: TaskError,
+    /// The object that the item is about, where it is known.
+    pub object: Option<String>,
+    /// What goes to the dead-letter queue when the failure is permanent.
+    pub body: String,
+}
+
+/// What became of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Everything is stored and published: delete it.
+    Done,
+    /// At least one item may succeed later: return it.
+    Retry(TaskError),
+    /// Some items will never succeed, all others are done: reject those, then
+    /// delete it.
+    Reject(Vec<ItemFailure>),
+}
+
+struct State {
+    ownership: Ownership,
+    receipt: String,
+    expires: Instant,
+    open_items: usize,
+    is_removed: bool,
+    failures: Vec<ItemFailure>,
+}
+
+/// A message in work.
+pub struct Message {
+    /// Identifies it across deliveries.
+    pub message_id: String,
+    /// The body as it arrived.
+    pub body: String,
+    /// How often it was delivered, this time included.
+    pub receive_count: u32,
+    /// When it was received.
+    pub received: Instant,
+    state: Mutex<State>,
+}
+
+impl Message {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every critical section below leaves the state whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who owns it.
+    pub fn ownership(&self) -> Ownership {
+        self.state().ownership
+    }
+
+    /// The receipt of its latest delivery, the only one that SQS honours.
+    pub fn receipt(&self) -> String {
+        self.state().receipt.clone()
+    }
+
+    /// Marks it as being in a batch. False when it is not ours any more.
+    fn commit(&self) -> bool {
+        let mut state = self.state();
+        if state.ownership == Ownership::Held {
+            state.ownership = Ownership::Committed;
+        }
+        state.ownership.is_ours()
+    }
+
+    fn change_if(&self, accepted: impl Fn(Ownership) -> bool, to: Ownership) -> bool {
+        let mut state = self.state();
+        let is_accepted = accepted(state.ownership);
+        if is_accepted {
+            state.ownership = to;
+        }
+        is_accepted
+    }
+
+    /// What to do with the message once all its items have ended.
+    pub fn verdict(&self) -> Verdict {
+        let state = self.state();
+        let transient = state
+            .failures
+            .iter()
+            .find(|failure| failure.error.failure == Failure::Transient);
+        match transient {
+            Some(failure) => Verdict::Retry(failure.error.clone()),
+            None if state.failures.is_empty() => Verdict::Done,
+            None => Verdict::Reject(state.failures.clone()),
+        }
+    }
+}
+
+/// One item of a message on its way. It must end: a ticket that is dropped
+/// unfinished (a panic, a stage that went away) counts as a transient failure,
+/// so that no message is forgotten.
+pub struct Ticket {
+    message: Arc<Message>,
+    desk: mpsc::UnboundedSender<Arc<Message>>,
+    has_ended: bool,
+}
+
+impl Ticket {
+    /// The message that the item belongs to.
+    pub fn message(&self) -> &Message {
+        &self.message
+    }
+
+    /// Whether work on the item still makes sense.
+    pub fn is_ours(&self) -> bool {
+        self.message.ownership().is_ours()
+    }
+
+    /// Marks the message as being in a batch. False when it is not ours.
+    pub fn commit(&self) -> bool {
+        self.message.commit()
+    }
+
+    /// The item is stored and published, or there was nothing to do.
+    pub fn finish(mut self) {
+        self.end(None);
+    }
+
+    /// The item failed.
+    pub fn fail(mut self, error: TaskError, object: Option<String>, body: String) {
+        self.end(Some(ItemFailure {
+            error,
+            object,
+            body,
+        }));
+    }
+
+    fn end(&mut self, failure: Option<ItemFailure>) {
+        self.has_ended = true;
+        let is_last = {
+            let mut state = self.message.state();
+            state.failures.extend(failure);
+            state.open_items -= 1;
+            state.open_items == 0
+        };
+        if is_last {
+            // The desk outlives every ticket but in the last moments of the
+            // process, when the message is handed back anyway.
+            let _ = self.desk.send(self.message.clone());
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.has_ended {
+            return;
+        }
+        let error = TaskError::transient(
+            Stage::Acknowledge,
+            Cause::Internal,
+            "the work was dropped before its end",
+        );
+        self.end(Some(ItemFailure {
+            error,
+            object: None,
+            body: String::new(),
+        }));
+    }
+}
+
+/// Every message in work.
+pub struct Ledger {
+    messages: Mutex<HashMap<String, Arc<Message>>>,
+    emptied: Notify,
+}
+
+/// What [`Ledger::take`] made of a delivery.
+pub enum Taken {
+    /// New work.
+    New(Arc<Message>),
+    /// The message is in work here already; its lease is the new one now.
+    Duplicate,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Ledger {
+    /// An empty ledger.
+    pub fn new() -> Self {
+        Self {
+            messages: Mutex::new(HashMap::new()),
+            emptied: Notify::new(),
+        }
+    }
+
+    fn messages(&self) -> MutexGuard<'_, HashMap<String, Arc<Message>>> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a delivery. SQS delivers at least once: a message that is in
+    /// work here already is not worked on twice; only its receipt is renewed,
+    /// since the latest receipt is the one that SQS honours.
+    pub fn take(&self, received: Received, now: Instant, visibility: Duration) -> Taken {
+        let mut messages = self.messages();
+        if let Some(known) = messages.get(&received.message_id) {
+            let mut state = known.state();
+            if state.ownership.is_ours() {
+                state.receipt = received.receipt;
+                state.expires = now + visibility;
+                return Taken::Duplicate;
+            }
+        }
+        let message = Arc::new(Message {
+            message_id: received.message_id,
+            body: received.body,
+            receive_count: received.receive_count,
+            received: now,
+            state: Mutex::new(State {
+                ownership: Ownership::Held,
+                receipt: received.receipt,
+                expires: now + visibility,
+                open_items: 0,
+                is_removed: false,
+                failures: Vec::new(),
+            }),
+        });
+        messages.insert(message.message_id.clone(), message.clone());
+        Taken::New(message)
+    }
+
+    /// Tickets for the items of a message that was just taken. The message
+    /// goes to `desk` when the last one has ended.
+    pub fn tickets(
+        message: &Arc<Message>,
+        items: usize,
+        desk: &mpsc::UnboundedSender<Arc<Message>>,
+    ) -> Vec<Ticket> {
+        message.state().open_items += items;
+        (0..items)
+            .map(|_| Ticket {
+                message: message.clone(),
+                desk: desk.clone(),
+                has_ended: false,
+            })
+            .collect()
+    }
+
+    /// Removes a message whose fate is sealed; answers whether it was there.
+    /// A message that was replaced by a newer delivery of itself counts as
+    /// there once, when it is removed.
+    pub fn remove(&self, message: &Arc<Message>) -> bool {
+        if std::mem::replace(&mut message.state().is_removed, true) {
+            return false;
+        }
+        let mut messages = self.messages();
+        if messages
+            .get(&message.message_id)
+            .is_some_and(|known| Arc::ptr_eq(known, message))
+        {
+            messages.remove(&message.message_id);
+        }
+        if messages.is_empty() {
+            self.emptied.notify_waiters();
+        }
+        true
+    }
+
+    /// How many messages are in work.
+    pub fn len(&self) -> usize {
+        self.messages().len()
+    }
+
+    /// Whether nothing is in work.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns when nothing is in work.
+    pub async fn wait_until_empty(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            tokio::pin!(emptied);
+            // Registered before the check, so that no wake-up falls between.
+            emptied.as_mut().enable();
+            if self.is_empty() {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// The messages whose visibility ends within `margin`; those for which it
+    /// has ended already are lost, and left out.
+    pub fn due(&self, now: Instant, margin: Duration) -> Vec<Arc<Message>> {
+        let mut due = Vec::new();
+        for message in self.messages().values() {
+            let mut state = message.state();
+            if !state.ownership.is_ours() {
+                continue;
+            }
+            if state.expires <= now {
+                state.ownership = Ownership::Lost;
+                tracing::warn!(
+                    message_id = message.message_id,
+                    "the visibility ended before the work did"
+                );
+            } else if state.expires - now <= margin {
+                due.push(message.clone());
+            }
+        }
+        due
+    }
+
+    /// The lease of `receipt` was extended at `at`.
+    pub fn extended(message: &Message, receipt: &str, at: Instant, visibility: Duration) {
+        let mut state = message.state();
+        if state.receipt == receipt {
+            state.expires = at + visibility;
+        }
+    }
+
+    /// The queue says that `receipt` is stale. True when the message was ours
+    /// until now and no newer delivery renewed it.
+    pub fn lost(message: &Message, receipt: &str) -> bool {
+        let mut state = message.state();
+        let is_lost = state.receipt == receipt && state.ownership.is_ours();
+        if is_lost {
+            state.ownership = Ownership::Lost;
+        }
+        is_lost
+    }
+
+    /// Gives up the messages that a stop hands back: those that have not
+    /// reached the model, and with `all` the others too.
+    pub fn give_up(&self, all: bool) -> Vec<Arc<Message>> {
+        let is_given_up = |ownership: Ownership| {
+            ownership == Ownership::Held || (all && ownership == Ownership::Committed)
+        };
+        self.messages()
+            .values()
+            .filter(|message| message.change_if(is_given_up, Ownership::HandedBack))
+            .cloned()
+            .collect()
+    }
+
+    /// Every message that is in the ledger, ours or not.
+    pub fn all(&self) -> Vec<Arc<Message>> {
+        self.messages().values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VISIBILITY: Duration = Duration::from_secs(30);
+
+    fn received(id: &str, receipt: &str) -> Received {
+        Received {
+            message_id: id.to_owned(),
+            receipt: receipt.to_owned(),
+            body: "{}".to_owned(),
+            receive_count: 1,
+        }
+    }
+
+    fn take(ledger: &Ledger, id: &str) -> Arc<Message> {
+        match ledger.take(received(id, "r1"), Instant::now(), VISIBILITY) {
+            Taken::New(message) => message,
+            Taken::Duplicate => panic!("{id} is new"),
+        }
+    }
+
+    fn failure(kind: Failure) -> TaskError {
+        TaskError {
+            failure: kind,
+            ..TaskError::permanent(Stage::Decode, Cause::Damaged, "why")
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_goes_to_the_desk_when_its_last_item_has_ended() {
+        let ledger = Ledger::new();
+        let (desk, mut done) = mpsc::unbounded_channel();
+        let message = take(&ledger, "a");
+        let mut tickets = Ledger::tickets(&message, 2, &desk);
+        tickets.remove(0).finish();
+        assert!(done.try_recv().is_err());
+        tickets.remove(0).finish();
+        assert_eq!(done.try_recv().unwrap().verdict(), Verdict::Done);
+    }
+
+    #[tokio::test]
+    async fn a_transient_failure_of_one_item_returns_the_whole_message() {
+        let ledger = Ledger::new();
+        let (desk, mut done) = mpsc::unbounded_channel();
+        let message = take(&ledger, "a");
+        let mut tickets = Ledger::tickets(&message, 2, &desk);
+        let permanent = failure(Failure::Permanent);
+        tickets.remove(0).fail(permanent, None, String::new());
+        let transient = failure(Failure::Transient);
+        tickets.remove(0).fail(transient, None, String::new());
+        let verdict = done.try_recv().unwrap().verdict();
+        assert!(matches!(verdict, Verdict::Retry(_)), "{verdict:?}");
+    }
+
+    #[tokio::test]
+    async fn a_dropped_ticket_returns_the_message() {
+        let ledger = Ledger::new();
+        let (desk, mut done) = mpsc::unbounded_channel();
+        let message = take(&ledger, "a");
+        drop(Ledger::tickets(&message, 1, &desk));
+        let verdict = done.try_recv().unwrap().verdict();
+        assert!(matches!(verdict, Verdict::Retry(error) if error.cause == Cause::Internal));
+    }
+
+    #[tokio::test]
+    async fn a_second_delivery_renews_the_lease_and_is_no_new_work() {
+        let ledger = Ledger::new();
+        let message = take(&ledger, "a");
+        let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
+        assert!(matches!(again, Taken::Duplicate));
+        assert_eq!(message.receipt(), "r2");
+        // News about the old receipt changes nothing.
+        assert!(!Ledger::lost(&message, "r1"));
+        assert!(message.ownership().is_ours());
+    }
+
+    #[tokio::test]
+    async fn a_lost_message_that_comes_back_is_new_work_and_the_old_one_cannot_end_it() {
+        let ledger = Ledger::new();
+        let old = take(&ledger, "a");
+        assert!(Ledger::lost(&old, "r1"));
+        let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
+        assert!(matches!(again, Taken::New(_)));
+        assert!(ledger.remove(&old), "it took room at the gate");
+        assert!(!ledger.remove(&old));
+        assert_eq!(ledger.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_stop_hands_back_what_has_not_reached_the_model_first() {
+        let ledger = Ledger::new();
+        let waiting = take(&ledger, "waiting");
+        let batched = take(&ledger, "batched");
+        assert!(batched.commit());
+        let first: Vec<String> = ids(&ledger.give_up(false));
+        assert_eq!(first, ["waiting"]);
+        assert!(!waiting.commit(), "it is not ours any more");
+        assert_eq!(ids(&ledger.give_up(true)), ["batched"]);
+        assert_eq!(batched.ownership(), Ownership::HandedBack);
+    }
+
+    fn ids(messages: &[Arc<Message>]) -> Vec<String> {
+        messages
+            .iter()
+            .map(|message| message.message_id.clone())
+            .collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_due_before_it_ends_and_lost_after() {
+        let ledger = Ledger::new();
+        let message = take(&ledger, "a");
+        let margin = Duration::from_secs(15);
+        assert!(ledger.due(Instant::now(), margin).is_empty());
+        tokio::time::advance(Duration::from_secs(20)).await;
+        assert_eq!(ledger.due(Instant::now(), margin).len(), 1);
+        Ledger::extended(&message, "r1", Instant::now(), VISIBILITY);
+        assert!(ledger.due(Instant::now(), margin).is_empty());
+        tokio::time::advance(Duration::from_secs(31)).await;
+        assert!(ledger.due(Instant::now(), margin).is_empty());
+        assert_eq!(message.ownership(), Ownership::Lost);
+    }
+}

@@ -1,0 +1,256 @@
+//! Batch and infer: images gather in front of the model, which runs on
+//! threads of its own.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::decode::{Decoded, give_back};
+use super::store::{Embedded, ToStore};
+use super::{Shared, milliseconds};
+use crate::batching::{Decision, View, decide};
+use crate::failure::{Cause, Fatal, Stage, TaskError};
+use crate::services::Embedder;
+
+/// Runs that fail in a row, after which the device or the model is broken.
+const MAX_FAILED_RUNS: usize = 3;
+
+/// What goes to the model at once.
+struct Batch {
+    images: Vec<Decoded>,
+    pixels: Vec<u8>,
+}
+
+/// The models' end of the batches, until they are loaded.
+pub(super) struct Models {
+    batches: mpsc::Receiver<Batch>,
+    to_store: mpsc::Sender<ToStore>,
+}
+
+/// Starts the batcher.
+pub(super) fn run(
+    shared: Arc<Shared>,
+    decoded: mpsc::Receiver<Decoded>,
+    to_store: mpsc::Sender<ToStore>,
+) -> Models {
+    // Room for one: the next batch is ready while this one runs, and no more.
+    let (to_model, batches) = mpsc::channel(1);
+    tokio::spawn(gather(shared, decoded, to_model));
+    Models { batches, to_store }
+}
+
+async fn gather(
+    shared: Arc<Shared>,
+    mut decoded: mpsc::Receiver<Decoded>,
+    to_model: mpsc::Sender<Batch>,
+) {
+    let capacity = shared.settings.batch_size;
+    let mut images: Vec<Decoded> = Vec::with_capacity(capacity);
+    loop {
+        let models = shared.models.load(Ordering::Acquire);
+        let view = View {
+            filled: images.len(),
+            capacity,
+            upstream: shared.upstream.load(Ordering::Acquire),
+            model_is_idle: shared.batches_at_model.load(Ordering::Acquire) < models,
+            oldest_waits: images
+                .first()
+                .map_or(Duration::ZERO, |oldest| oldest.ready.elapsed()),
+            patience: shared.settings.batch_wait,
+        };
+        match decide(view) {
+            Decision::Send => {
+                let full = std::mem::replace(&mut images, Vec::with_capacity(capacity));
+                shared.batches_at_model.fetch_add(1, Ordering::AcqRel);
+                if to_model.send(batch(full)).await.is_err() {
+                    // The models are gone; so is the task.
+                    return;
+                }
+            }
+            Decision::Wait(time) => {
+                let timer = async {
+                    match time {
+                        Some(time) => tokio::time::sleep(time).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    arrival = decoded.recv() => match arrival {
+                        Some(mut arrival) => {
+                            shared.stats.leaves(Stage::Batch);
+                            arrival.image.presence.reaches_batch();
+                            // From here on a stop finishes the image.
+                            if arrival.image.ticket.commit() {
+                                images.push(arrival);
+                            }
+                        }
+                        None if images.is_empty() => return,
+                        None => {
+                            // Nothing comes any more: upstream is empty, so the
+                            // rule sends the rest as soon as a model is free.
+                            shared.batch_news.notified().await;
+                        }
+                    },
+                    () = shared.batch_news.notified() => {}
+                    () = timer => {}
+                }
+            }
+        }
+    }
+}
+
+/// Puts the pixels side by side.
+fn batch(mut images: Vec<Decoded>) -> Batch {
+    let bytes = images.iter().map(|image| image.pixels.len()).sum();
+    let mut pixels = Vec::with_capacity(bytes);
+    for image in &mut images {
+        let own = std::mem::take(&mut image.pixels);
+        pixels.extend_from_slice(&own);
+        give_back(own);
+    }
+    Batch { images, pixels }
+}
+
+impl Models {
+    /// Starts a thread per embedder. They share the batches, and end when the
+    /// batcher does.
+    pub(super) fn start(self, shared: &Arc<Shared>, embedders: Vec<Box<dyn Embedder>>) {
+        let batches = Arc::new(Mutex::new(self.batches));
+        let failed_runs = Arc::new(AtomicUsize::new(0));
+        let count = embedders.len();
+        for (index, embedder) in embedders.into_iter().enumerate() {
+            let mut runner = Runner {
+                shared: shared.clone(),
+                embedder,
+                failed_runs: failed_runs.clone(),
+                to_store: self.to_store.clone(),
+            };
+            let batches = batches.clone();
+            let thread = std::thread::Builder::new().name(format!("inference-{index}"));
+            let started = thread.spawn(move || {
+                loop {
+                    let next = batches
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .blocking_recv();
+                    match next {
+                        Some(batch) => runner.run(batch),
+                        None => return,
+                    }
+                }
+            });
+            if let Err(error) = started {
+                let message = format!("cannot start a thread for the model: {error}");
+                shared.end_with(Fatal::Model(message));
+                return;
+            }
+        }
+        shared.models.store(count, Ordering::Release);
+        shared.batch_news.notify_one();
+    }
+}
+
+/// One model on its thread.
+struct Runner {
+    shared: Arc<Shared>,
+    embedder: Box<dyn Embedder>,
+    failed_runs: Arc<AtomicUsize>,
+    to_store: mpsc::Sender<ToStore>,
+}
+
+impl Runner {
+    fn run(&mut self, batch: Batch) {
+        let Batch { images, pixels } = batch;
+        let started = Instant::now();
+        let result = self.embed(&pixels, images.len());
+        let time = started.elapsed();
+        self.shared.stats.did(Stage::Infer, time);
+        self.shared.stats.batch(images.len());
+        // Told before the results go on: the next batch must not wait for a
+        // full queue behind this one.
+        self.shared.batches_at_model.fetch_sub(1, Ordering::AcqRel);
+        self.shared.batch_news.notify_one();
+        match result {
+            Ok(values) => {
+                self.failed_runs.store(0, Ordering::Relaxed);
+                self.hand_on(images, &values, started);
+            }
+            Err(reason) if images.len() > 1 => {
+                tracing::warn!(
+                    images = images.len(),
+                    reason,
+                    "a batch failed, trying its images one by one"
+                );
+                self.run_singly(images, &pixels);
+            }
+            Err(reason) => self.fail(images, &reason),
+        }
+    }
+
+    fn run_singly(&mut self, images: Vec<Decoded>, pixels: &[u8]) {
+        let each = pixels.len() / images.len();
+        for (image, pixels) in images.into_iter().zip(pixels.chunks_exact(each)) {
+            let started = Instant::now();
+            match self.embed(pixels, 1) {
+                Ok(values) => {
+                    self.failed_runs.store(0, Ordering::Relaxed);
+                    self.hand_on(vec![image], &values, started);
+                }
+                Err(reason) => self.fail(vec![image], &reason),
+            }
+        }
+    }
+
+    /// Runs the model; a panic in it is a failure of this run.
+    fn embed(&mut self, pixels: &[u8], images: usize) -> Result<Vec<f32>, String> {
+        let run = catch_unwind(AssertUnwindSafe(|| self.embedder.embed(pixels, images)));
+        let values = match run {
+            Ok(result) => result?,
+            Err(_) => return Err("the model panicked".to_owned()),
+        };
+        let dimensions = values.len() / images.max(1);
+        if dimensions == 0 || values.len() != dimensions * images {
+            return Err(format!("{} values for {images} images", values.len()));
+        }
+        Ok(values)
+    }
+
+    fn hand_on(&self, images: Vec<Decoded>, values: &[f32], started: Instant) {
+        let dimensions = values.len() / images.len();
+        let infer = milliseconds(started);
+        for (decoded, vector) in images.into_iter().zip(values.chunks_exact(dimensions)) {
+            let mut image = decoded.image;
+            image.times.batch = (started - decoded.ready).as_secs_f64() * 1e3;
+            image.times.infer = infer;
+            self.shared.stats.waits(Stage::Store);
+            let embedded = Embedded {
+                image,
+                vector: vector.to_vec(),
+                size: decoded.size,
+                kind: decoded.kind,
+                version: decoded.version,
+            };
+            // A closed queue drops the image, whose ticket then returns it.
+            let _ = self
+                .to_store
+                .blocking_send(ToStore::Vector(Box::new(embedded)));
+        }
+    }
+
+    fn fail(&self, images: Vec<Decoded>, reason: &str) {
+        let in_a_row = self.failed_runs.fetch_add(1, Ordering::Relaxed) + 1;
+        for decoded in images {
+            let message = format!("the model failed on {}: {reason}", decoded.image.url);
+            let error = TaskError::transient(Stage::Infer, Cause::Engine, message);
+            decoded.image.fail(&self.shared, error);
+        }
+        if in_a_row == MAX_FAILED_RUNS {
+            let message = format!("{in_a_row} runs failed in a row: {reason}");
+            self.shared.end_with(Fatal::Inference(message));
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! The desk: where messages whose items have all ended are deleted, returned
+//! or rejected; and the heartbeat, which keeps those in work ours.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use delivery::{Backoff, Rejection};
+use futures_util::StreamExt;
+use futures_util::stream;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+
+use super::Shared;
+use crate::failure::{Cause, Stage, TaskError};
+use crate::ledger::{ItemFailure, Ledger, Message, Ownership, Verdict};
+use crate::queue::{BATCH_MAX, Extension, LeaseError};
+
+/// How long a finished message waits for others to share a request with.
+const LINGER: Duration = Duration::from_millis(20);
+
+/// Requests of the desk at the same time.
+const CONCURRENT: usize = 16;
+
+/// Tries of a deletion or a return. A message whose deletion fails is
+/// delivered again, and its event is sent twice.
+const TRIES: u32 = 4;
+
+const BACKOFF: Backoff = Backoff {
+    base: Duration::from_millis(100),
+    cap: Duration::from_secs(2),
+};
+
+/// The name in `RejectedBy`.
+const PROGRAM: &str = "gpu-task";
+
+pub(super) async fn run(shared: Arc<Shared>, mut arrivals: mpsc::UnboundedReceiver<Arc<Message>>) {
+    let slots = Arc::new(Semaphore::new(CONCURRENT));
+    loop {
+        let slot = slots.clone().acquire_owned().await;
+        let Some(first) = arrivals.recv().await else {
+            return;
+        };
+        let mut ended = vec![first];
+        let deadline = Instant::now() + LINGER;
+        while ended.len() < BATCH_MAX {
+            match tokio::time::timeout_at(deadline, arrivals.recv()).await {
+                Ok(Some(next)) => ended.push(next),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            settle(&shared, ended).await;
+            drop(slot);
+        });
+    }
+}
+
+/// Seals the fate of up to a request's worth of messages.
+async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
+    let started = Instant::now();
+    let count = ended.len();
+    let mut done = Vec::new();
+    let mut returned = Vec::new();
+    let mut rejected = Vec::new();
+    for message in ended {
+        let ownership = message.ownership();
+        match (ownership, message.verdict()) {
+            (Ownership::HandedBack, _) => forget(shared, &message),
+            // The work was done in full before the loss was noticed: if the
+            // old receipt still deletes the message, a duplicate is spared.
+            (Ownership::Lost, Verdict::Done) => done.push(message),
+            (Ownership::Lost, _) => {
+                let error =
+                    TaskError::transient(Stage::Acknowledge, Cause::LeaseLost, "lease lost");
+                shared.stats.failed(&error);
+                tracing::warn!(
+                    message_id = message.message_id,
+                    "the lease was lost, whoever has it now does the work"
+                );
+                forget(shared, &message);
+            }
+            (_, Verdict::Done) => done.push(message),
+            (_, Verdict::Retry(error)) => match give_up_reason(shared, &message, &error) {
+                None => returned.push(message),
+                Some(reason) => {
+                    let failure = ItemFailure {
+                        error: TaskError::permanent(error.stage, error.cause, reason),
+                        object: None,
+                        body: message.body.clone(),
+                    };
+                    rejected.push((message, vec![failure]));
+                }
+            },
+            (_, Verdict::Reject(failures)) => rejected.push((message, failures)),
+        }
+    }
+    let (rejected, failed) = reject(shared, rejected).await;
+    done.extend(rejected);
+    returned.extend(failed);
+    tokio::join!(acknowledge(shared, done), hand_in(shared, returned));
+    for _ in 0..count {
+        shared.stats.did(Stage::Acknowledge, started.elapsed());
+    }
+}
+
+/// On the last delivery that the queue's redrive policy allows, a transient
+/// failure is final: the queue would move the message without a reason.
+fn give_up_reason(shared: &Shared, message: &Message, error: &TaskError) -> Option<String> {
+    let max_receives = shared.facts.get().and_then(|facts| facts.max_receives)?;
+    if message.receive_count < max_receives {
+        return None;
+    }
+    Some(format!(
+        "gave up after {} deliveries: {}",
+        message.receive_count, error.message
+    ))
+}
+
+/// Takes a message off the books.
+fn forget(shared: &Shared, message: &Arc<Message>) {
+    if shared.ledger.remove(message) {
+        shared.gate.release(1);
+        shared.touch();
+    }
+}
+
+/// Puts messages into the dead-letter queue; answers those that are there and
+/// those that are not.
+async fn reject(
+    shared: &Shared,
+    rejected: Vec<(Arc<Message>, Vec<ItemFailure>)>,
+) -> (Vec<Arc<Message>>, Vec<Arc<Message>>) {
+    let mut letters = Vec::new();
+    let mut owners = Vec::new();
+    for (index, (_, failures)) in rejected.iter().enumerate() {
+        for failure in failures {
+            let rejection = Rejection {
+                stage: failure.error.stage.name().to_owned(),
+                reason: failure.error.message.clone(),
+                by: PROGRAM.to_owned(),
+                object: failure.object.clone(),
+                event: failure.error.event.clone(),
+            };
+            letters.push((failure.body.clone(), rejection));
+            owners.push(index);
+        }
+    }
+    if letters.is_empty() {
+        return (Vec::new(), Vec::new());
+    }
+    let results = shared.services.rejects.reject_all(&letters).await;
+    let mut is_in = vec![true; rejected.len()];
+    for (owner, result) in owners.into_iter().zip(results) {
+        if let Err(reason) = result {
+            tracing::error!(reason, "cannot reject a message, it is tried again later");
+            is_in[owner] = false;
+        }
+    }
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    for ((message, _), is_in) in rejected.into_iter().zip(is_in) {
+        if is_in {
+            done.push(message);
+        } else {
+            failed.push(message);
+        }
+    }
+    (done, failed)
+}
+
+/// Deletes messages.
+async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
+    let mut left = messages;
+    for tries in 1..=TRIES {
+        if left.is_empty() {
+            return;
+        }
+        let receipts: Vec<String> = left.iter().map(|message| message.receipt()).collect();
+        let results = shared.services.queue.acknowledge(&receipts).await;
+        let mut failed = Vec::new();
+        for (message, result) in left.into_iter().zip(results) {
+            match result {
+                Ok(()) => forget(shared, &message),
+                Err(LeaseError::Lost(reason)) => {
+                    let cause = Cause::LeaseLost;
+                    let error = TaskError::transient(Stage::Acknowledge, cause, reason);
+                    shared.stats.failed(&error);
+                    tracing::warn!(
+                        message_id = message.message_id,
+                        reason = error.message,
+                        "finished, but the lease was lost: the message will be worked on again"
+                    );
+                    forget(shared, &message);
+                }
+                Err(LeaseError::Failed(reason)) => {
+                    tracing::warn!(tries, reason, "deleting a message failed");
+                    failed.push(message);
+                }
+            }
+        }
+        left = failed;
+        if !left.is_empty() && tries < TRIES {
+            tokio::time::sleep(BACKOFF.wait(tries)).await;
+        }
+    }
+    for message in left {
+        tracing::warn!(
+            message_id = message.message_id,
+            "finished, but cannot be deleted: the message will be worked on again"
+        );
+        forget(shared, &message);
+    }
+}
+
+/// Returns messages whose failure may pass, each with a backoff by how often
+/// it was delivered.
+async fn hand_in(shared: &Shared, messages: Vec<Arc<Message>>) {
+    if messages.is_empty() {
+        return;
+    }
+    let retry = shared.settings.retry;
+    let delays: Vec<Duration> = messages
+        .iter()
+        // Whole seconds are what SQS takes; at least one, so that a broken
+        // service is not asked in a tight loop.
+        .map(|message| {
+            retry
+                .wait(message.receive_count)
+                .max(Duration::from_secs(1))
+        })
+        .collect();
+    change(shared, messages, &delays).await;
+}
+
+/// Hands messages back to the queue at once; answers how many.
+pub(super) async fn hand_back(shared: &Shared, messages: Vec<Arc<Message>>) -> usize {
+    let count = messages.len();
+    stream::iter(messages)
+        .chunks(BATCH_MAX)
+        .for_each_concurrent(CONCURRENT, |chunk| async {
+            let delays = vec![Duration::ZERO; chunk.len()];
+            change(shared, chunk, &delays).await;
+        })
+        .await;
+    count
+}
+
+/// Changes the visibility of messages that are not ours any more after it.
+async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration]) {
+    let mut left: Vec<(Arc<Message>, Duration)> =
+        messages.into_iter().zip(delays.iter().copied()).collect();
+    for tries in 1..=TRIES {
+        if left.is_empty() {
+            return;
+        }
+        let extensions: Vec<Extension> = left
+            .iter()
+            .map(|(message, visibility)| Extension {
+                receipt: message.receipt(),
+                visibility: *visibility,
+            })
+            .collect();
+        let results = shared.services.queue.extend(&extensions).await;
+        let mut failed = Vec::new();
+        for ((message, delay), result) in left.into_iter().zip(results) {
+            match result {
+                Err(LeaseError::Failed(reason)) => {
+                    tracing::warn!(tries, reason, "returning a message failed");
+                    failed.push((message, delay));
+                }
+                // A lost lease means that the queue has it already.
+                Ok(()) | Err(LeaseError::Lost(_)) => forget(shared, &message),
+            }
+        }
+        left = failed;
+        if !left.is_empty() && tries < TRIES {
+            tokio::time::sleep(BACKOFF.wait(tries)).await;
+        }
+    }
+    // Its visibility ends by itself.
+    for (message, _) in left {
+        forget(shared, &message);
+    }
+}
+
+/// Extends what is in work before it becomes visible again, in batches.
+pub(super) async fn heartbeat(shared: Arc<Shared>) {
+    let visibility = shared.settings.visibility;
+    // Due in the second half of the lease, looked for eight times in it: an
+    // extension has at least three tries.
+    let margin = visibility / 2;
+    let mut ticks = tokio::time::interval(visibility / 8);
+    loop {
+        ticks.tick().await;
+        let due = shared.ledger.due(Instant::now(), margin);
+        stream::iter(due)
+            .chunks(BATCH_MAX)
+            .for_each_concurrent(CONCURRENT, |chunk| extend(&shared, chunk))
+            .await;
+    }
+}
+
+async fn extend(shared: &Shared, messages: Vec<Arc<Message>>) {
+    let visibility = shared.settings.visibility;
+    let extensions: Vec<Extension> = messages
+        .iter()
+        .map(|message| Extension {
+            receipt: message.receipt(),
+            visibility,
+        })
+        .collect();
+    let asked_at = Instant::now();
+    let results = shared.services.queue.extend(&extensions).await;
+    for ((message, extension), result) in messages.iter().zip(&extensions).zip(results) {
+        match result {
+            Ok(()) => Ledger::extended(message, &extension.receipt, asked_at, visibility),
+            Err(LeaseError::Lost(reason)) => {
+                if Ledger::lost(message, &extension.receipt) {
+                    tracing::warn!(message_id = message.message_id, reason, "lease lost");
+                }
+            }
+            Err(LeaseError::Failed(reason)) => {
+                tracing::warn!(
+                    message_id = message.message_id,
+                    reason,
+                    "cannot extend the visibility yet"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Receive and parse: from the queue to items of work.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use delivery::Backoff;
+use events::{EventType, Item};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::store::{Deletion, ToStore};
+use super::{Image, Shared, Subject, Times, desk, fail};
+use crate::failure::{Cause, Fatal, Stage, TaskError};
+use crate::ledger::{Ledger, Message, Taken, Ticket};
+use crate::queue::{LONG_POLL_MAX, Received};
+
+/// After a stop, a receive that has something to bring brings it at once; one
+/// that is still quiet then waits at an empty queue and may be cut off.
+const STOP_GRACE: Duration = Duration::from_millis(300);
+
+/// Between receives that fail.
+const RECEIVE_BACKOFF: Backoff = Backoff {
+    base: Duration::from_millis(200),
+    cap: Duration::from_secs(5),
+};
+
+/// Refusals in a row after which the task ends. With the backoff they span
+/// about half a minute: a role or policy that was just written needs some.
+const MAX_REFUSALS: u32 = 10;
+
+/// Starts the receivers. The first always polls; the others help while the
+/// queue is deep, so that an idle task costs one long poll at a time.
+pub(super) fn spawn(
+    shared: &Arc<Shared>,
+    to_download: &mpsc::Sender<Image>,
+    to_store: &mpsc::Sender<ToStore>,
+) -> Vec<JoinHandle<()>> {
+    let (deep, _) = watch::channel(false);
+    let deep = Arc::new(deep);
+    (0..shared.settings.receivers.max(1))
+        .map(|index| {
+            let receiver = Receiver {
+                shared: shared.clone(),
+                deep: deep.clone(),
+                is_first: index == 0,
+                to_download: to_download.clone(),
+                to_store: to_store.clone(),
+            };
+            tokio::spawn(receiver.run())
+        })
+        .collect()
+}
+
+struct Receiver {
+    shared: Arc<Shared>,
+    /// Whether the last receive came back full.
+    deep: Arc<watch::Sender<bool>>,
+    is_first: bool,
+    to_download: mpsc::Sender<Image>,
+    to_store: mpsc::Sender<ToStore>,
+}
+
+impl Receiver {
+    async fn run(self) {
+        let stop = self.shared.stop.clone();
+        let mut failures = 0;
+        loop {
+            if !self.is_first {
+                let mut deep = self.deep.subscribe();
+                tokio::select! {
+                    found = deep.wait_for(|is_deep| *is_deep) => if found.is_err() { return },
+                    () = stop.cancelled() => return,
+                }
+            }
+            let room = tokio::select! {
+                room = self.shared.gate.reserve() => room,
+                () = stop.cancelled() => return,
+            };
+            let asked_at = Instant::now();
+            let answer = tokio::select! {
+                answer = self.shared.services.queue.receive(
+                    room,
+                    self.wait(),
+                    self.shared.settings.visibility,
+                ) => answer,
+                () = async {
+                    stop.cancelled().await;
+                    tokio::time::sleep(STOP_GRACE).await;
+                } => {
+                    self.shared.gate.release(room);
+                    return;
+                }
+            };
+            self.shared.stats.did(Stage::Receive, asked_at.elapsed());
+            match answer {
+                Ok(messages) => {
+                    failures = 0;
+                    self.shared
+                        .gate
+                        .release(room.saturating_sub(messages.len()));
+                    self.deep.send_replace(messages.len() == room);
+                    if messages.is_empty() {
+                        self.end_if_idle();
+                    } else {
+                        self.accept(messages, asked_at).await;
+                    }
+                }
+                Err(error) => {
+                    self.shared.gate.release(room);
+                    failures += 1;
+                    let reason = error.message;
+                    if error.is_refusal && failures >= MAX_REFUSALS {
+                        let message = format!("cannot receive from the input queue: {reason}");
+                        self.shared.end_with(Fatal::Access(message));
+                        return;
+                    }
+                    tracing::warn!(failures, reason, "receiving failed, trying again");
+                    let cause = super::cause_of_call(&reason);
+                    let error = TaskError::transient(Stage::Receive, cause, reason);
+                    self.shared.stats.failed(&error);
+                    tokio::select! {
+                        () = tokio::time::sleep(RECEIVE_BACKOFF.wait(failures)) => {}
+                        () = stop.cancelled() => return,
+                    }
+                }
+            }
+        }
+    }
+
+    /// How long to wait at an empty queue: as long as SQS allows, but not
+    /// past the moment when the task would exit.
+    fn wait(&self) -> Duration {
+        let Some(idle_exit) = self.shared.settings.idle_exit else {
+            return LONG_POLL_MAX;
+        };
+        let left = idle_exit.saturating_sub(self.shared.idle_for());
+        // Whole seconds, rounded up: the API takes no others.
+        let seconds = left.as_secs_f64().ceil().max(1.0);
+        Duration::from_secs(seconds as u64).min(LONG_POLL_MAX)
+    }
+
+    /// After an empty receive: has the task been idle for long enough?
+    fn end_if_idle(&self) {
+        let shared = &self.shared;
+        if !shared.ledger.is_empty() {
+            shared.touch();
+            return;
+        }
+        if let Some(idle_exit) = shared.settings.idle_exit
+            && shared.idle_for() >= idle_exit
+        {
+            shared.is_idle.cancel();
+            shared.stop.cancel();
+        }
+    }
+
+    async fn accept(&self, messages: Vec<Received>, asked_at: Instant) {
+        let shared = &self.shared;
+        shared.touch();
+        for received in messages {
+            // The visibility runs from some moment after the question, so
+            // counting from the question errs on the safe side.
+            match shared
+                .ledger
+                .take(received, asked_at, shared.settings.visibility)
+            {
+                Taken::Duplicate => {
+                    tracing::debug!("delivered again while in work");
+                    shared.gate.release(1);
+                }
+                Taken::New(message) => self.parse(message).await,
+            }
+        }
+        if shared.stop.is_cancelled() {
+            desk::hand_back(shared, shared.ledger.give_up(false)).await;
+        }
+    }
+
+    async fn parse(&self, message: Arc<Message>) {
+        let shared = &self.shared;
+        let started = Instant::now();
+        let items = events::parse_work(message.body.as_bytes());
+        let count = items.as_ref().map_or(1, |items| items.len().max(1));
+        let mut tickets = Ledger::tickets(&message, count, &shared.desk).into_iter();
+        shared.stats.did(Stage::Parse, started.elapsed());
+        let items = match items {
+            Ok(items) => items,
+            Err(error) => {
+                if let Some(ticket) = tickets.next() {
+                    let error =
+                        TaskError::permanent(Stage::Parse, Cause::Malformed, error.to_string());
+                    fail(shared, ticket, error, None, None);
+                }
+                return;
+            }
+        };
+        let is_alone = items.len() == 1;
+        for (item, ticket) in items.into_iter().zip(tickets.by_ref()) {
+            self.dispatch(item, ticket, is_alone).await;
+        }
+        // A body without any item has one ticket and nothing to do.
+        tickets.for_each(Ticket::finish);
+    }
+
+    async fn dispatch(&self, item: Item, ticket: Ticket, is_alone: bool) {
+        match item {
+            Item::Ignored { reason } => {
+                tracing::debug!(reason, "ignored");
+                ticket.finish();
+            }
+            Item::Rejected { object, reason } => {
+                let error = TaskError::permanent(Stage::Parse, Cause::Malformed, reason);
+                fail(&self.shared, ticket, error, Some(object), None);
+            }
+            Item::Event(event) if event.kind == EventType::DocumentDeleted => {
+                let url = event.data.document.url.clone();
+                let own_body = (!is_alone).then(|| event.to_json());
+                let deletion = Deletion {
+                    ticket,
+                    url,
+                    own_body,
+                    event: Some(*event),
+                };
+                self.send_deletion(deletion).await;
+            }
+            Item::Object(object) if object.kind == EventType::DocumentDeleted => {
+                // Without a type there is no event to pass on, but the vector
+                // of an object without an extension still has to go.
+                let event = events::ImageType::from_name(&object.url.key)
+                    .map(|image_type| object.to_event(image_type));
+                let deletion = Deletion {
+                    ticket,
+                    url: object.url.to_string(),
+                    own_body: None,
+                    event,
+                };
+                self.send_deletion(deletion).await;
+            }
+            Item::Event(event) => {
+                let own_body = (!is_alone).then(|| event.to_json());
+                self.send_image(ticket, Subject::Event(event), own_body)
+                    .await;
+            }
+            Item::Object(object) => {
+                let own_body = if is_alone {
+                    None
+                } else {
+                    let image_type = events::ImageType::from_name(&object.url.key);
+                    image_type.map(|image_type| object.to_event(image_type).to_json())
+                };
+                self.send_image(ticket, Subject::Object(object), own_body)
+                    .await;
+            }
+        }
+    }
+
+    async fn send_image(&self, ticket: Ticket, subject: Subject, own_body: Option<String>) {
+        let image = Image {
+            ticket,
+            url: subject.url(),
+            subject,
+            own_body,
+            times: Times::default(),
+            presence: self.shared.enter_image(),
+        };
+        self.shared.stats.waits(Stage::Download);
+        // A closed queue drops the image, whose ticket then returns it.
+        let _ = self.to_download.send(image).await;
+    }
+
+    async fn send_deletion(&self, deletion: Deletion) {
+        let _ = self
+            .to_store
+            .send(ToStore::Deletion(Box::new(deletion)))
+            .await;
+    }
+}

@@ -1,0 +1,396 @@
+//! Store and publish: the vector first, then the event that points to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use delivery::PublishError;
+use events::{CloudEvent, Embedding, S3Url, vector};
+use serde_json::Map;
+use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+
+use super::{Image, Shared, Subject, Times, cause_of_call, fail, gather, milliseconds, stage};
+use crate::failure::{Cause, Stage, TaskError};
+use crate::ledger::Ticket;
+use crate::queue::BATCH_MAX;
+use crate::services::{ModelInfo, Size};
+
+/// How long an event waits for others to share a request with.
+const LINGER: Duration = Duration::from_millis(15);
+
+/// Where events that no output takes are kept, below the vectors' prefix.
+const OVERSIZE_FOLDER: &str = "oversize-events";
+
+/// An image with its vector.
+pub(super) struct Embedded {
+    pub(super) image: Image,
+    pub(super) vector: Vec<f32>,
+    pub(super) size: Size,
+    pub(super) kind: events::ImageType,
+    pub(super) version: String,
+}
+
+/// A document that is gone: its vectors go too, and the event is passed on.
+pub(super) struct Deletion {
+    pub(super) ticket: Ticket,
+    pub(super) url: String,
+    pub(super) own_body: Option<String>,
+    pub(super) event: Option<CloudEvent>,
+}
+
+/// What arrives at this stage.
+pub(super) enum ToStore {
+    Vector(Box<Embedded>),
+    Deletion(Box<Deletion>),
+}
+
+/// An event on its way out.
+pub(super) struct Outgoing {
+    event: CloudEvent,
+    origin: Origin,
+}
+
+/// Where an event comes from, and what its log line tells.
+enum Origin {
+    Image {
+        image: Box<Image>,
+        size: Size,
+        kind: events::ImageType,
+        labels: Vec<String>,
+        key: String,
+    },
+    Deletion {
+        ticket: Ticket,
+        url: String,
+        own_body: Option<String>,
+    },
+}
+
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    arrivals: mpsc::Receiver<ToStore>,
+    to_publish: mpsc::Sender<Outgoing>,
+) {
+    let workers = shared.settings.stores;
+    stage(arrivals, workers, move |arrival: ToStore| {
+        let (shared, to_publish) = (shared.clone(), to_publish.clone());
+        async move {
+            let outgoing = match arrival {
+                ToStore::Vector(embedded) => {
+                    shared.stats.leaves(Stage::Store);
+                    store(&shared, *embedded).await
+                }
+                ToStore::Deletion(deletion) => delete(&shared, *deletion).await,
+            };
+            if let Some(outgoing) = outgoing {
+                shared.stats.waits(Stage::Publish);
+                let _ = to_publish.send(outgoing).await;
+            }
+        }
+    })
+    .await;
+}
+
+/// Writes the vector and makes the event.
+async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
+    let Embedded {
+        mut image,
+        vector: values,
+        size,
+        kind,
+        version,
+    } = embedded;
+    if !image.ticket.is_ours() {
+        return None;
+    }
+    let model = shared
+        .model()
+        .await
+        .or_else(|| shared.model.borrow().clone())?;
+    let started = Instant::now();
+    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+        let message = format!(
+            "the model's answer for {} is not finite at position {position}",
+            image.url
+        );
+        let error = TaskError::permanent(Stage::Infer, Cause::NotFinite, message);
+        image.fail(shared, error);
+        return None;
+    }
+    let key = vector::key(
+        &shared.settings.cache_prefix,
+        &image.url,
+        &version,
+        &model.name,
+    );
+    let vectors = &shared.services.vectors;
+    let body = vector::to_json(&values);
+    let stored = vectors.put(&key, &image.url, &model.name, body).await;
+    image.times.store = milliseconds(started);
+    shared.stats.did(Stage::Store, started.elapsed());
+    if let Err(error) = stored {
+        image.fail(shared, store_error(error));
+        return None;
+    }
+    shared.stats.stored();
+    let labels = model
+        .labels
+        .as_ref()
+        .map(|labels_of| labels_of(&values))
+        .unwrap_or_default();
+    let event = match &image.subject {
+        Subject::Event(event) => event.as_ref().clone(),
+        Subject::Object(object) => object.to_event(kind),
+    };
+    let embedding = Embedding {
+        vectors: S3Url::new(vectors.bucket(), &key).to_string(),
+        model: model.name.clone(),
+        dimensions: values.len(),
+    };
+    match fit(shared, &model, event, &embedding, &labels).await {
+        Ok(event) => Some(Outgoing {
+            event,
+            origin: Origin::Image {
+                image: Box::new(image),
+                size,
+                kind,
+                labels,
+                key,
+            },
+        }),
+        Err(error) => {
+            image.fail(shared, error);
+            None
+        }
+    }
+}
+
+fn store_error(error: delivery::VectorError) -> TaskError {
+    let message = error.to_string();
+    TaskError {
+        failure: error.failure,
+        ..TaskError::permanent(Stage::Store, cause_of_call(&message), message)
+    }
+}
+
+/// The event, in a form that every output takes: with the labels if it fits,
+/// without them otherwise. An event that does not fit either way is kept in
+/// the cache bucket, and the message is rejected with its place: nothing of
+/// the work is lost, and a person can pass it on.
+async fn fit(
+    shared: &Shared,
+    model: &ModelInfo,
+    event: CloudEvent,
+    embedding: &Embedding,
+    labels: &[String],
+) -> Result<CloudEvent, TaskError> {
+    let publisher = &shared.services.publisher;
+    let full = event
+        .clone()
+        .with_embedding(embedding, labels, model.details.clone());
+    if publisher.check_size(&full).is_ok() {
+        return Ok(full);
+    }
+    let slim = event.with_embedding(embedding, &[], Map::new());
+    let Err(problem) = publisher.check_size(&slim) else {
+        tracing::warn!(
+            object = slim.data.document.url,
+            "the event is too large with its labels, sent without them"
+        );
+        return Ok(slim);
+    };
+    let vectors = &shared.services.vectors;
+    let url = &full.data.document.url;
+    let body = full.to_json().into_bytes();
+    let digest = Sha256::digest(&body);
+    let name: String = digest[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let prefix = shared.settings.cache_prefix.trim_matches('/');
+    let key = format!("{prefix}/{OVERSIZE_FOLDER}/{name}.json");
+    vectors
+        .put(&key, url, &model.name, body)
+        .await
+        .map_err(store_error)?;
+    let place = S3Url::new(vectors.bucket(), &key).to_string();
+    Err(TaskError {
+        event: Some(place.clone()),
+        ..TaskError::permanent(
+            Stage::Publish,
+            Cause::EventTooLarge,
+            format!("{problem}; the vector is stored, and the finished event lies at {place}"),
+        )
+    })
+}
+
+/// Deletes the vectors of a document.
+async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
+    let Deletion {
+        ticket,
+        url,
+        own_body,
+        event,
+    } = deletion;
+    if !ticket.is_ours() {
+        return None;
+    }
+    let model = shared.model().await?;
+    let started = Instant::now();
+    let deleted = shared
+        .services
+        .vectors
+        .delete_document(&url, &model.name)
+        .await;
+    shared.stats.did(Stage::Store, started.elapsed());
+    match deleted {
+        Err(error) => {
+            fail(shared, ticket, store_error(error), Some(url), own_body);
+            None
+        }
+        Ok(vectors) => {
+            tracing::info!(object = url, vectors, "document deleted, vectors deleted");
+            let Some(event) = event else {
+                ticket.finish();
+                return None;
+            };
+            Some(Outgoing {
+                event: event.passed_here(),
+                origin: Origin::Deletion {
+                    ticket,
+                    url,
+                    own_body,
+                },
+            })
+        }
+    }
+}
+
+/// Sends events, as many as one request takes, several requests at a time.
+pub(super) async fn publish(shared: Arc<Shared>, mut arrivals: mpsc::Receiver<Outgoing>) {
+    let slots = Arc::new(Semaphore::new(shared.settings.publishes.max(1)));
+    loop {
+        let slot = slots.clone().acquire_owned().await;
+        let Some(outgoing) = gather(&mut arrivals, BATCH_MAX, LINGER).await else {
+            return;
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            publish_all(&shared, outgoing).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn publish_all(shared: &Shared, outgoing: Vec<Outgoing>) {
+    let mut events = Vec::with_capacity(outgoing.len());
+    let mut origins = Vec::with_capacity(outgoing.len());
+    for Outgoing { event, origin } in outgoing {
+        shared.stats.leaves(Stage::Publish);
+        let is_ours = match &origin {
+            Origin::Image { image, .. } => image.ticket.is_ours(),
+            Origin::Deletion { ticket, .. } => ticket.is_ours(),
+        };
+        // Whoever holds the message now publishes it.
+        if is_ours {
+            events.push(event);
+            origins.push(origin);
+        }
+    }
+    if events.is_empty() {
+        return;
+    }
+    let started = Instant::now();
+    let results = shared.services.publisher.publish(&events).await;
+    let time = started.elapsed();
+    for (origin, result) in origins.into_iter().zip(results) {
+        shared.stats.did(Stage::Publish, time);
+        match result {
+            Ok(()) => finish(shared, origin, milliseconds(started)),
+            Err(error) => {
+                let error = publish_error(error);
+                match origin {
+                    Origin::Image { image, .. } => image.fail(shared, error),
+                    Origin::Deletion {
+                        ticket,
+                        url,
+                        own_body,
+                    } => fail(shared, ticket, error, Some(url), own_body),
+                }
+            }
+        }
+    }
+}
+
+fn publish_error(error: PublishError) -> TaskError {
+    let message = error.to_string();
+    let cause = match &error {
+        PublishError::TooLarge { .. } => Cause::EventTooLarge,
+        PublishError::Refused { .. } => Cause::Refused,
+        PublishError::Unavailable { message, .. } => cause_of_call(message),
+    };
+    TaskError {
+        failure: error.failure(),
+        ..TaskError::permanent(Stage::Publish, cause, message)
+    }
+}
+
+fn finish(shared: &Shared, origin: Origin, publish: f64) {
+    shared.note_access(None);
+    match origin {
+        Origin::Deletion { ticket, .. } => ticket.finish(),
+        Origin::Image {
+            image,
+            size,
+            kind,
+            labels,
+            key,
+        } => {
+            shared.stats.image_done();
+            if shared
+                .stats
+                .may_log_image(shared.settings.image_lines_per_second)
+            {
+                log_image(&image, size, kind, &labels, &key, publish);
+            }
+            let Image { ticket, .. } = *image;
+            ticket.finish();
+        }
+    }
+}
+
+/// The line that a person or the demo follows the work by.
+fn log_image(
+    image: &Image,
+    size: Size,
+    kind: events::ImageType,
+    labels: &[String],
+    key: &str,
+    publish: f64,
+) {
+    let Times {
+        download,
+        decode,
+        batch,
+        infer,
+        store,
+    } = image.times;
+    let rounded = |milliseconds: f64| (milliseconds * 10.0).round() / 10.0;
+    tracing::info!(
+        object = image.url,
+        "type" = kind.mime(),
+        width = size.width,
+        height = size.height,
+        labels = labels.join(", "),
+        vector = key,
+        download_ms = rounded(download),
+        decode_ms = rounded(decode),
+        batch_ms = rounded(batch),
+        infer_ms = rounded(infer),
+        store_ms = rounded(store),
+        publish_ms = rounded(publish),
+        total_ms = rounded(milliseconds(image.ticket.message().received)),
+        "image embedded"
+    );
+}

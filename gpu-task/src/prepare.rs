@@ -1,0 +1,55 @@
+//! The decoders of `clip-image` as the pipeline's preparer.
+
+use clip_image::{ImageError, Options};
+use events::ImageType;
+
+use crate::failure::{Cause, Stage, TaskError};
+use crate::services::{Preparer, Size};
+
+/// Decodes with `clip-image`.
+pub struct ImagePreparer {
+    options: Options,
+}
+
+impl ImagePreparer {
+    /// Decoders with the given limits and modes. The side of the crop is the
+    /// model's, whatever the options say.
+    pub fn new(options: Options) -> Self {
+        Self { options }
+    }
+}
+
+fn task_error(error: ImageError) -> TaskError {
+    let cause = match &error {
+        ImageError::LimitExceeded { .. } => Cause::TooLarge,
+        ImageError::Unsupported { .. } => Cause::Unsupported,
+        ImageError::Decoder { .. } => Cause::DecoderPanic,
+        ImageError::OutputSize { .. } => Cause::Internal,
+        _ => Cause::Damaged,
+    };
+    TaskError::permanent(Stage::Decode, cause, error.to_string())
+}
+
+impl Preparer for ImagePreparer {
+    fn memory_needed(&self, bytes: &[u8], kind: ImageType) -> Result<u64, TaskError> {
+        clip_image::memory_needed(bytes, kind, &self.options).map_err(task_error)
+    }
+
+    fn prepare(
+        &self,
+        bytes: &[u8],
+        kind: ImageType,
+        side: u32,
+        out: &mut [u8],
+    ) -> Result<Size, TaskError> {
+        let options = Options {
+            size: side,
+            ..self.options
+        };
+        let prepared = clip_image::prepare(bytes, kind, &options, out).map_err(task_error)?;
+        Ok(Size {
+            width: prepared.width,
+            height: prepared.height,
+        })
+    }
+}

@@ -1,0 +1,400 @@
+//! What the task measures of itself, and how it tells: one line of CloudWatch
+//! metrics per stage and interval, and a summary at the end.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use platform::metrics::{MAX_VALUES_PER_METRIC, MetricLine, Unit};
+
+use crate::failure::{Cause, Failure, Stage, TaskError};
+
+/// The least time with enough work at hand for a throughput to mean anything.
+const MIN_SATURATED: Duration = Duration::from_secs(1);
+
+/// One stage's figures.
+#[derive(Default)]
+struct StageStats {
+    /// Work that waits for the stage.
+    waiting: AtomicUsize,
+    /// Pieces done in this interval.
+    done: AtomicU64,
+    /// Time spent on them, all workers together, in nanoseconds.
+    busy: AtomicU64,
+    samples: Mutex<Samples>,
+}
+
+/// A fair sample of an interval's latencies in milliseconds.
+#[derive(Default)]
+struct Samples {
+    seen: usize,
+    kept: Vec<f64>,
+}
+
+impl Samples {
+    fn add(&mut self, value: f64) {
+        self.seen += 1;
+        if self.kept.len() < MAX_VALUES_PER_METRIC {
+            self.kept.push(value);
+            return;
+        }
+        // Reservoir sampling: each value seen stays with the same chance.
+        let place = fastrand::usize(..self.seen);
+        if let Some(kept) = self.kept.get_mut(place) {
+            *kept = value;
+        }
+    }
+}
+
+/// Time during which a condition held.
+struct Held {
+    since: Option<Instant>,
+    total: Duration,
+}
+
+/// The task's figures.
+pub struct Stats {
+    namespace: String,
+    queue_name: String,
+    cluster: Option<String>,
+    started: Instant,
+    stages: [StageStats; Stage::ALL.len()],
+    images: AtomicU64,
+    images_total: AtomicU64,
+    failed_total: AtomicU64,
+    bytes: AtomicU64,
+    batches: Mutex<Samples>,
+    failures: Mutex<BTreeMap<(Stage, Cause, &'static str), u64>>,
+    in_work: AtomicUsize,
+    saturation: usize,
+    saturated: Mutex<Held>,
+    rate: Mutex<Option<f64>>,
+    first_vector: OnceLock<Duration>,
+    first_vector_told: AtomicBool,
+    lines: Mutex<(u64, u32)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Figures stay usable after a panic elsewhere.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Stats {
+    /// Figures for the queue named `queue_name`. With at least `saturation`
+    /// images in work the task counts as fully busy.
+    pub fn new(
+        namespace: &str,
+        queue_name: &str,
+        cluster: Option<&str>,
+        saturation: usize,
+    ) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            queue_name: queue_name.to_owned(),
+            cluster: cluster.map(str::to_owned),
+            started: Instant::now(),
+            stages: Default::default(),
+            images: AtomicU64::new(0),
+            images_total: AtomicU64::new(0),
+            failed_total: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            batches: Mutex::default(),
+            failures: Mutex::default(),
+            in_work: AtomicUsize::new(0),
+            saturation: saturation.max(1),
+            saturated: Mutex::new(Held {
+                since: None,
+                total: Duration::ZERO,
+            }),
+            rate: Mutex::new(None),
+            first_vector: OnceLock::new(),
+            first_vector_told: AtomicBool::new(false),
+            lines: Mutex::new((0, 0)),
+        }
+    }
+
+    fn stage(&self, stage: Stage) -> &StageStats {
+        &self.stages[stage as usize]
+    }
+
+    /// Something waits for the stage from now on.
+    pub fn waits(&self, stage: Stage) {
+        self.stage(stage).waiting.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something no longer waits for the stage.
+    pub fn leaves(&self, stage: Stage) {
+        self.stage(stage).waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The stage did something in `time`.
+    pub fn did(&self, stage: Stage, time: Duration) {
+        let stats = self.stage(stage);
+        stats.done.fetch_add(1, Ordering::Relaxed);
+        stats
+            .busy
+            .fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+        lock(&stats.samples).add(time.as_secs_f64() * 1e3);
+    }
+
+    /// A batch of this size went through the model.
+    pub fn batch(&self, images: usize) {
+        lock(&self.batches).add(images as f64);
+    }
+
+    /// Bytes of documents were read.
+    pub fn read(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// An image entered the pipeline.
+    pub fn image_enters(&self) {
+        let before = self.in_work.fetch_add(1, Ordering::Relaxed);
+        if before + 1 == self.saturation {
+            lock(&self.saturated).since = Some(Instant::now());
+        }
+    }
+
+    /// An image left the pipeline, however it ended.
+    pub fn image_leaves(&self) {
+        let before = self.in_work.fetch_sub(1, Ordering::Relaxed);
+        if before == self.saturation {
+            let mut saturated = lock(&self.saturated);
+            if let Some(since) = saturated.since.take() {
+                saturated.total += since.elapsed();
+            }
+        }
+    }
+
+    /// Images in the pipeline.
+    pub fn images_in_work(&self) -> usize {
+        self.in_work.load(Ordering::Relaxed)
+    }
+
+    /// A vector was stored.
+    pub fn stored(&self) {
+        self.first_vector.get_or_init(|| self.started.elapsed());
+    }
+
+    /// An image is done: stored and published.
+    pub fn image_done(&self) {
+        self.images.fetch_add(1, Ordering::Relaxed);
+        self.images_total.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something failed.
+    pub fn failed(&self, error: &TaskError) {
+        let kind = match error.failure {
+            Failure::Permanent => "permanent",
+            Failure::Transient => "transient",
+        };
+        if error.failure == Failure::Permanent {
+            self.failed_total.fetch_add(1, Ordering::Relaxed);
+        }
+        let key = (error.stage, error.cause, kind);
+        *lock(&self.failures).entry(key).or_default() += 1;
+    }
+
+    /// From start to the first stored vector.
+    pub fn first_vector(&self) -> Option<Duration> {
+        self.first_vector.get().copied()
+    }
+
+    /// The last measured throughput in images per second.
+    pub fn rate(&self) -> Option<f64> {
+        *lock(&self.rate)
+    }
+
+    /// Images done and images rejected since the start.
+    pub fn totals(&self) -> (u64, u64) {
+        (
+            self.images_total.load(Ordering::Relaxed),
+            self.failed_total.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Whether one more log line per image may be written in this second.
+    pub fn may_log_image(&self, lines_per_second: u32) -> bool {
+        let second = self.started.elapsed().as_secs();
+        let mut lines = lock(&self.lines);
+        if lines.0 != second {
+            *lines = (second, 0);
+        }
+        lines.1 += 1;
+        lines.1 <= lines_per_second
+    }
+
+    /// Takes this interval's figures and begins the next. The throughput is
+    /// that of the time in which the task had at least a batch of work at
+    /// hand: an idle task is not a slow one.
+    pub fn take_lines(&self) -> Vec<MetricLine> {
+        let saturated = {
+            let mut saturated = lock(&self.saturated);
+            let mut total = std::mem::take(&mut saturated.total);
+            if let Some(since) = &mut saturated.since {
+                let now = Instant::now();
+                total += now - *since;
+                *since = now;
+            }
+            total
+        };
+        let images = self.images.swap(0, Ordering::Relaxed);
+        let mut main = self
+            .line()
+            .metric("Images", Unit::Count, images as f64)
+            .metric("ImagesInWork", Unit::Count, self.images_in_work() as f64)
+            .metric(
+                "BytesRead",
+                Unit::Bytes,
+                self.bytes.swap(0, Ordering::Relaxed) as f64,
+            )
+            .values(
+                "BatchSize",
+                Unit::Count,
+                std::mem::take(&mut *lock(&self.batches)).kept,
+            );
+        if saturated >= MIN_SATURATED && images > 0 {
+            let rate = images as f64 / saturated.as_secs_f64();
+            *lock(&self.rate) = Some(rate);
+            main = main.metric("ImagesPerSecond", Unit::CountPerSecond, rate);
+        }
+        if let Some(first) = self.first_vector.get()
+            && !self.first_vector_told.swap(true, Ordering::Relaxed)
+        {
+            let milliseconds = first.as_secs_f64() * 1e3;
+            main = main.metric("StartToFirstVector", Unit::Milliseconds, milliseconds);
+        }
+        let mut lines = vec![main];
+        for stage in Stage::ALL {
+            let stats = self.stage(stage);
+            let done = stats.done.swap(0, Ordering::Relaxed);
+            let busy = stats.busy.swap(0, Ordering::Relaxed);
+            let samples = std::mem::take(&mut *lock(&stats.samples));
+            let waiting = stats.waiting.load(Ordering::Relaxed);
+            if done == 0 && waiting == 0 {
+                continue;
+            }
+            lines.push(
+                self.line()
+                    .dimension("Stage", stage.name())
+                    .metric("QueueLength", Unit::Count, waiting as f64)
+                    .metric("Done", Unit::Count, done as f64)
+                    .metric("BusyTime", Unit::Milliseconds, busy as f64 / 1e6)
+                    .values("Latency", Unit::Milliseconds, samples.kept),
+            );
+        }
+        for ((stage, cause, kind), count) in std::mem::take(&mut *lock(&self.failures)) {
+            lines.push(
+                self.line()
+                    .dimension("Stage", stage.name())
+                    .dimension("Cause", cause.name())
+                    .dimension("Failure", kind)
+                    .metric("Failures", Unit::Count, count as f64),
+            );
+        }
+        lines
+    }
+
+    /// Writes this interval's figures.
+    pub fn emit(&self) {
+        for line in self.take_lines() {
+            line.emit();
+        }
+    }
+
+    fn line(&self) -> MetricLine {
+        let mut line = MetricLine::new(&self.namespace).dimension("QueueName", &self.queue_name);
+        if let Some(cluster) = &self.cluster {
+            line = line.property("ClusterName", cluster.as_str());
+        }
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::SystemTime;
+
+    fn stats() -> Stats {
+        Stats::new("Namespace", "input", None, 2)
+    }
+
+    fn json(stats: &Stats) -> Vec<serde_json::Value> {
+        stats
+            .take_lines()
+            .iter()
+            .map(|line| line.to_json(SystemTime::now()))
+            .collect()
+    }
+
+    #[test]
+    fn a_throughput_is_only_told_when_there_was_enough_work_to_measure_it() {
+        let stats = stats();
+        stats.image_enters();
+        stats.image_done();
+        stats.image_leaves();
+        assert!(json(&stats)[0].get("ImagesPerSecond").is_none());
+        assert_eq!(stats.rate(), None);
+        stats.image_enters();
+        stats.image_enters();
+        lock(&stats.saturated).since = Instant::now().checked_sub(Duration::from_secs(4));
+        stats.image_leaves();
+        for _ in 0..40 {
+            stats.image_done();
+        }
+        let rate = json(&stats)[0]["ImagesPerSecond"].as_f64().unwrap();
+        assert!((9.0..=10.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn every_stage_that_did_something_has_a_line_of_its_own() {
+        let stats = stats();
+        stats.waits(Stage::Decode);
+        stats.did(Stage::Infer, Duration::from_millis(50));
+        let lines = json(&stats);
+        let of = |name: &str| lines.iter().find(|line| line["Stage"] == name).unwrap();
+        assert_eq!(of("decode")["QueueLength"], 1.0);
+        assert_eq!(of("infer")["BusyTime"], 50.0);
+        assert_eq!(of("infer")["Latency"], 50.0);
+        assert_eq!(lines.len(), 3);
+    }
+
+    #[test]
+    fn failures_are_counted_by_cause_and_start_again_with_the_interval() {
+        let stats = stats();
+        let error = TaskError::permanent(Stage::Decode, Cause::Damaged, "x");
+        stats.failed(&error);
+        stats.failed(&error);
+        let lines = json(&stats);
+        let failures = lines
+            .iter()
+            .find(|line| line["Cause"] == "damaged")
+            .unwrap();
+        assert_eq!(failures["Failures"], 2.0);
+        assert_eq!(failures["Failure"], "permanent");
+        assert!(json(&stats).iter().all(|line| line.get("Cause").is_none()));
+        assert_eq!(stats.totals(), (0, 2));
+    }
+
+    #[test]
+    fn a_sample_stays_within_the_formats_limit() {
+        let stats = stats();
+        for _ in 0..5000 {
+            stats.did(Stage::Store, Duration::from_millis(1));
+        }
+        let lines = json(&stats);
+        let store = lines.iter().find(|line| line["Stage"] == "store").unwrap();
+        assert_eq!(store["Latency"].as_array().unwrap().len(), 100);
+        assert_eq!(store["Done"], 5000.0);
+    }
+
+    #[test]
+    fn lines_per_image_are_bounded_per_second() {
+        let stats = stats();
+        let written = (0..100).filter(|_| stats.may_log_image(7)).count();
+        // A new second may begin within the loop.
+        assert!((7..=14).contains(&written), "{written}");
+    }
+}
