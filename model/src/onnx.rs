@@ -332,6 +332,11 @@ impl GraphBuilder {
         self.constant(name, self.float(), shape, bytes)
     }
 
+    /// A constant index without dimensions.
+    pub fn index(&mut self, name: &str, value: i64) -> io::Result<String> {
+        self.constant(name, element::INT64, &[], value.to_le_bytes().to_vec())
+    }
+
     /// A constant of 64-bit integers, such as a shape.
     pub fn integers(&mut self, name: &str, values: &[i64]) -> io::Result<String> {
         let bytes = values
@@ -348,6 +353,15 @@ impl GraphBuilder {
         shape: &[usize],
         bytes: Vec<u8>,
     ) -> io::Result<String> {
+        // Shapes and indices are asked for wherever they are needed, and written once.
+        if self
+            .graph
+            .initializer
+            .iter()
+            .any(|tensor| tensor.name == name)
+        {
+            return Ok(name.to_owned());
+        }
         let mut tensor = Tensor {
             dims: shape.iter().map(|&dim| dim as i64).collect(),
             data_type,

@@ -11,6 +11,12 @@
 //!   so only that row's perceptron is computed, and in the vision tower only its query.
 //!
 //! All of these are exact but for rounding.
+//!
+//! The two precisions are compiled for the machines that they are meant for. In 32 bits a product
+//! takes its bias along (`Gemm`), and addition and normalisation are operators of their own:
+//! measured on CPUs, ONNX Runtime's fused `SkipLayerNormalization` is scalar code there, five times
+//! as slow as the two. In 16 bits bias, addition and normalisation are that one fused operator,
+//! which saves trips to a GPU's memory.
 
 use std::io;
 use std::path::Path;
@@ -19,7 +25,7 @@ use thiserror::Error;
 
 use crate::architecture::{Activation, Architecture, Transformer};
 use crate::checkpoint::{Checkpoint, CheckpointError, Linear, Norm, Tower, transpose};
-use crate::onnx::{Dim, GraphBuilder, Setting, element};
+use crate::onnx::{CONTRIB, Dim, GraphBuilder, Setting, element};
 use crate::precision::Precision;
 
 /// Mean of each channel over the images that CLIP was trained on, of values between 0 and 1.
@@ -117,9 +123,8 @@ pub fn blocks(architecture: &Architecture, with_text: bool) -> u64 {
     (architecture.vision.transformer.layers + text) as u64
 }
 
-/// A residual stream between two blocks: what a block added, not yet added.
+/// The stream that blocks add to, `[batch · tokens, width]`.
 struct Stream {
-    /// The stream before the addition, `[batch, tokens, width]`.
     trunk: String,
     /// The stream normalised for what comes next.
     normalised: String,
@@ -210,12 +215,13 @@ impl Compiler<'_> {
         let padding = self.integers("class.padding", &[0, 1, 0, 0, 0, 0])?;
         let padded = self.graph.node("Pad", &[&embedded, &padding], &[]);
         let tokens = self.graph.node("Add", &[&padded, &positions], &[]);
+        let flat = self.integers("flat", &[-1, width as i64])?;
+        let tokens = self.graph.node("Reshape", &[&tokens, &flat], &[]);
         let norm = self.checkpoint.norm_before()?;
         let trunk = self.normalise(&tokens, "before", &norm)?;
-        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
-        let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
-        let row = Rows::First;
-        let last = self.transformer_blocks(Stream { trunk, normalised }, row)?;
+        let deep = self.integers("deep", &[-1, vision.tokens() as i64, width as i64])?;
+        let shapes = Shapes { flat, deep };
+        let last = self.transformer_blocks(trunk, &shapes, &Row::First)?;
         self.project(&last, architecture.dimensions)
     }
 
@@ -285,145 +291,204 @@ impl Compiler<'_> {
             .graph
             .node("Slice", &[&positions, &start, &length, &axis], &[]);
         let trunk = self.graph.node("Add", &[&embedded, &positions], &[]);
-        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
-        let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
+        let flat = self.integers("flat", &[-1, width as i64])?;
+        let trunk = self.graph.node("Reshape", &[&trunk, &flat], &[]);
+        let batch_and_tokens = self.graph.node("Shape", &[&ids], &[]);
+        let channels = self.integers("channels", &[width as i64])?;
+        let axis = [("axis", Setting::Int(0))];
+        let deep = self
+            .graph
+            .node("Concat", &[&batch_and_tokens, &channels], &axis);
         // The end of text has the largest id of all tokens; the reference finds it so.
         let end = self.graph.node(
             "ArgMax",
             &[&ids],
             &[("axis", Setting::Int(1)), ("keepdims", Setting::Int(1))],
         );
-        let row = Rows::At(end);
-        let last = self.transformer_blocks(Stream { trunk, normalised }, row)?;
+        let shapes = Shapes { flat, deep };
+        let last = self.transformer_blocks(trunk, &shapes, &Row::At(end))?;
         self.project(&last, architecture.dimensions)
     }
 
-    /// All blocks and the final normalisation; returns the one row that is read, `[batch, width]`.
-    fn transformer_blocks(&mut self, first: Stream, read: Rows) -> Result<String, CompileError> {
+    /// All blocks and the final normalisation over `trunk` `[batch · tokens, width]`; returns the
+    /// one row of each sequence that is read, `[batch, width]`.
+    fn transformer_blocks(
+        &mut self,
+        trunk: String,
+        shapes: &Shapes,
+        read: &Row,
+    ) -> Result<String, CompileError> {
         let layers = self.transformer().layers;
-        let mut stream = first;
+        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
+        let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
+        let mut stream = Stream { trunk, normalised };
         for layer in 0..layers {
             let is_last = layer + 1 == layers;
-            let (attended, bias) = self.attention(layer, &mut stream, is_last.then_some(&read))?;
+            let read = is_last.then_some(read);
+            let attended = self.attention(layer, &mut stream, shapes, read)?;
             let norm = self.checkpoint.perceptron_norm(self.tower, layer)?;
             let name = format!("{layer}.perceptron.norm");
-            let mut middle =
-                self.add_and_normalise(&attended, &stream.trunk, &name, &norm, &bias, true)?;
-            if let (true, Rows::At(index)) = (is_last, &read) {
-                middle.trunk = self.row_at(&middle.trunk, index);
-                middle.normalised = self.row_at(&middle.normalised, index);
-            }
-            let (added, bias) = self.perceptron(layer, &middle.normalised)?;
+            stream = self.add_and_normalise(attended, &stream.trunk, &name, &norm, true)?;
+            let added = self.perceptron(layer, &stream.normalised)?;
             let (name, norm) = if is_last {
                 ("after".to_owned(), self.checkpoint.norm_after(self.tower)?)
             } else {
                 let next = layer + 1;
-                (
-                    format!("{next}.attention.norm"),
-                    self.checkpoint.attention_norm(self.tower, next)?,
-                )
+                let norm = self.checkpoint.attention_norm(self.tower, next)?;
+                (format!("{next}.attention.norm"), norm)
             };
-            stream =
-                self.add_and_normalise(&added, &middle.trunk, &name, &norm, &bias, !is_last)?;
+            stream = self.add_and_normalise(added, &stream.trunk, &name, &norm, !is_last)?;
             (self.progress)();
         }
         Ok(stream.normalised)
     }
 
-    /// The row that `index` `[batch, 1]` names in each of `value` `[batch, tokens, width]`.
-    fn row_at(&mut self, value: &str, index: &str) -> String {
-        self.graph.node(
-            "GatherND",
-            &[value, index],
-            &[("batch_dims", Setting::Int(1))],
-        )
-    }
-
-    /// Self-attention up to its output projection; the bias that is still to be added comes with
-    /// it. In the last block of the vision tower the stream is narrowed to the row that is read.
+    /// Self-attention with its output projection. In the last block, where only one row of each
+    /// sequence is read afterwards, stream and result are narrowed to it.
     fn attention(
         &mut self,
         layer: usize,
         stream: &mut Stream,
-        read: Option<&Rows>,
-    ) -> Result<(String, String), CompileError> {
+        shapes: &Shapes,
+        read: Option<&Row>,
+    ) -> Result<Added, CompileError> {
         let Transformer { width, heads, .. } = self.transformer();
-        let keys_from = stream.normalised.clone();
-        if let Some(Rows::First) = read {
-            // An index of rank one keeps the dimension that attention asks for.
-            let first = self.integers("class.index", &[0])?;
-            let axis = [("axis", Setting::Int(1))];
-            stream.trunk = self.graph.node("Gather", &[&stream.trunk, &first], &axis);
-            stream.normalised = self
-                .graph
-                .node("Gather", &[&stream.normalised, &first], &axis);
-        }
         let [query, key, value] = self.checkpoint.attention_in(self.tower, layer)?;
         let out = self.checkpoint.attention_out(self.tower, layer)?;
         let out_bias = fold_value_bias(&out, &value.bias);
 
-        let product = |this: &mut Self, input: &str, name: &str, linear: &Linear| {
-            let weight = transpose(&linear.weight, width, width);
-            let weight =
-                this.weight(&format!("{layer}.{name}.weight"), &[width, width], &weight)?;
-            Ok::<_, CompileError>(this.graph.node("MatMul", &[input, &weight], &[]))
-        };
-        let queries = product(self, &stream.normalised, "query", &query)?;
-        let keys = product(self, &keys_from, "key", &key)?;
-        let values = product(self, &keys_from, "value", &value)?;
-        let bias = self.weight(&format!("{layer}.query.bias"), &[width], &query.bias)?;
-        let queries = self.graph.node("Add", &[&queries, &bias], &[]);
+        let rows = stream.normalised.clone();
+        let mut asking = rows.clone();
+        let mut asking_shape = shapes.deep.clone();
+        if let Some(Row::First) = read {
+            asking = self.first_row(&asking, shapes)?;
+            stream.trunk = self.first_row(&stream.trunk, shapes)?;
+            asking_shape = self.integers("row.deep", &[-1, 1, width as i64])?;
+        }
+        let name = |part: &str| format!("{layer}.{part}");
+        let queries = self.linear(
+            &asking,
+            &name("query"),
+            width,
+            &query.weight,
+            Some(&query.bias),
+        )?;
+        let keys = self.linear(&rows, &name("key"), width, &key.weight, None)?;
+        let values = self.linear(&rows, &name("value"), width, &value.weight, None)?;
+        let queries = self.graph.node("Reshape", &[&queries, &asking_shape], &[]);
+        let keys = self.graph.node("Reshape", &[&keys, &shapes.deep], &[]);
+        let values = self.graph.node("Reshape", &[&values, &shapes.deep], &[]);
         let mut settings = vec![("num_heads", Setting::Int(heads as i64))];
         if self.tower == Tower::Text {
             settings.push(("unidirectional", Setting::Int(1)));
         }
-        let mixed =
-            self.graph
-                .contrib("MultiHeadAttention", &[&queries, &keys, &values], &settings);
-        let attended = product(self, &mixed, "out", &out)?;
-        let bias = self.weight(&format!("{layer}.out.bias"), &[width], &out_bias)?;
-        Ok((attended, bias))
+        let inputs = [queries.as_str(), &keys, &values];
+        let mut mixed = self.graph.contrib("MultiHeadAttention", &inputs, &settings);
+        if let Some(Row::At(index)) = read {
+            let each = [("batch_dims", Setting::Int(1))];
+            mixed = self.graph.node("GatherND", &[&mixed, index], &each);
+            let deep = self
+                .graph
+                .node("Reshape", &[&stream.trunk, &shapes.deep], &[]);
+            stream.trunk = self.graph.node("GatherND", &[&deep, index], &each);
+        }
+        let mixed = self.graph.node("Reshape", &[&mixed, &shapes.flat], &[]);
+        self.linear_to_add(&mixed, &name("out"), width, &out.weight, &out_bias)
     }
 
-    /// The perceptron up to its second product; the bias that is still to be added comes with it.
-    fn perceptron(&mut self, layer: usize, input: &str) -> Result<(String, String), CompileError> {
+    /// The first row of each sequence of `value` `[batch · tokens, width]`.
+    fn first_row(&mut self, value: &str, shapes: &Shapes) -> Result<String, CompileError> {
+        let deep = self.graph.node("Reshape", &[value, &shapes.deep], &[]);
+        let first = self.index("row.first", 0)?;
+        Ok(self
+            .graph
+            .node("Gather", &[&deep, &first], &[("axis", Setting::Int(1))]))
+    }
+
+    fn perceptron(&mut self, layer: usize, input: &str) -> Result<Added, CompileError> {
         let Transformer {
             width,
             hidden,
             activation,
             ..
         } = self.transformer();
-        let Linear { weight, mut bias } = self.checkpoint.perceptron_in(self.tower, layer)?;
-        let mut weight = transpose(&weight, hidden, width);
-        let second = self.checkpoint.perceptron_out(self.tower, layer)?;
-        let mut second_weight = transpose(&second.weight, width, hidden);
+        let mut first = self.checkpoint.perceptron_in(self.tower, layer)?;
+        let mut second = self.checkpoint.perceptron_out(self.tower, layer)?;
         if activation == Activation::QuickGelu {
-            for value in weight.iter_mut().chain(bias.iter_mut()) {
+            for value in first.weight.iter_mut().chain(first.bias.iter_mut()) {
                 *value *= QUICK_GELU;
             }
-            for value in &mut second_weight {
+            for value in &mut second.weight {
                 *value /= QUICK_GELU;
             }
         }
-        let weight = self.weight(&format!("{layer}.in.weight"), &[width, hidden], &weight)?;
-        let bias = self.weight(&format!("{layer}.in.bias"), &[hidden], &bias)?;
-        let product = self.graph.node("MatMul", &[input, &weight], &[]);
+        let name = format!("{layer}.in");
+        let sum = self.linear(input, &name, hidden, &first.weight, Some(&first.bias))?;
         let active = match activation {
             Activation::QuickGelu => {
-                let sum = self.graph.node("Add", &[&product, &bias], &[]);
                 self.graph
                     .contrib("QuickGelu", &[&sum], &[("alpha", Setting::Float(1.0))])
             }
-            Activation::Gelu => self.graph.contrib("BiasGelu", &[&product, &bias], &[]),
+            Activation::Gelu => self.graph.contrib("Gelu", &[&sum], &[]),
         };
-        let weight = self.weight(
-            &format!("{layer}.back.weight"),
-            &[hidden, width],
-            &second_weight,
-        )?;
-        let added = self.graph.node("MatMul", &[&active, &weight], &[]);
-        let bias = self.weight(&format!("{layer}.back.bias"), &[width], &second.bias)?;
-        Ok((added, bias))
+        self.linear_to_add(
+            &active,
+            &format!("{layer}.back"),
+            width,
+            &second.weight,
+            &second.bias,
+        )
+    }
+
+    /// `input · weightᵀ + bias`, for an input of two dimensions and a weight `[out, in]` as stored.
+    fn linear(
+        &mut self,
+        input: &str,
+        name: &str,
+        out: usize,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+    ) -> Result<String, CompileError> {
+        let into = weight.len() / out;
+        let weight = transpose(weight, out, into);
+        let weight = self.weight(&format!("{name}.weight"), &[into, out], &weight)?;
+        let Some(bias) = bias else {
+            return Ok(self.graph.node("MatMul", &[input, &weight], &[]));
+        };
+        let bias = self.weight(&format!("{name}.bias"), &[out], bias)?;
+        Ok(match self.graph.precision() {
+            Precision::Fp32 => self.graph.node("Gemm", &[input, &weight, &bias], &[]),
+            Precision::Fp16 => {
+                let product = self.graph.node("MatMul", &[input, &weight], &[]);
+                self.graph.node("Add", &[&product, &bias], &[])
+            }
+        })
+    }
+
+    /// Like [`Self::linear`], for a result that goes to [`Self::add_and_normalise`], which may take
+    /// the bias upon itself.
+    fn linear_to_add(
+        &mut self,
+        input: &str,
+        name: &str,
+        out: usize,
+        weight: &[f32],
+        bias: &[f32],
+    ) -> Result<Added, CompileError> {
+        match self.graph.precision() {
+            Precision::Fp32 => {
+                let value = self.linear(input, name, out, weight, Some(bias))?;
+                Ok(Added { value, bias: None })
+            }
+            Precision::Fp16 => {
+                let value = self.linear(input, name, out, weight, None)?;
+                let bias = self.weight(&format!("{name}.bias"), &[out], bias)?;
+                Ok(Added {
+                    value,
+                    bias: Some(bias),
+                })
+            }
+        }
     }
 
     fn normalise(&mut self, input: &str, name: &str, norm: &Norm) -> Result<String, CompileError> {
@@ -440,16 +505,20 @@ impl Compiler<'_> {
         ))
     }
 
-    /// `added + bias + trunk` and its normalisation, in one operator.
+    /// The stream after a block's addition, and its normalisation.
     fn add_and_normalise(
         &mut self,
-        added: &str,
+        added: Added,
         trunk: &str,
         name: &str,
         norm: &Norm,
-        bias: &str,
         keep_sum: bool,
     ) -> Result<Stream, CompileError> {
+        let Some(bias) = added.bias else {
+            let trunk = self.graph.node("Add", &[&added.value, trunk], &[]);
+            let normalised = self.normalise(&trunk, name, norm)?;
+            return Ok(Stream { trunk, normalised });
+        };
         let width = self.transformer().width;
         let scale = self.weight(&format!("{name}.scale"), &[width], &norm.scale)?;
         let offset = self.weight(&format!("{name}.offset"), &[width], &norm.offset)?;
@@ -461,9 +530,9 @@ impl Compiler<'_> {
             outputs.extend([String::new(), String::new(), sum.clone()]);
         }
         self.graph.push(
-            crate::onnx::CONTRIB,
+            CONTRIB,
             "SkipLayerNormalization",
-            &[added, trunk, &scale, &offset, bias],
+            &[&added.value, trunk, &scale, &offset, &bias],
             outputs,
             &[("epsilon", Setting::Float(NORM_EPSILON))],
         );
@@ -475,8 +544,6 @@ impl Compiler<'_> {
 
     fn project(&mut self, row: &str, dimensions: usize) -> Result<(), CompileError> {
         let width = self.transformer().width;
-        let shape = self.integers("row.shape", &[-1, width as i64])?;
-        let row = self.graph.node("Reshape", &[row, &shape], &[]);
         let projection = self.checkpoint.projection(self.tower)?;
         let projection = self.weight("projection", &[width, dimensions], &projection)?;
         let shape = [Dim::Named("batch"), Dim::Fixed(dimensions)];
@@ -485,13 +552,13 @@ impl Compiler<'_> {
                 self.graph.push(
                     "",
                     "MatMul",
-                    &[&row, &projection],
+                    &[row, &projection],
                     vec![OUTPUT.to_owned()],
                     &[],
                 );
             }
             Precision::Fp16 => {
-                let product = self.graph.node("MatMul", &[&row, &projection], &[]);
+                let product = self.graph.node("MatMul", &[row, &projection], &[]);
                 let to = [("to", Setting::Int(i64::from(element::FLOAT)))];
                 self.graph
                     .push("", "Cast", &[&product], vec![OUTPUT.to_owned()], &to);
@@ -513,6 +580,14 @@ impl Compiler<'_> {
             .map_err(|source| CompileError::Write { tower, source })
     }
 
+    /// A single index, which gathering with drops the dimension it indexes.
+    fn index(&mut self, name: &str, index: i64) -> Result<String, CompileError> {
+        let tower = self.tower;
+        self.graph
+            .index(name, index)
+            .map_err(|source| CompileError::Write { tower, source })
+    }
+
     fn integers(&mut self, name: &str, values: &[i64]) -> Result<String, CompileError> {
         let tower = self.tower;
         self.graph
@@ -521,12 +596,27 @@ impl Compiler<'_> {
     }
 }
 
-/// Which row of the sequence the model's vector is read from.
-enum Rows {
+/// Which row of each sequence the model's vector is read from.
+enum Row {
     /// The first, in every sequence.
     First,
-    /// The one whose index this value holds.
+    /// The one whose index this value `[batch, 1]` holds.
     At(String),
+}
+
+/// The names of the two shapes between which values go back and forth.
+struct Shapes {
+    /// `[batch · tokens, width]`, for products and normalisation.
+    flat: String,
+    /// `[batch, tokens, width]`, for attention.
+    deep: String,
+}
+
+/// What a block adds to the stream.
+struct Added {
+    value: String,
+    /// Where it is still to be added to the value.
+    bias: Option<String>,
 }
 
 /// Weights, bias, and the centre that is subtracted from the pixels.

@@ -13,6 +13,7 @@ use clip_model::synthesize::SynthesizedWeights;
 use clip_model::{Architecture, WeightsOrigin};
 
 fn tiny(folder: &Path, options: &BuildOptions) -> Bundle {
+    clip_model::engine::environment().unwrap_or_else(|error| panic!("{error}"));
     let architecture = Architecture::named("tiny").expect("a known model");
     let checkpoint = Checkpoint::synthesized(SynthesizedWeights::new(architecture, 7));
     build(&checkpoint, &folder.join("bundle"), options, &|_| {}).expect("a bundle")

@@ -98,6 +98,7 @@ fn without_labels(precision: Precision) -> BuildOptions {
 }
 
 fn built(checkpoint: &Checkpoint, precision: Precision, folder: &Path) -> Bundle {
+    clip_model::engine::environment().unwrap_or_else(|error| panic!("{error}"));
     build(
         checkpoint,
         &folder.join("bundle"),
