@@ -1,0 +1,406 @@
+//! Where the objects come from: an S3 Inventory in CSV.
+//!
+//! Form: "Locating your inventory list" and "Amazon S3 Inventory list" in the
+//! S3 user guide. The rows are in no order, so the position is a row's number.
+
+use std::fs::File;
+use std::io::{BufReader, Seek, SeekFrom, Write};
+
+use async_trait::async_trait;
+use aws_sdk_s3::Client;
+use aws_smithy_types::error::display::DisplayErrorContext;
+use chrono::{DateTime, Utc};
+use csv::StringRecord;
+use events::decode_notification_key;
+use flate2::read::MultiGzDecoder;
+use serde::Deserialize;
+
+use super::job::{Job, Object, Position};
+use super::source::{Entry, Source, SourceError};
+
+/// Rows of a page: as many as a page of a listing has.
+const PAGE_ROWS: usize = 1_000;
+
+/// Bytes of a manifest at most; a real one names some thousand files.
+const MAX_MANIFEST_BYTES: usize = 64 << 20;
+
+/// Tries of one file of the inventory. The SDK retries the request, not a
+/// body that breaks off in the middle.
+const DOWNLOAD_TRIES: u32 = 3;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Manifest {
+    source_bucket: String,
+    destination_bucket: String,
+    file_format: String,
+    file_schema: String,
+    files: Vec<ManifestFile>,
+}
+
+#[derive(Deserialize)]
+struct ManifestFile {
+    key: String,
+}
+
+/// Which column holds what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Columns {
+    count: usize,
+    key: usize,
+    etag: usize,
+    size: Option<usize>,
+    last_modified: Option<usize>,
+    storage_class: Option<usize>,
+    is_latest: Option<usize>,
+    is_delete_marker: Option<usize>,
+}
+
+impl Columns {
+    fn of(schema: &str, job: &Job) -> Result<Self, String> {
+        let names: Vec<&str> = schema.split(',').map(str::trim).collect();
+        let find = |name: &str| names.iter().position(|one| one.eq_ignore_ascii_case(name));
+        let need = |name: &str, what: &str| {
+            find(name).ok_or_else(|| {
+                format!("it has no column {name}, which {what} needs: add it to the inventory's optional fields")
+            })
+        };
+        let has_size_filter = job.max_size.is_some() || job.min_size > 1;
+        let has_date_filter = job.since.is_some() || job.until.is_some();
+        if has_size_filter {
+            need("Size", "--min-size or --max-size")?;
+        }
+        if has_date_filter {
+            need("LastModifiedDate", "--since or --until")?;
+        }
+        Ok(Self {
+            count: names.len(),
+            key: need("Key", "a backfill")?,
+            etag: need("ETag", "the look-up of vectors")?,
+            size: find("Size"),
+            last_modified: find("LastModifiedDate"),
+            storage_class: find("StorageClass"),
+            is_latest: find("IsLatest"),
+            is_delete_marker: find("IsDeleteMarker"),
+        })
+    }
+
+    fn object(&self, row: &StringRecord) -> Result<Object, String> {
+        if row.len() != self.count {
+            return Err(format!(
+                "it has {} columns, the manifest names {}",
+                row.len(),
+                self.count
+            ));
+        }
+        let text = |column: Option<usize>| column.map(|column| &row[column]).unwrap_or_default();
+        let key = decode_notification_key(&row[self.key]).map_err(|error| error.to_string())?;
+        let size = match text(self.size) {
+            "" => None,
+            size => Some(
+                size.parse::<u64>()
+                    .map_err(|_| format!("{size:?} is no size"))?,
+            ),
+        };
+        let last_modified = match text(self.last_modified) {
+            "" => None,
+            date => Some(
+                date.parse::<DateTime<Utc>>()
+                    .map_err(|_| format!("{date:?} is no date"))?,
+            ),
+        };
+        let is_old = text(self.is_latest).eq_ignore_ascii_case("false");
+        let is_delete_marker = text(self.is_delete_marker).eq_ignore_ascii_case("true");
+        Ok(Object {
+            key,
+            etag: row[self.etag].trim_matches('"').to_owned(),
+            size,
+            last_modified,
+            storage_class: self.storage_class.map(|column| row[column].to_owned()),
+            is_current: !is_old && !is_delete_marker,
+        })
+    }
+}
+
+/// The rows of an inventory.
+pub struct Inventory {
+    s3: Client,
+    /// The manifest's URL, for errors.
+    url: String,
+    prefix: String,
+    bucket: String,
+    files: Vec<String>,
+    columns: Columns,
+    file: usize,
+    rows: u64,
+    open: Option<csv::Reader<MultiGzDecoder<BufReader<File>>>>,
+}
+
+impl Inventory {
+    /// Reads the manifest, and goes on after the position.
+    pub async fn open(
+        s3: Client,
+        manifest_bucket: &str,
+        manifest_key: &str,
+        job: &Job,
+        position: Option<&Position>,
+    ) -> Result<Self, SourceError> {
+        let url = format!("s3://{manifest_bucket}/{manifest_key}");
+        let unusable = |problem: String| SourceError::Inventory {
+            manifest: url.clone(),
+            problem,
+        };
+        let mut content = Vec::new();
+        download(&s3, manifest_bucket, manifest_key, &mut |bytes| {
+            content.extend_from_slice(bytes);
+            if content.len() > MAX_MANIFEST_BYTES {
+                return Err(format!("a manifest has at most {MAX_MANIFEST_BYTES} bytes"));
+            }
+            Ok(())
+        })
+        .await?;
+        let manifest = parse_manifest(&content, job).map_err(unusable)?;
+        let columns = Columns::of(&manifest.file_schema, job).map_err(unusable)?;
+        let (file, rows) = match position {
+            Some(Position::Row { file, rows }) => (*file, *rows),
+            _ => (0, 0),
+        };
+        let bucket = manifest
+            .destination_bucket
+            .rsplit(':')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        Ok(Self {
+            s3,
+            url,
+            prefix: job.prefix.clone(),
+            bucket,
+            files: manifest.files.into_iter().map(|file| file.key).collect(),
+            columns,
+            file,
+            rows,
+            open: None,
+        })
+    }
+
+    /// Fetches the current file and skips the rows that are done. The file
+    /// goes to the disk first: a walk with a low rate reads it for hours,
+    /// longer than S3 keeps a connection.
+    async fn fetch(&self) -> Result<csv::Reader<MultiGzDecoder<BufReader<File>>>, SourceError> {
+        let key = &self.files[self.file];
+        let on_disk = |error: std::io::Error| self.unusable(format!("no temporary file: {error}"));
+        let mut tries = 0;
+        let file = loop {
+            tries += 1;
+            let mut file = tempfile::tempfile().map_err(on_disk)?;
+            let fetched = download(&self.s3, &self.bucket, key, &mut |bytes| {
+                file.write_all(bytes)
+                    .map_err(|error| format!("no temporary file: {error}"))
+            })
+            .await;
+            match fetched {
+                Ok(()) => break file,
+                Err(error) if tries == DOWNLOAD_TRIES => return Err(error),
+                Err(error) => tracing::warn!(%error, "fetching the inventory's file again"),
+            }
+        };
+        let mut file = file;
+        file.seek(SeekFrom::Start(0)).map_err(on_disk)?;
+        let mut reader = csv::ReaderBuilder::new()
+            .has_headers(false)
+            // Counted in `Columns`, with a better error.
+            .flexible(true)
+            .from_reader(MultiGzDecoder::new(BufReader::new(file)));
+        let mut row = StringRecord::new();
+        for number in 0..self.rows {
+            let is_there = reader
+                .read_record(&mut row)
+                .map_err(|error| self.wrong_row(number, &error.to_string()))?;
+            if !is_there {
+                break;
+            }
+        }
+        Ok(reader)
+    }
+
+    fn unusable(&self, problem: String) -> SourceError {
+        SourceError::Inventory {
+            manifest: self.url.clone(),
+            problem,
+        }
+    }
+
+    fn wrong_row(&self, number: u64, problem: &str) -> SourceError {
+        let file = self.files.get(self.file).map_or("", String::as_str);
+        self.unusable(format!("row {} of {file}: {problem}", number + 1))
+    }
+}
+
+#[async_trait]
+impl Source for Inventory {
+    async fn next_page(&mut self) -> Result<Option<Vec<Entry>>, SourceError> {
+        if self.file >= self.files.len() {
+            return Ok(None);
+        }
+        let mut reader = match self.open.take() {
+            Some(reader) => reader,
+            None => self.fetch().await?,
+        };
+        let mut entries = Vec::new();
+        let mut row = StringRecord::new();
+        for _ in 0..PAGE_ROWS {
+            let is_there = reader
+                .read_record(&mut row)
+                .map_err(|error| self.wrong_row(self.rows, &error.to_string()))?;
+            if !is_there {
+                self.file += 1;
+                self.rows = 0;
+                return Ok(Some(entries));
+            }
+            let object = self
+                .columns
+                .object(&row)
+                .map_err(|problem| self.wrong_row(self.rows, &problem))?;
+            self.rows += 1;
+            if object.key.starts_with(&self.prefix) {
+                entries.push(Entry {
+                    object,
+                    position: Position::Row {
+                        file: self.file,
+                        rows: self.rows,
+                    },
+                });
+            }
+        }
+        self.open = Some(reader);
+        Ok(Some(entries))
+    }
+}
+
+fn parse_manifest(content: &[u8], job: &Job) -> Result<Manifest, String> {
+    let manifest: Manifest = serde_json::from_slice(content)
+        .map_err(|error| format!("it is no manifest.json of S3 Inventory: {error}"))?;
+    if !manifest.file_format.eq_ignore_ascii_case("CSV") {
+        return Err(format!(
+            "it is in {}, and only CSV is read: set the inventory's output format to CSV, or \
+             leave --manifest out and the bucket is listed",
+            manifest.file_format
+        ));
+    }
+    if manifest.source_bucket != job.bucket {
+        return Err(format!(
+            "it is of the bucket {}, and the backfill is of {}",
+            manifest.source_bucket, job.bucket
+        ));
+    }
+    Ok(manifest)
+}
+
+async fn download(
+    s3: &Client,
+    bucket: &str,
+    key: &str,
+    sink: &mut (dyn FnMut(&[u8]) -> Result<(), String> + Send),
+) -> Result<(), SourceError> {
+    let failed = |problem: String| SourceError::Call {
+        operation: "GetObject",
+        bucket: bucket.to_owned(),
+        key: key.to_owned(),
+        problem,
+    };
+    let response = s3.get_object().bucket(bucket).key(key).send().await;
+    let mut body = response
+        .map_err(|error| failed(DisplayErrorContext(&error).to_string()))?
+        .body;
+    while let Some(bytes) = body.next().await {
+        let bytes = bytes.map_err(|error| failed(DisplayErrorContext(&error).to_string()))?;
+        sink(&bytes).map_err(failed)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backfill::job::tests::job;
+
+    const SCHEMA: &str = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag, StorageClass";
+
+    fn row(values: [&str; 9]) -> StringRecord {
+        StringRecord::from(values.to_vec())
+    }
+
+    #[test]
+    fn a_row_becomes_an_object_with_its_key_decoded() {
+        let columns = Columns::of(SCHEMA, &job()).unwrap();
+        let object = columns
+            .object(&row([
+                "photos",
+                "a/my+photo%2B%C3%A9.png",
+                "",
+                "true",
+                "false",
+                "10",
+                "2026-05-01T10:00:00.000Z",
+                "abc-3",
+                "STANDARD",
+            ]))
+            .unwrap();
+        assert_eq!(object.key, "a/my photo+é.png");
+        assert_eq!((object.etag.as_str(), object.size), ("abc-3", Some(10)));
+        assert!(object.is_current && object.last_modified.is_some());
+    }
+
+    #[test]
+    fn old_versions_and_delete_markers_are_not_current() {
+        let columns = Columns::of(SCHEMA, &job()).unwrap();
+        for (latest, marker) in [("false", "false"), ("true", "true")] {
+            let row = row(["b", "ab.png", "v", latest, marker, "", "", "", ""]);
+            assert!(!columns.object(&row).unwrap().is_current);
+        }
+    }
+
+    #[test]
+    fn a_column_that_a_filter_needs_is_asked_for_by_name() {
+        let mut job = job();
+        assert!(Columns::of("Bucket, Key, ETag", &job).is_ok());
+        let problem = Columns::of("Bucket, Key", &job).unwrap_err();
+        assert!(problem.contains("ETag"), "{problem}");
+        job.max_size = Some(1);
+        let problem = Columns::of("Bucket, Key, ETag", &job).unwrap_err();
+        assert!(problem.contains("Size"), "{problem}");
+    }
+
+    #[test]
+    fn a_row_that_does_not_fit_is_an_error() {
+        let columns = Columns::of(SCHEMA, &job()).unwrap();
+        assert!(columns.object(&StringRecord::from(vec!["b", "k"])).is_err());
+        let mut values = ["b", "ab.png", "", "", "", "many", "", "e", ""];
+        assert!(columns.object(&row(values)).is_err());
+        values[5] = "1";
+        values[6] = "yesterday";
+        assert!(columns.object(&row(values)).is_err());
+    }
+
+    #[test]
+    fn other_formats_and_other_buckets_are_refused_with_what_to_do() {
+        let manifest = |format: &str, bucket: &str| {
+            format!(
+                r#"{{"sourceBucket":"{bucket}","destinationBucket":"arn:aws:s3:::d","version":"2016-11-30",
+                "fileFormat":"{format}","fileSchema":"Bucket, Key","files":[]}}"#
+            )
+        };
+        for format in ["ORC", "Parquet"] {
+            let problem = parse_manifest(manifest(format, "photos").as_bytes(), &job());
+            let problem = problem.err().unwrap();
+            assert!(
+                problem.contains(format) && problem.contains("CSV"),
+                "{problem}"
+            );
+        }
+        let problem = parse_manifest(manifest("CSV", "other").as_bytes(), &job());
+        assert!(problem.err().unwrap().contains("other"));
+        assert!(parse_manifest(b"Bucket,Key", &job()).is_err());
+    }
+}

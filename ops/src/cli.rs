@@ -1,0 +1,446 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, Utc};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use events::{ImageType, vector};
+use regex_lite::Regex;
+
+use crate::backfill::Job;
+use crate::units::{Rate, parse_date, parse_rate, parse_size};
+
+/// The names that bundles have. A name with a slip of the pen would find no
+/// vector and enqueue a whole bucket again.
+const KNOWN_MODELS: [&str; 4] = ["ViT-B/32", "ViT-B/16", "ViT-L/14", "tiny"];
+
+/// The operator's commands of clip-image-processor.
+///
+/// Region, credentials and endpoints come from the environment, as for every
+/// AWS tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
+#[derive(Debug, Parser)]
+#[command(name = "clip-ops", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Put the images that lie in a bucket already onto the input queue.
+    Backfill(Box<BackfillArgs>),
+    /// Show the dead-letter queue with its reasons, and send messages back.
+    Redrive(RedriveArgs),
+}
+
+/// How to find out which objects have their vector already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EmbeddedCheck {
+    /// List the cache once: one request per 1,000 vectors.
+    List,
+    /// Ask for each object: for few objects and a huge cache.
+    Head,
+    /// Do not: everything is enqueued, embedded or not.
+    Off,
+}
+
+const BACKFILL_EXAMPLES: &str = "\
+Examples:
+  What would be done, without doing it:
+    clip-ops backfill s3://photos/2025/ --queue $QUEUE --cache-bucket my-cache --dry-run
+
+  200 images a second, and Ctrl-C at any time; the same command goes on:
+    clip-ops backfill s3://photos/2025/ --queue $QUEUE --cache-bucket my-cache \\
+      --rate 200/s --checkpoint photos-2025.json
+
+  JPEGs and PNGs of January that have at least 10 kB:
+    clip-ops backfill s3://photos --queue $QUEUE --cache-bucket my-cache \\
+      --types jpeg,png --min-size 10kB --since 2026-01-01 --until 2026-02-01
+
+  From an S3 Inventory in CSV instead of listing the bucket:
+    clip-ops backfill s3://photos --queue $QUEUE --cache-bucket my-cache \\
+      --manifest s3://inventories/photos/daily/2026-01-31T01-00Z/manifest.json
+
+Exit status: 0 done, 1 failed (run it again to go on), 2 wrong options, 130 and 143 stopped by a signal.";
+
+/// Options of `backfill`.
+#[derive(Debug, Args)]
+#[command(after_long_help = BACKFILL_EXAMPLES, after_help = "Examples: --help")]
+pub struct BackfillArgs {
+    /// The bucket, and what the keys begin with (taken as it is, not decoded).
+    #[arg(value_name = "s3://BUCKET/PREFIX", value_parser = parse_location)]
+    pub source: Location,
+    /// URL of the input queue.
+    #[arg(long, env = "INPUT_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
+    pub queue: String,
+    /// The bucket that holds the vectors.
+    #[arg(long, env = "CACHE_BUCKET", value_name = "BUCKET")]
+    pub cache_bucket: String,
+    /// What the vectors' keys begin with.
+    #[arg(long, env = "CACHE_PREFIX", value_name = "PREFIX", default_value = vector::DEFAULT_PREFIX)]
+    pub cache_prefix: String,
+    /// The model whose vectors count.
+    #[arg(long, env = "MODEL_NAME", value_parser = KNOWN_MODELS, default_value = KNOWN_MODELS[0])]
+    pub model: String,
+    /// Wanted types by extension, as in `png,jpeg` [default: all seven].
+    #[arg(long, value_delimiter = ',', value_parser = parse_type)]
+    pub types: Vec<ImageType>,
+    /// Leave out smaller objects (500, 10kB, 5MiB).
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1")]
+    pub min_size: u64,
+    /// Leave out larger objects.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_size: Option<u64>,
+    /// Only objects modified then or later (2026-01-31, or with a time).
+    #[arg(long, value_name = "DATE", value_parser = parse_date)]
+    pub since: Option<DateTime<Utc>>,
+    /// Only objects modified before.
+    #[arg(long, value_name = "DATE", value_parser = parse_date)]
+    pub until: Option<DateTime<Utc>>,
+    /// Also objects of the archive storage classes, which must be restored.
+    #[arg(long)]
+    pub include_archived: bool,
+    /// Read this S3 Inventory (CSV) instead of listing the bucket.
+    #[arg(long, value_name = "s3://BUCKET/…/manifest.json", value_parser = parse_location)]
+    pub manifest: Option<Location>,
+    /// How to find out what has its vector already.
+    #[arg(long, value_enum, default_value = "list")]
+    pub embedded_check: EmbeddedCheck,
+    /// Objects per second, as in 500/s, or max.
+    #[arg(long, value_parser = parse_rate, default_value = "1000/s")]
+    pub rate: Rate,
+    /// Remember here how far the walk came; the same command goes on there.
+    #[arg(long, value_name = "FILE")]
+    pub checkpoint: Option<PathBuf>,
+    /// Only count; send nothing, write no checkpoint.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The scaler's Lambda, to wake with the first work.
+    #[arg(long, env = "SCALER_FUNCTION_NAME", value_name = "FUNCTION")]
+    pub wake_scaler: Option<String>,
+    /// The result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl BackfillArgs {
+    /// What decides which objects go where.
+    pub fn job(&self) -> Job {
+        let mut types = self.types.clone();
+        if types.is_empty() {
+            types = ImageType::ALL.to_vec();
+        }
+        types.sort_unstable();
+        types.dedup();
+        Job {
+            bucket: self.source.bucket.clone(),
+            prefix: self.source.rest.clone(),
+            manifest: self.manifest.as_ref().map(Location::url),
+            queue: self.queue.clone(),
+            cache_bucket: self.cache_bucket.clone(),
+            cache_prefix: self.cache_prefix.clone(),
+            model: self.model.clone(),
+            types,
+            min_size: self.min_size,
+            max_size: self.max_size,
+            since: self.since,
+            until: self.until,
+            include_archived: self.include_archived,
+        }
+    }
+
+    /// What no parser of one option sees.
+    pub fn check(&self) -> Result<(), String> {
+        if self.max_size.is_some_and(|largest| largest < self.min_size) {
+            return Err("--max-size is below --min-size: nothing would be left".to_owned());
+        }
+        if let (Some(since), Some(until)) = (self.since, self.until)
+            && until <= since
+        {
+            return Err("--until is not after --since: nothing would be left".to_owned());
+        }
+        if let Some(manifest) = &self.manifest
+            && !manifest.rest.ends_with(".json")
+        {
+            return Err(format!(
+                "--manifest {} is no manifest.json: name the inventory's manifest, not its data",
+                manifest.url()
+            ));
+        }
+        Ok(())
+    }
+}
+
+const REDRIVE_EXAMPLES: &str = "\
+Examples:
+  What lies there, and why:
+    clip-ops redrive --dead-letter-queue $DLQ
+
+  Send back what failed while a role was wrong:
+    clip-ops redrive --dead-letter-queue $DLQ --queue $QUEUE --reason 'AccessDenied'
+
+  Send back two messages, then everything:
+    clip-ops redrive --dead-letter-queue $DLQ --queue $QUEUE --ids 0f6c…,81aa…
+    clip-ops redrive --dead-letter-queue $DLQ --queue $QUEUE --all
+
+  Discard what is no image:
+    clip-ops redrive --dead-letter-queue $DLQ --reason 'none of the seven types' --delete --yes
+
+Showing consumes nothing: messages are invisible to others while the command runs (two minutes at
+most after a kill), and count one more receive.
+
+Exit status: 0 done, 1 failed, 2 wrong options, 130 and 143 stopped by a signal.";
+
+/// Options of `redrive`.
+#[derive(Debug, Args)]
+#[command(after_long_help = REDRIVE_EXAMPLES, after_help = "Examples: --help")]
+pub struct RedriveArgs {
+    /// URL of the dead-letter queue.
+    #[arg(long, env = "DEAD_LETTER_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
+    pub dead_letter_queue: String,
+    /// URL of the input queue, to which messages go back.
+    #[arg(long, env = "INPUT_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
+    pub queue: Option<String>,
+    /// Show, and do nothing [default].
+    #[arg(long, group = "choice")]
+    pub list: bool,
+    /// Choose every message.
+    #[arg(long, group = "choice")]
+    pub all: bool,
+    /// Choose messages whose reason matches.
+    #[arg(long, group = "choice", value_name = "REGEX", value_parser = parse_regex)]
+    pub reason: Option<Regex>,
+    /// Choose messages by their ids (or the beginnings of them).
+    #[arg(long, group = "choice", value_name = "ID,…", value_delimiter = ',')]
+    pub ids: Vec<String>,
+    /// Choose so many messages at most.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// Discard the chosen messages instead of sending them back.
+    #[arg(long, conflicts_with = "list")]
+    pub delete: bool,
+    /// Yes, discard them.
+    #[arg(long, requires = "delete")]
+    pub yes: bool,
+    /// Show what would be chosen, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RedriveArgs {
+    /// Whether messages are only shown.
+    pub fn only_shows(&self) -> bool {
+        let chooses = self.all || self.reason.is_some() || !self.ids.is_empty();
+        self.list || !chooses
+    }
+
+    /// What no parser of one option sees.
+    pub fn check(&self) -> Result<(), String> {
+        if self.ids.iter().any(|id| id.trim().is_empty()) {
+            return Err("--ids names an empty id, which would choose every message".to_owned());
+        }
+        if self.only_shows() {
+            if self.delete {
+                return Err(
+                    "--delete needs a choice: --all, --reason REGEX or --ids ID,…".to_owned(),
+                );
+            }
+            return Ok(());
+        }
+        if self.delete {
+            if !self.yes && !self.dry_run {
+                return Err(
+                    "--delete discards messages for good: add --yes, or --dry-run to see \
+                            which"
+                        .to_owned(),
+                );
+            }
+            return Ok(());
+        }
+        match &self.queue {
+            None if !self.dry_run => {
+                Err("--queue URL says where the chosen messages go back to".to_owned())
+            }
+            Some(queue) if *queue == self.dead_letter_queue => {
+                Err("--queue is the dead-letter queue itself".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A bucket and what follows it in a URL, neither decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// The bucket.
+    pub bucket: String,
+    /// The prefix or key; may be empty.
+    pub rest: String,
+}
+
+impl Location {
+    /// The location as it was given.
+    pub fn url(&self) -> String {
+        format!("s3://{}/{}", self.bucket, self.rest)
+    }
+}
+
+fn parse_location(text: &str) -> Result<Location, String> {
+    let wrong = || format!("{text:?} is no location: write s3://bucket or s3://bucket/prefix");
+    let path = text.strip_prefix("s3://").ok_or_else(wrong)?;
+    let (bucket, rest) = path.split_once('/').unwrap_or((path, ""));
+    if bucket.is_empty() {
+        return Err(wrong());
+    }
+    Ok(Location {
+        bucket: bucket.to_owned(),
+        rest: rest.to_owned(),
+    })
+}
+
+fn parse_queue(text: &str) -> Result<String, String> {
+    if text.ends_with(".fifo") {
+        return Err(format!(
+            "{text:?} is a FIFO queue; this pipeline's are standard queues"
+        ));
+    }
+    if !text.starts_with("https://") && !text.starts_with("http://") {
+        return Err(format!(
+            "{text:?} is no queue URL: write https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_type(text: &str) -> Result<ImageType, String> {
+    let name = text.trim();
+    ImageType::from_name(&format!("x.{name}"))
+        .or_else(|| ImageType::from_mime(name))
+        .ok_or_else(|| {
+            format!("{text:?} is none of the seven types: bmp, gif, jpeg, png, tiff, webp, pcx")
+        })
+}
+
+fn parse_regex(text: &str) -> Result<Regex, String> {
+    Regex::new(text).map_err(|problem| format!("{text:?} is no regular expression: {problem}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BACKFILL: &[&str] = &[
+        "clip-ops",
+        "backfill",
+        "s3://photos/a b/",
+        "--queue",
+        "https://sqs/1/input",
+        "--cache-bucket",
+        "cache",
+    ];
+    const REDRIVE: &[&str] = &[
+        "clip-ops",
+        "redrive",
+        "--dead-letter-queue",
+        "https://sqs/1/dead",
+    ];
+
+    fn backfill(more: &[&str]) -> Result<Box<BackfillArgs>, String> {
+        let all = BACKFILL.iter().chain(more);
+        match Cli::try_parse_from(all)
+            .map_err(|error| error.to_string())?
+            .command
+        {
+            Command::Backfill(args) => args.check().map(|()| args),
+            Command::Redrive(_) => Err("not a backfill".to_owned()),
+        }
+    }
+
+    fn redrive(more: &[&str]) -> Result<RedriveArgs, String> {
+        let all = REDRIVE.iter().chain(more);
+        match Cli::try_parse_from(all)
+            .map_err(|error| error.to_string())?
+            .command
+        {
+            Command::Redrive(args) => args.check().map(|()| args),
+            Command::Backfill(_) => Err("not a redrive".to_owned()),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_prefix_is_taken_as_it_is() {
+        let job = backfill(&[]).unwrap().job();
+        assert_eq!(
+            (job.bucket.as_str(), job.prefix.as_str()),
+            ("photos", "a b/")
+        );
+        assert_eq!(job.types, ImageType::ALL);
+        assert_eq!(job.model, "ViT-B/32");
+        assert!(parse_location("s3://").is_err() && parse_location("photos").is_err());
+        assert_eq!(parse_location("s3://photos").unwrap().rest, "");
+    }
+
+    #[test]
+    fn the_order_of_types_makes_no_other_job() {
+        let one = backfill(&["--types", "png,jpg"]).unwrap().job();
+        let other = backfill(&["--types", "image/jpeg,PNG,png"]).unwrap().job();
+        assert_eq!(one, other);
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_with_its_reason() {
+        for (options, words) in [
+            (&["--types", "heic"][..], "seven types"),
+            (&["--model", "ViT-B-32"], "ViT-B/32"),
+            (&["--rate", "0"], "no rate"),
+            (&["--min-size", "10", "--max-size", "9"], "below --min-size"),
+            (
+                &["--since", "2026-02-01", "--until", "2026-02-01"],
+                "not after --since",
+            ),
+            (&["--manifest", "s3://i/data.csv.gz"], "manifest.json"),
+            (&["--queue", "https://sqs/1/in.fifo"], "FIFO"),
+        ] {
+            let problem = backfill(options).unwrap_err();
+            assert!(problem.contains(words), "{words} in {problem}");
+        }
+    }
+
+    #[test]
+    fn redrive_shows_unless_something_is_chosen() {
+        assert!(redrive(&[]).unwrap().only_shows());
+        assert!(redrive(&["--list", "--limit", "3"]).unwrap().only_shows());
+        let queue = ["--queue", "https://sqs/1/input"];
+        assert!(
+            !redrive(&[&queue[..], &["--all"]].concat())
+                .unwrap()
+                .only_shows()
+        );
+        for (options, words) in [
+            (&["--all"][..], "--queue"),
+            (&["--all", "--ids", "x"], "cannot be used with"),
+            (
+                &["--all", "--queue", "https://sqs/1/dead"],
+                "dead-letter queue itself",
+            ),
+            (&["--delete", "--yes"], "needs a choice"),
+            (&["--all", "--delete"], "--yes"),
+            (&["--reason", "("], "regular expression"),
+            (&["--ids", "a,,b", "--delete", "--yes"], "empty id"),
+        ] {
+            let problem = redrive(options).unwrap_err();
+            assert!(problem.contains(words), "{words} in {problem}");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! `clip-ops`: wires the clients and tells the results.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use clap::{CommandFactory, Parser};
+use clip_ops::backfill::{
+    BackfillError, CheckpointFile, Display, End, Heads, Inventory, Job, Listing, MAX_TABLE, Report,
+    Scaler, Source, State, Table, TokenBucket, Unknown, Vectors, Waker, Walk, read_checkpoint,
+};
+use clip_ops::cli::{BackfillArgs, Cli, Command, EmbeddedCheck, RedriveArgs};
+use clip_ops::redrive::{Action, Choice, SqsQueues, table};
+use clip_ops::stop::Stop;
+use clip_ops::units;
+use delivery::{OutputConfig, Outputs};
+use platform::Failure;
+use serde_json::json;
+use tokio::time::Instant;
+
+/// Tries of one call. A walk of hours meets every kind of weather.
+const MAX_ATTEMPTS: u32 = 8;
+
+/// One try of a call to S3. Listing a bucket that is full of delete markers
+/// takes its time.
+const S3_CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let checked = match &cli.command {
+        Command::Backfill(args) => args.check(),
+        Command::Redrive(args) => args.check(),
+    };
+    if let Err(problem) = checked {
+        Cli::command()
+            .error(clap::error::ErrorKind::ValueValidation, problem)
+            .exit();
+    }
+    platform::init_logs("clip-ops");
+    let sdk = platform::aws_config().await;
+    if sdk.region().is_none() {
+        eprintln!("clip-ops: no region: set AWS_REGION, or a profile that has one");
+        return ExitCode::FAILURE;
+    }
+    let sdk = sdk
+        .to_builder()
+        .retry_config(RetryConfig::standard().with_max_attempts(MAX_ATTEMPTS))
+        .build();
+    let stop = match Stop::on_signals() {
+        Ok(stop) => stop,
+        Err(problem) => {
+            eprintln!("clip-ops: signals cannot be listened for: {problem}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match cli.command {
+        Command::Backfill(args) => backfill(&args, &sdk, &stop).await,
+        Command::Redrive(args) => redrive(&args, &sdk, &stop).await,
+    }
+}
+
+async fn backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
+    let job = args.job();
+    let (checkpoint, mut state) = match open_checkpoint(args, &job) {
+        Ok(opened) => opened,
+        Err(problem) => return fail(&problem, args),
+    };
+    if state.complete {
+        eprintln!("this backfill is complete already; to walk again, remove its checkpoint");
+        tell(args, "complete", &state);
+        return ExitCode::SUCCESS;
+    }
+    let display = Display::new();
+    if state.counts.listed > 0 {
+        display.note(&format!("going on: {}", state.counts.line()));
+    }
+    if !state.in_doubt.is_empty() {
+        display.note(&format!(
+            "{} events may be in the queue already, since the run that sent them ended before it \
+             knew: they are sent again, with the same ids",
+            state.in_doubt.len()
+        ));
+    }
+    let end = walk(args, &job, sdk, stop, &checkpoint, &mut state, &display).await;
+    display.finish();
+    match end {
+        Ok(End::Complete) => {
+            tell(
+                args,
+                if args.dry_run { "dry-run" } else { "complete" },
+                &state,
+            );
+            ExitCode::SUCCESS
+        }
+        Ok(End::Stopped) => {
+            tell(args, "stopped", &state);
+            eprintln!("stopped; {}", how_to_go_on(args));
+            ExitCode::from(stop.exit_code())
+        }
+        Err(problem) => fail(&problem, args),
+    }
+}
+
+fn open_checkpoint(
+    args: &BackfillArgs,
+    job: &Job,
+) -> Result<(CheckpointFile, State), BackfillError> {
+    match &args.checkpoint {
+        None => Ok((CheckpointFile::none(), State::default())),
+        // A dry run tells what is left to do, and writes nothing.
+        Some(path) if args.dry_run => Ok((CheckpointFile::none(), read_checkpoint(path, job)?)),
+        Some(path) => Ok(CheckpointFile::open(path, job)?),
+    }
+}
+
+async fn walk(
+    args: &BackfillArgs,
+    job: &Job,
+    sdk: &SdkConfig,
+    stop: &Stop,
+    checkpoint: &CheckpointFile,
+    state: &mut State,
+    display: &Display,
+) -> Result<End, BackfillError> {
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(3))
+        .operation_attempt_timeout(S3_CALL_TIMEOUT)
+        .build();
+    let s3 = platform::s3_client(&sdk.to_builder().timeout_config(timeouts).build());
+    // Nothing is changed before the walk, so a stop needs no care.
+    let prepared = tokio::select! {
+        () = stop.token.cancelled() => return Ok(End::Stopped),
+        prepared = prepare(args, job, &s3, state, display) => prepared?,
+    };
+    let (vectors, mut source) = prepared;
+    let queue = Outputs::connect(
+        &OutputConfig {
+            topic_arn: None,
+            event_bus: None,
+            queue_url: Some(job.queue.clone()),
+        },
+        sdk,
+    );
+    let scaler = args.wake_scaler.as_ref().map(|function| Scaler {
+        lambda: aws_sdk_lambda::Client::new(&delivery::with_call_timeout(sdk)),
+        function: function.clone(),
+    });
+    let walk = Walk {
+        job,
+        source: source.as_mut(),
+        vectors: vectors.as_ref(),
+        queue: (!args.dry_run).then_some(&queue),
+        waker: scaler.as_ref().map(|scaler| scaler as &dyn Waker),
+        rate: TokenBucket::new(args.rate, Instant::now()),
+        checkpoint,
+        report: display,
+        stop: &stop.token,
+    };
+    walk.run(state).await
+}
+
+/// Finds out which vectors exist, and opens the source where the walk goes on.
+async fn prepare(
+    args: &BackfillArgs,
+    job: &Job,
+    s3: &aws_sdk_s3::Client,
+    state: &State,
+    display: &Display,
+) -> Result<(Box<dyn Vectors>, Box<dyn Source>), BackfillError> {
+    let heads = || Heads {
+        s3: s3.clone(),
+        bucket: job.cache_bucket.clone(),
+    };
+    let vectors: Box<dyn Vectors> = match args.embedded_check {
+        EmbeddedCheck::Off => Box::new(Unknown),
+        EmbeddedCheck::Head => Box::new(heads()),
+        EmbeddedCheck::List => {
+            display.step("listing the cache");
+            match Table::list(s3, &job.cache_bucket, &job.cache_prefix, MAX_TABLE).await? {
+                Some(table) => {
+                    let vectors = units::count(table.len() as u64);
+                    display.note(&format!("{vectors} vectors in the cache"));
+                    Box::new(table)
+                }
+                None => {
+                    display.note(&format!(
+                        "the cache has more than {} vectors: each object is asked for instead",
+                        units::count(MAX_TABLE as u64)
+                    ));
+                    Box::new(heads())
+                }
+            }
+        }
+    };
+    let position = state.position.as_ref();
+    let source: Box<dyn Source> = match &args.manifest {
+        None => Box::new(Listing::new(s3.clone(), job, position)),
+        Some(manifest) => {
+            let (bucket, key) = (&manifest.bucket, &manifest.rest);
+            Box::new(Inventory::open(s3.clone(), bucket, key, job, position).await?)
+        }
+    };
+    Ok((vectors, source))
+}
+
+fn tell(args: &BackfillArgs, outcome: &str, state: &State) {
+    if args.json {
+        println!("{}", json!({ "outcome": outcome, "counts": state.counts }));
+    } else {
+        println!("{outcome}");
+        print!("{}", state.counts.table(args.dry_run));
+    }
+}
+
+fn how_to_go_on(args: &BackfillArgs) -> String {
+    match &args.checkpoint {
+        _ if args.dry_run => "nothing was sent".to_owned(),
+        Some(path) => format!("the same command goes on where {} says", path.display()),
+        None => "without --checkpoint the same command begins again, and sends again what has no \
+                 vector by then"
+            .to_owned(),
+    }
+}
+
+fn fail(problem: &BackfillError, args: &BackfillArgs) -> ExitCode {
+    eprintln!("clip-ops: {problem}");
+    if problem.failure() == Failure::Transient {
+        eprintln!("clip-ops: {}", how_to_go_on(args));
+    }
+    ExitCode::FAILURE
+}
+
+async fn redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
+    let choice = match &args.reason {
+        Some(reason) => Choice::Reason(reason.clone()),
+        None if args.ids.is_empty() => Choice::All,
+        None => Choice::Ids(args.ids.clone()),
+    };
+    let action = if args.only_shows() || args.dry_run {
+        Action::Show
+    } else if args.delete {
+        Action::Discard
+    } else {
+        Action::SendBack
+    };
+    let queues = SqsQueues::new(sdk, &args.dead_letter_queue, args.queue.as_deref());
+    let outcome = clip_ops::redrive::run(&queues, &choice, action, args.limit, &stop.token).await;
+    if args.json {
+        let result = json!({
+            "messages": outcome.chosen,
+            "counts": outcome.counts,
+            "problems": outcome.problems,
+        });
+        println!("{result:#}");
+    } else {
+        if !outcome.chosen.is_empty() {
+            print!("{}", table(&outcome.chosen));
+        }
+        println!("{}", summary(action, &outcome.counts));
+    }
+    for problem in &outcome.problems {
+        eprintln!("clip-ops: {problem}");
+    }
+    if let Some(error) = &outcome.error {
+        eprintln!("clip-ops: {error}");
+        return ExitCode::FAILURE;
+    }
+    if outcome.is_stopped {
+        eprintln!("stopped; what is not named above was not looked at");
+        return ExitCode::from(stop.exit_code());
+    }
+    if outcome.counts.failed > 0 {
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn summary(action: Action, counts: &clip_ops::redrive::Counts) -> String {
+    let mut parts = vec![
+        format!("{} seen", units::count(counts.seen)),
+        format!("{} chosen", units::count(counts.chosen)),
+    ];
+    match action {
+        Action::Show => {}
+        Action::SendBack => parts.push(format!("{} sent back", units::count(counts.sent))),
+        Action::Discard => parts.push(format!("{} discarded", units::count(counts.deleted))),
+    }
+    if counts.cut > 0 {
+        parts.push(format!(
+            "{} stay, their body is cut",
+            units::count(counts.cut)
+        ));
+    }
+    if counts.failed > 0 {
+        parts.push(format!("{} failed", units::count(counts.failed)));
+    }
+    parts.join(", ")
+}

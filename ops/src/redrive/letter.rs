@@ -1,0 +1,212 @@
+//! A message of the dead-letter queue, and who is chosen.
+
+use std::collections::HashMap;
+
+use aws_sdk_sqs::types::MessageAttributeValue;
+use chrono::{DateTime, Utc};
+use delivery::attribute;
+use events::CloudEvent;
+use regex_lite::Regex;
+use serde::Serialize;
+
+/// What is shown for a message that SQS itself moved here.
+const MOVED_BY_SQS: &str = "no reason given: moved here by SQS after too many receives";
+
+/// The attributes that a rejection adds, and that do not go back.
+const REJECTION_ATTRIBUTES: [&str; 6] = [
+    attribute::REASON,
+    attribute::STAGE,
+    attribute::BY,
+    attribute::OBJECT,
+    attribute::EVENT,
+    attribute::ORIGINAL_BYTES,
+];
+
+/// A received message.
+#[derive(Clone, Debug)]
+pub struct Letter {
+    /// What is shown of it.
+    pub fields: Fields,
+    /// Its body.
+    pub body: String,
+    /// Its attributes other than those of the rejection.
+    pub attributes: HashMap<String, MessageAttributeValue>,
+    /// The handle of this receive.
+    pub receipt: String,
+}
+
+/// What is shown of a message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Fields {
+    /// The message's id.
+    pub id: String,
+    /// Why it was rejected.
+    pub reason: String,
+    /// In which stage.
+    pub stage: Option<String>,
+    /// By which program; `SQS` when it moved the message itself.
+    pub by: String,
+    /// The object that it is about.
+    pub object: Option<String>,
+    /// Where the finished event lies that no output took.
+    pub event: Option<String>,
+    /// How often it has been received.
+    pub receive_count: Option<u64>,
+    /// When it was sent.
+    pub sent_at: Option<DateTime<Utc>>,
+    /// How long ago.
+    pub age_seconds: Option<u64>,
+    /// The body's size.
+    pub bytes: usize,
+    /// The body's size before it was cut to fit, if it was.
+    pub original_bytes: Option<u64>,
+}
+
+impl Fields {
+    /// Whether the body is not whole any more, and can only be looked at.
+    pub fn is_cut(&self) -> bool {
+        self.original_bytes.is_some()
+    }
+}
+
+impl Letter {
+    /// Reads a received message.
+    pub fn new(
+        id: &str,
+        receipt: &str,
+        body: &str,
+        attributes: &HashMap<String, MessageAttributeValue>,
+        receive_count: Option<u64>,
+        sent_at: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> Self {
+        let text = |name: &str| {
+            let value = attributes.get(name)?.string_value()?;
+            Some(value.to_owned())
+        };
+        let reason = text(attribute::REASON);
+        let is_rejected = reason.is_some();
+        let unknown = if is_rejected { "-" } else { "SQS" };
+        let fields = Fields {
+            id: id.to_owned(),
+            by: text(attribute::BY).unwrap_or_else(|| unknown.to_owned()),
+            reason: reason.unwrap_or_else(|| MOVED_BY_SQS.to_owned()),
+            stage: text(attribute::STAGE),
+            object: text(attribute::OBJECT).or_else(|| document_of(body)),
+            event: text(attribute::EVENT),
+            receive_count,
+            sent_at,
+            age_seconds: sent_at
+                .and_then(|sent_at| u64::try_from((now - sent_at).num_seconds()).ok()),
+            bytes: body.len(),
+            original_bytes: text(attribute::ORIGINAL_BYTES).and_then(|bytes| bytes.parse().ok()),
+        };
+        let others = attributes
+            .iter()
+            .filter(|(name, _)| !REJECTION_ATTRIBUTES.contains(&name.as_str()));
+        Self {
+            fields,
+            body: body.to_owned(),
+            attributes: others
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
+            receipt: receipt.to_owned(),
+        }
+    }
+}
+
+fn document_of(body: &str) -> Option<String> {
+    let event = CloudEvent::parse(body.as_bytes()).ok()?;
+    Some(event.data.document.url)
+}
+
+/// Which messages are chosen.
+#[derive(Clone, Debug)]
+pub enum Choice {
+    /// All.
+    All,
+    /// Those whose reason matches.
+    Reason(Regex),
+    /// Those whose id begins with one of these.
+    Ids(Vec<String>),
+}
+
+impl Choice {
+    /// Whether the message is chosen.
+    pub fn takes(&self, fields: &Fields) -> bool {
+        match self {
+            Choice::All => true,
+            Choice::Reason(regex) => regex.is_match(&fields.reason),
+            Choice::Ids(ids) => ids.iter().any(|id| fields.id.starts_with(id.trim())),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn text(value: &str) -> MessageAttributeValue {
+        MessageAttributeValue::builder()
+            .data_type("String")
+            .string_value(value)
+            .build()
+            .unwrap()
+    }
+
+    pub(crate) fn letter(id: &str, attributes: &[(&str, &str)]) -> Letter {
+        let attributes = attributes
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), text(value)))
+            .collect();
+        let sent_at = "2026-05-01T10:00:00Z".parse().unwrap();
+        let now = "2026-05-01T10:30:00Z".parse().unwrap();
+        let receipt = format!("receipt-{id}");
+        Letter::new(id, &receipt, "{}", &attributes, Some(3), Some(sent_at), now)
+    }
+
+    #[test]
+    fn a_rejection_tells_its_reason_and_keeps_only_other_attributes() {
+        let letter = letter(
+            "m1",
+            &[
+                ("RejectionReason", "not a PNG"),
+                ("RejectionStage", "decode"),
+                ("RejectedBy", "gpu-task"),
+                ("RejectedObject", "s3://b/a.png"),
+                ("Tenant", "blue"),
+            ],
+        );
+        let fields = &letter.fields;
+        assert_eq!(fields.reason, "not a PNG");
+        assert_eq!(fields.stage.as_deref(), Some("decode"));
+        assert_eq!(
+            (fields.by.as_str(), fields.age_seconds),
+            ("gpu-task", Some(1_800))
+        );
+        assert_eq!(fields.object.as_deref(), Some("s3://b/a.png"));
+        assert!(!fields.is_cut());
+        assert_eq!(letter.attributes.keys().collect::<Vec<_>>(), ["Tenant"]);
+    }
+
+    #[test]
+    fn a_message_that_sqs_moved_tells_so_and_its_object() {
+        let body = r#"{"type":"document-created","data":{
+            "chainId":"6ebf76e4-f70c-440c-98f9-3e3e7eb34c79",
+            "source":{"url":"s3://b/a.png","type":"image/png"},
+            "document":{"url":"s3://b/a.png","type":"image/png"}}}"#;
+        let letter = Letter::new("m1", "r", body, &HashMap::new(), None, None, Utc::now());
+        assert_eq!(letter.fields.by, "SQS");
+        assert_eq!(letter.fields.object.as_deref(), Some("s3://b/a.png"));
+        let choice = Choice::Reason(Regex::new("moved here by SQS").unwrap());
+        assert!(choice.takes(&letter.fields));
+    }
+
+    #[test]
+    fn ids_may_be_given_by_their_beginnings() {
+        let fields = letter("0f6c-1", &[]).fields;
+        assert!(Choice::Ids(vec!["0f6".to_owned()]).takes(&fields));
+        assert!(!Choice::Ids(vec!["f6c".to_owned()]).takes(&fields));
+    }
+}
