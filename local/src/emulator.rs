@@ -27,8 +27,6 @@ pub const PROGRAM_VARIABLE: &str = "LOCAL_MINISTACK";
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// How often a port that someone else took meanwhile is replaced by another.
 const START_TRIES: usize = 3;
-/// After SIGTERM, before SIGKILL.
-const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why the emulator is not there.
 #[derive(Debug, Error)]
@@ -184,21 +182,15 @@ impl Emulator {
         &self.endpoint
     }
 
-    /// The process that leads its group.
-    pub(crate) fn leader(&self) -> u32 {
-        self.leader
-    }
-
     /// Its log file.
     #[must_use]
     pub fn log(&self) -> &Path {
         &self.log
     }
 
-    /// Ends it and all it started, and waits until they are gone.
-    pub async fn stop(mut self) {
-        process::terminate_group(self.leader);
-        let _ = tokio::time::timeout(STOP_LIMIT, self.child.wait()).await;
+    /// Ends it and all it started, and waits until they are gone. There is
+    /// nothing to save, so nothing is asked politely.
+    pub async fn stop(&mut self) {
         process::kill_group(self.leader);
         let _ = self.child.wait().await;
     }

@@ -111,11 +111,6 @@ pub fn kill_group(leader: u32) -> bool {
     pid_of(leader).is_some_and(|pid| rustix::process::kill_process_group(pid, Signal::KILL).is_ok())
 }
 
-/// SIGTERM to a process group.
-pub fn terminate_group(leader: u32) -> bool {
-    pid_of(leader).is_some_and(|pid| rustix::process::kill_process_group(pid, Signal::TERM).is_ok())
-}
-
 /// Whether any process of a group is left.
 #[must_use]
 pub fn group_is_alive(leader: u32) -> bool {

@@ -1,12 +1,10 @@
 //! The local Auto Scaling keeps AWS's rules, seen through AWS's own client.
 
-mod common;
-
+use crate::common::{GROUP, World, world};
 use aws_sdk_autoscaling::{
     error::ProvideErrorMetadata,
     types::{Filter, LifecycleState, ScalingActivityStatusCode, Tag},
 };
-use common::{GROUP, World, world};
 use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, Lifecycle};
 
 async fn set(
@@ -362,7 +360,7 @@ async fn answers_are_paged() {
     for index in 2..60 {
         world.cloud.create_group(GroupConfig::new(
             &format!("clip-{index}"),
-            common::CLUSTER,
+            crate::common::CLUSTER,
             "g5.xlarge",
             1,
         ));

@@ -1,15 +1,13 @@
 //! The local ECS keeps AWS's rules, seen through AWS's own client.
 
-mod common;
-
 use std::time::Duration;
 
+use crate::common::{CLUSTER, FAMILY, GROUP, definition, world};
 use aws_sdk_ecs::{
     error::ProvideErrorMetadata,
     operation::{run_task::RunTaskError, stop_task::StopTaskError},
     types::{ContainerInstanceStatus, DesiredStatus, TaskStopCode},
 };
-use common::{CLUSTER, FAMILY, GROUP, definition, world};
 use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, TaskStatus};
 use serde_json::json;
 
@@ -230,7 +228,7 @@ async fn a_task_passes_through_its_states_and_each_is_an_event() {
     let mut versions = Vec::new();
     while let Ok(event) = events.try_recv() {
         if event.detail_type == "ECS Task State Change" {
-            assert_eq!(event.resources, [arn.clone()]);
+            assert_eq!(event.resources, std::slice::from_ref(&arn));
             seen.push(
                 event.detail["lastStatus"]
                     .as_str()
@@ -788,7 +786,7 @@ async fn run_one(
     answer.tasks()[0].task_arn().expect("an ARN").to_owned()
 }
 
-async fn describe(world: &common::World, arn: &str) -> aws_sdk_ecs::types::Task {
+async fn describe(world: &crate::common::World, arn: &str) -> aws_sdk_ecs::types::Task {
     let answer = world
         .ecs
         .describe_tasks()

@@ -1,0 +1,5 @@
+//! The rules of the local ECS and Auto Scaling, seen through AWS's own clients.
+
+mod autoscaling;
+mod common;
+mod ecs;
