@@ -238,12 +238,8 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
 pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let parsed = parse(bytes)?;
     let data = bytes.get(parsed.offset..).unwrap_or_default();
-    let spec = Spec {
-        width: parsed.width as u32,
-        height: parsed.height as u32,
-        mode: parsed.mode,
-        palette: parsed.palette.clone(),
-    };
+    let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.mode)
+        .with_palette(parsed.palette.clone());
     let place = |index: usize| {
         let y = if parsed.top_down {
             index

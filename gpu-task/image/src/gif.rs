@@ -157,16 +157,13 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
         return Err(GIF.corrupt(format!("code size of {} bits", parsed.code_bits)));
     }
     let pixels = expand(&parsed, width * height)?;
-    let mut canvas = Raster::zeroed(Spec {
-        width: parsed.width as u32,
-        height: parsed.height as u32,
-        mode: if parsed.palette.is_some() {
-            Mode::Palette
-        } else {
-            Mode::Grey
-        },
-        palette: parsed.palette.clone(),
-    })?;
+    let mode = if parsed.palette.is_some() {
+        Mode::Palette
+    } else {
+        Mode::Grey
+    };
+    let spec = Spec::new(parsed.width as u32, parsed.height as u32, mode);
+    let mut canvas = Raster::zeroed(spec.with_palette(parsed.palette.clone()))?;
     if let Some(index) = parsed.transparent {
         canvas.data.fill(index);
     }

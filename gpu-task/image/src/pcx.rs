@@ -111,12 +111,8 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let mut input = bytes.get(HEADER_BYTES..).unwrap_or_default().iter().copied();
     let mut line = vec![0u8; parsed.line];
     let mut row = vec![0u8; parsed.width * parsed.mode.bytes()];
-    sink.start(Spec {
-        width: parsed.width as u32,
-        height: parsed.height as u32,
-        mode: parsed.mode,
-        palette: parsed.palette.clone(),
-    })?;
+    let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.mode);
+    sink.start(spec.with_palette(parsed.palette.clone()))?;
     for y in 0..parsed.height {
         let mut filled = 0;
         let ended = || PCX.truncated(format!("pixels end in row {y} of {}", parsed.height));

@@ -42,6 +42,37 @@ struct Parsed<'a> {
     /// Where the first chunk of pixels begins, at its length.
     pixels: usize,
     exif: Option<&'a [u8]>,
+    animation: Animation,
+}
+
+/// What the chunks of an animation have said so far.
+#[derive(Clone, Copy, Default)]
+struct Animation {
+    frames: u32,
+    /// Number of the last frame control or frame data chunk.
+    sequence: Option<u32>,
+    /// The pixels are an image of their own, not the first frame.
+    has_own_default: bool,
+}
+
+impl Animation {
+    fn is_moving(self) -> bool {
+        self.frames > 0 && self.frames + u32::from(self.has_own_default) > 1
+    }
+
+    /// Refuses numbers that are not one more than the last.
+    fn step(&mut self, number: Option<u32>, may_begin: bool) -> Result<()> {
+        let expected = match self.sequence {
+            Some(last) => last.checked_add(1),
+            None if may_begin => Some(0),
+            None => None,
+        };
+        if number.is_none() || number != expected {
+            return Err(PNG.corrupt("the frames of the animation are out of sequence"));
+        }
+        self.sequence = number;
+        Ok(())
+    }
 }
 
 /// One chunk: name, data, and where the next one begins.
@@ -87,8 +118,12 @@ fn chunk(bytes: &[u8], at: usize, cut: bool) -> Result<Chunk<'_>> {
     })
 }
 
+/// Text and profiles may not become larger than this, in bytes, when they are
+/// inflated.
+const MAX_TEXT_BYTES: usize = 1024 * 1024;
+
 /// Refuses what the reference's chunk handlers refuse.
-fn check_chunk(chunk: &Chunk<'_>) -> Result<()> {
+fn check_chunk(chunk: &Chunk<'_>, animation: &mut Animation) -> Result<()> {
     let least = match &chunk.name {
         b"IHDR" => 13,
         b"gAMA" => 4,
@@ -106,6 +141,54 @@ fn check_chunk(chunk: &Chunk<'_>) -> Result<()> {
             chunk.data.len()
         )));
     }
+    match &chunk.name {
+        b"acTL" if animation.frames == 0 => {
+            animation.frames = word(chunk.data, 0).filter(|&n| n <= 1 << 31).unwrap_or(0);
+        }
+        // A second one makes the file a still image.
+        b"acTL" => animation.frames = 0,
+        b"fcTL" => animation.step(word(chunk.data, 0), true)?,
+        b"fdAT" => animation.step(word(chunk.data, 0), false)?,
+        b"iCCP" | b"zTXt" | b"iTXt" => check_text(chunk)?,
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Refuses compressed text that is a bomb, or compressed in an unknown way.
+fn check_text(chunk: &Chunk<'_>) -> Result<()> {
+    let Some(end) = chunk.data.iter().position(|&byte| byte == 0) else {
+        return Ok(());
+    };
+    let rest = &chunk.data[end + 1..];
+    let (method, compressed) = if &chunk.name == b"iTXt" {
+        // Flag, method, language, translated keyword, text.
+        let [flag, method, fields @ ..] = rest else {
+            return Ok(());
+        };
+        let text = fields.splitn(3, |&byte| byte == 0).nth(2);
+        match text {
+            Some(text) if *flag != 0 && *method == 0 => (0, text),
+            _ => return Ok(()),
+        }
+    } else {
+        match rest.split_first() {
+            Some((&method, compressed)) => (method, compressed),
+            None => return Ok(()),
+        }
+    };
+    if method != 0 {
+        return Err(PNG.unsupported(format!("compression {method} in chunk {}", show(chunk.name))));
+    }
+    // One byte more than is allowed tells, and so does input that is left over.
+    let mut text = vec![0; MAX_TEXT_BYTES + 1];
+    let mut inflater = Inflater::new(std::iter::once(compressed));
+    if let (_, Ending::Full) = inflater.read(&mut text) {
+        return Err(PNG.corrupt(format!(
+            "chunk {} inflates to over {MAX_TEXT_BYTES} bytes",
+            show(chunk.name)
+        )));
+    }
     Ok(())
 }
 
@@ -119,17 +202,22 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     let mut palette = None;
     let mut frame = None;
     let mut exif = None;
+    let mut animation = Animation::default();
     let mut at = SIGNATURE.len();
     let pixels = loop {
         let head = chunk(bytes, at, true)?;
         if &head.name == b"IDAT" || &head.name == b"fdAT" {
+            if &head.name == b"fdAT" {
+                check_chunk(&head, &mut animation)?;
+            }
+            animation.has_own_default = frame.is_none();
             break at;
         }
         if &head.name == b"IEND" {
             return Err(PNG.corrupt("no pixels before the end of the file"));
         }
         let chunk = chunk(bytes, at, false)?;
-        check_chunk(&chunk)?;
+        check_chunk(&chunk, &mut animation)?;
         let data = chunk.data;
         match &chunk.name {
             b"IHDR" => {
@@ -194,6 +282,7 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
         frame,
         pixels,
         exif,
+        animation,
     })
 }
 
@@ -273,15 +362,8 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
         bytes,
         at: Some(parsed.pixels),
     });
-    let spec = Spec {
-        width: parsed.width,
-        height: parsed.height,
-        mode: parsed.mode,
-        palette: parsed
-            .palette
-            .clone()
-            .or_else(|| (parsed.mode == Mode::Palette).then(|| palette_from_rgb(&[]))),
-    };
+    let spec = Spec::new(parsed.width, parsed.height, parsed.mode)
+        .with_palette(parsed.palette.clone());
     if needs_raster(&parsed) {
         let mut raster = Raster::zeroed(spec)?;
         let [left, top, width, height] =
@@ -513,17 +595,20 @@ fn predict(left: u8, up: u8, corner: u8) -> u8 {
 /// is cut within one of them. A broken name or a missing end is let pass.
 fn check_rest(parsed: &Parsed<'_>) -> Result<()> {
     let mut at = parsed.pixels;
+    let mut animation = parsed.animation;
     loop {
         let head = match chunk(parsed.bytes, at, true) {
             Ok(head) if &head.name != b"IEND" => head,
             _ => return Ok(()),
         };
-        let is_pixels = matches!(&head.name, b"IDAT" | b"DDAT" | b"fdAT");
-        if &head.name == b"fcTL" && parsed.frame.is_some() {
+        if &head.name == b"fcTL" && animation.is_moving() {
             return Ok(());
         }
-        if !is_pixels {
-            check_chunk(&chunk(parsed.bytes, at, false)?)?;
+        match &head.name {
+            b"IDAT" | b"DDAT" => {}
+            b"fdAT" if at == parsed.pixels => {}
+            b"fdAT" => check_chunk(&head, &mut animation)?,
+            _ => check_chunk(&chunk(parsed.bytes, at, false)?, &mut animation)?,
         }
         at = head.next;
     }

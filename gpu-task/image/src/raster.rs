@@ -73,6 +73,50 @@ pub(crate) struct Spec {
     pub(crate) height: u32,
     pub(crate) mode: Mode,
     pub(crate) palette: Option<Box<Palette>>,
+    /// Where the image was decoded at a lower resolution.
+    pub(crate) reduced: Option<Reduced>,
+}
+
+/// A reduced resolution: the image's own size, and how many eighths of it the
+/// decoder made. The last column and row may be only partly covered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reduced {
+    pub(crate) width: u32,
+    pub(crate) height: u32,
+    pub(crate) eighths: u32,
+}
+
+impl Spec {
+    /// An image at its own resolution, without a palette.
+    pub(crate) fn new(width: u32, height: u32, mode: Mode) -> Self {
+        Self {
+            width,
+            height,
+            mode,
+            palette: None,
+            reduced: None,
+        }
+    }
+
+    /// With a palette, if there is one.
+    pub(crate) fn with_palette(mut self, palette: Option<Box<Palette>>) -> Self {
+        self.palette = palette;
+        self
+    }
+
+    /// Size of the image before any reduction.
+    pub(crate) fn full_size(&self) -> (u32, u32) {
+        self.reduced
+            .map_or((self.width, self.height), |reduced| (reduced.width, reduced.height))
+    }
+
+    /// Width and height of what the decoded samples cover, in their own units.
+    pub(crate) fn covered(&self) -> (f64, f64) {
+        let (width, height) = self.full_size();
+        let eighths = self.reduced.map_or(8, |reduced| reduced.eighths);
+        let part = |side: u32| f64::from(side) * f64::from(eighths) / 8.0;
+        (part(width), part(height))
+    }
 }
 
 /// Receives an image row by row, in any order, each row whole and once.

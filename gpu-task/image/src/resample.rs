@@ -3,9 +3,10 @@
 //! Pillow resizes in two passes, first along rows, then along columns, and
 //! rounds to the image's own sample type after each. Both passes of eight-bit
 //! images use 22-bit fixed-point coefficients and 32-bit sums. The passes here
-//! give the same sums, so the same bytes; the vector code splits a coefficient
+//! give the same sums, so the same bytes. The vector code splits a coefficient
 //! in two 16-bit halves, which is exact, and takes half the instructions that
-//! 32-bit products need.
+//! 32-bit products need; the first pass works on sixteen rows at a time, turned
+//! so that each lane sums up a row of its own.
 
 use crate::convert;
 use crate::error::Result;
@@ -20,8 +21,8 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 /// `PRECISION_BITS + 1 - 11` bits and a sign, so both fit in 16 bits.
 const LOW_BITS: u32 = 11;
 
-/// Taps are padded to this many, the width of one vector step.
-const TAP_STEP: usize = 16;
+/// Rows that the first pass takes at once, one in each lane of its sums.
+const BATCH: usize = 16;
 
 /// Bytes past the end of a row that a vector step may read.
 pub(crate) const ROW_PADDING: usize = 64;
@@ -36,11 +37,12 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Weights of outputs `first .. first + count` when `input` samples become `output`.
-    fn new(input: u32, output: u32, first: u32, count: u32) -> Self {
+    /// Weights of outputs `first .. first + count` when the first `covered` of
+    /// `input` samples become `output`.
+    fn new(input: u32, covered: f64, output: u32, first: u32, count: u32) -> Self {
         const SUPPORT: f64 = 2.0; // bicubic reaches two samples to each side
         // Pillow keeps the box in single precision.
-        let scale = f64::from(input as f32) / f64::from(output);
+        let scale = f64::from(covered as f32) / f64::from(output);
         let filter_scale = scale.max(1.0);
         let support = SUPPORT * filter_scale;
         let stride = support.ceil() as usize * 2 + 1;
@@ -101,16 +103,17 @@ fn bicubic(x: f64) -> f64 {
 struct Fixed {
     bounds: Vec<(usize, usize)>,
     whole: Vec<i32>,
-    /// For each output `padded` high halves, then `padded` low halves.
-    halves: Vec<i16>,
     stride: usize,
-    padded: usize,
+    /// For each output: its first pair of inputs, counted from the first input
+    /// that any output needs, and where its pairs of weights are.
+    pairs: Vec<(usize, std::ops::Range<usize>)>,
+    /// Two high halves in one word, two low halves in the next.
+    halves: Vec<[i32; 2]>,
 }
 
 impl Fixed {
     fn new(weights: &Weights) -> Self {
         let stride = weights.stride;
-        let padded = stride.next_multiple_of(TAP_STEP);
         let scale = f64::from(1u32 << PRECISION_BITS);
         let whole: Vec<i32> = weights
             .exact
@@ -120,22 +123,43 @@ impl Fixed {
                 (half + weight * scale) as i32
             })
             .collect();
-        let mut halves = vec![0i16; weights.bounds.len() * padded * 2];
-        for (output, taps) in whole.chunks_exact(stride).enumerate() {
-            let (high, low) = halves[output * padded * 2..][..padded * 2].split_at_mut(padded);
-            for (tap, &weight) in taps.iter().enumerate() {
-                high[tap] = (weight >> LOW_BITS) as i16;
-                low[tap] = (weight & ((1 << LOW_BITS) - 1)) as i16;
+        let (first, _) = weights.span();
+        let mut pairs = Vec::with_capacity(weights.bounds.len());
+        let mut halves = Vec::new();
+        for (taps, &(low, count)) in whole.chunks_exact(stride).zip(&weights.bounds) {
+            // Inputs come in pairs; an odd start gets a weight of zero before it.
+            let start = low - first;
+            let lead = start % 2;
+            let tap = |index: usize| index.checked_sub(lead).map_or(0, |tap| taps[..count].get(tap).copied().unwrap_or(0));
+            let from = halves.len();
+            for pair in 0..(lead + count).div_ceil(2) {
+                let (a, b) = (tap(pair * 2), tap(pair * 2 + 1));
+                let mask = (1 << LOW_BITS) - 1;
+                halves.push([
+                    pack(a >> LOW_BITS, b >> LOW_BITS),
+                    pack(a & mask, b & mask),
+                ]);
             }
+            pairs.push((start / 2, from..halves.len()));
         }
         Self {
             bounds: weights.bounds.clone(),
             whole,
-            halves,
             stride,
-            padded,
+            pairs,
+            halves,
         }
     }
+
+    fn weights(&self, output: usize) -> (usize, &[i32]) {
+        let (low, taps) = self.bounds[output];
+        (low, &self.whole[output * self.stride..][..taps])
+    }
+}
+
+/// Two sixteen-bit numbers in one word, the first in the low half.
+fn pack(first: i32, second: i32) -> i32 {
+    (first & 0xffff) | (second << 16)
 }
 
 fn clip8(sum: i32) -> u8 {
@@ -144,12 +168,11 @@ fn clip8(sum: i32) -> u8 {
 
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
-/// One row of one channel: `out[i] = Σ row[bounds(i)] · weights(i)`.
-fn horizontal_plain(row: &[u8], fixed: &Fixed, out: &mut [u8]) {
+/// One row of one channel, of which `row[0]` is input `first`.
+fn horizontal_plain(row: &[u8], first: usize, fixed: &Fixed, out: &mut [u8]) {
     for (index, target) in out.iter_mut().enumerate() {
-        let (low, taps) = fixed.bounds[index];
-        let weights = &fixed.whole[index * fixed.stride..][..taps];
-        let sum: i32 = row[low..low + taps]
+        let (low, weights) = fixed.weights(index);
+        let sum: i32 = row[low - first..]
             .iter()
             .zip(weights)
             .map(|(&sample, &weight)| i32::from(sample) * weight)
@@ -173,84 +196,186 @@ fn vertical_plain(rows: &[u8], width: usize, weights: &[i32], out: &mut [u8], st
 mod x86 {
     //! The same sums, 16 products at a time.
 
-    use super::{Fixed, HALF, LOW_BITS, PRECISION_BITS, ROW_PADDING, TAP_STEP};
+    use super::{BATCH, Fixed, HALF, LOW_BITS, PRECISION_BITS, pack};
     use std::arch::x86_64::*;
 
-    /// Adds the eight lanes of each of four vectors.
+    /// Turns eight rows of eight pairs of bytes into eight columns of them.
     #[target_feature(enable = "avx2")]
-    fn sums(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> __m128i {
-        let ab = _mm256_hadd_epi32(a, b);
-        let cd = _mm256_hadd_epi32(c, d);
-        let abcd = _mm256_hadd_epi32(ab, cd);
-        _mm_add_epi32(
-            _mm256_castsi256_si128(abcd),
-            _mm256_extracti128_si256::<1>(abcd),
-        )
+    fn turn_pairs(v: [__m128i; 8]) -> [__m128i; 8] {
+        let a: [__m128i; 8] = std::array::from_fn(|i| {
+            let (x, y) = (v[i / 2 * 2], v[i / 2 * 2 + 1]);
+            if i % 2 == 0 {
+                _mm_unpacklo_epi16(x, y)
+            } else {
+                _mm_unpackhi_epi16(x, y)
+            }
+        });
+        let b = [
+            _mm_unpacklo_epi32(a[0], a[2]),
+            _mm_unpackhi_epi32(a[0], a[2]),
+            _mm_unpacklo_epi32(a[1], a[3]),
+            _mm_unpackhi_epi32(a[1], a[3]),
+            _mm_unpacklo_epi32(a[4], a[6]),
+            _mm_unpackhi_epi32(a[4], a[6]),
+            _mm_unpacklo_epi32(a[5], a[7]),
+            _mm_unpackhi_epi32(a[5], a[7]),
+        ];
+        std::array::from_fn(|i| {
+            let (x, y) = (b[i / 2], b[i / 2 + 4]);
+            if i % 2 == 0 {
+                _mm_unpacklo_epi64(x, y)
+            } else {
+                _mm_unpackhi_epi64(x, y)
+            }
+        })
     }
 
-    /// All channels of one row; `channels[c]` gives `outs[c * size ..]`.
+    /// Turns sixteen rows of sixteen bytes into sixteen columns of them.
     #[target_feature(enable = "avx2")]
-    pub(super) fn horizontal<const N: usize>(
-        channels: [&[u8]; N],
-        fixed: &Fixed,
-        outs: &mut [u8],
-        size: usize,
-    ) {
-        let reach = fixed
-            .bounds
-            .iter()
-            .map(|&(low, taps)| low + taps.next_multiple_of(TAP_STEP))
-            .max()
-            .unwrap_or(0);
-        assert!(channels.iter().all(|row| row.len() >= reach));
-        assert!(outs.len() >= N * size && size <= fixed.bounds.len());
-        debug_assert!(ROW_PADDING >= TAP_STEP);
-        let zero = _mm256_setzero_si256();
-        for index in 0..size {
-            let (low, taps) = fixed.bounds[index];
-            let weights = &fixed.halves[index * fixed.padded * 2..][..fixed.padded * 2];
-            let mut high_sums = [zero; N];
-            let mut low_sums = [zero; N];
-            let mut tap = 0;
-            while tap < taps {
-                // SAFETY: `tap + 16 <= padded`, since `padded` is a multiple of 16
-                // that is at least `taps`; the row is long enough by the assertion.
-                unsafe {
-                    let high = _mm256_loadu_si256(weights.as_ptr().add(tap).cast());
-                    let fine =
-                        _mm256_loadu_si256(weights.as_ptr().add(fixed.padded + tap).cast());
-                    for channel in 0..N {
-                        let samples = _mm256_cvtepu8_epi16(_mm_loadu_si128(
-                            channels[channel].as_ptr().add(low + tap).cast(),
-                        ));
-                        high_sums[channel] = _mm256_add_epi32(
-                            high_sums[channel],
-                            _mm256_madd_epi16(samples, high),
-                        );
-                        low_sums[channel] = _mm256_add_epi32(
-                            low_sums[channel],
-                            _mm256_madd_epi16(samples, fine),
-                        );
+    fn turn_bytes(mut v: [__m128i; 16]) -> [__m128i; 16] {
+        // Interleaving each row with the one eight further, four times over, is a
+        // transposition.
+        for _ in 0..4 {
+            v = std::array::from_fn(|i| {
+                if i % 2 == 0 {
+                    _mm_unpacklo_epi8(v[i / 2], v[i / 2 + 8])
+                } else {
+                    _mm_unpackhi_epi8(v[i / 2], v[i / 2 + 8])
+                }
+            });
+        }
+        v
+    }
+
+    /// Sixteen rows, `stride` apart, into pairs of columns: 32 bytes for each pair,
+    /// two from each row.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn turn_rows(rows: &[u8], stride: usize, turned: &mut [u8]) {
+        assert!(stride.is_multiple_of(16));
+        assert!(rows.len() >= BATCH * stride && turned.len() >= BATCH * stride);
+        for column in (0..stride).step_by(16) {
+            for half in 0..2 {
+                // SAFETY: rows are `stride` long, a multiple of 16; there are 16.
+                let v: [__m128i; 8] = std::array::from_fn(|row| unsafe {
+                    let at = (half * 8 + row) * stride + column;
+                    _mm_loadu_si128(rows.as_ptr().add(at).cast())
+                });
+                for (pair, columns) in turn_pairs(v).into_iter().enumerate() {
+                    // SAFETY: pair `column / 2 + pair` begins at 32 times that, below
+                    // 16 · `stride`.
+                    unsafe {
+                        let at = (column / 2 + pair) * 32 + half * 16;
+                        _mm_storeu_si128(turned.as_mut_ptr().add(at).cast(), columns);
                     }
                 }
-                tap += TAP_STEP;
             }
-            let mut whole = [zero; 4];
-            for channel in 0..N {
-                whole[channel] = _mm256_add_epi32(
-                    _mm256_slli_epi32::<{ LOW_BITS as i32 }>(high_sums[channel]),
-                    low_sums[channel],
-                );
+        }
+    }
+
+    /// Stores sixteen columns of sixteen rows to the rows' places.
+    #[target_feature(enable = "avx2")]
+    fn store_turned(columns: &[[u8; BATCH]; 16], targets: &mut [&mut [u8]], at: usize) {
+        // SAFETY: the loads are of whole arrays of sixteen bytes.
+        let v: [__m128i; 16] =
+            std::array::from_fn(|i| unsafe { _mm_loadu_si128(columns[i].as_ptr().cast()) });
+        let rows = turn_bytes(v);
+        for (target, row) in targets.iter_mut().zip(rows) {
+            let mut bytes = [0u8; 16];
+            // SAFETY: the array has sixteen bytes.
+            unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), row) };
+            let count = 16.min(target.len() - at);
+            target[at..at + count].copy_from_slice(&bytes[..count]);
+        }
+    }
+
+    /// The sums of one output for sixteen rows, as bytes.
+    #[target_feature(enable = "avx2")]
+    fn sum_avx2(turned: &[u8], start: usize, weights: &[[i32; 2]]) -> [u8; BATCH] {
+        assert!(turned.len() >= (start + weights.len()) * 32);
+        let zero = _mm256_setzero_si256();
+        let (mut high, mut low) = ([zero; 2], [zero; 2]);
+        for (pair, &[high_pair, low_pair]) in weights.iter().enumerate() {
+            let (high_pair, low_pair) = (_mm256_set1_epi32(high_pair), _mm256_set1_epi32(low_pair));
+            for half in 0..2 {
+                // SAFETY: within `turned` by the assertion.
+                let samples = unsafe {
+                    let at = (start + pair) * 32 + half * 16;
+                    _mm256_cvtepu8_epi16(_mm_loadu_si128(turned.as_ptr().add(at).cast()))
+                };
+                high[half] = _mm256_add_epi32(high[half], _mm256_madd_epi16(samples, high_pair));
+                low[half] = _mm256_add_epi32(low[half], _mm256_madd_epi16(samples, low_pair));
             }
-            let total = sums(whole[0], whole[1], whole[2], whole[3]);
-            let rounded = _mm_srai_epi32::<{ PRECISION_BITS as i32 }>(_mm_add_epi32(
-                total,
-                _mm_set1_epi32(HALF),
-            ));
-            let packed = _mm_packus_epi16(_mm_packs_epi32(rounded, rounded), rounded);
-            let bytes = (_mm_cvtsi128_si32(packed) as u32).to_le_bytes();
-            for channel in 0..N {
-                outs[channel * size + index] = bytes[channel];
+        }
+        let half = _mm256_set1_epi32(HALF);
+        let [first, second] = std::array::from_fn(|part| {
+            let whole = _mm256_add_epi32(_mm256_slli_epi32::<{ LOW_BITS as i32 }>(high[part]), low[part]);
+            _mm256_srai_epi32::<{ PRECISION_BITS as i32 }>(_mm256_add_epi32(whole, half))
+        });
+        // packs works within 128-bit halves; the permutation restores the order.
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(first, second));
+        let bytes = _mm_packus_epi16(
+            _mm256_castsi256_si128(words),
+            _mm256_extracti128_si256::<1>(words),
+        );
+        let mut out = [0u8; BATCH];
+        // SAFETY: the array has sixteen bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) };
+        out
+    }
+
+    /// As [`sum_avx2`], with all sixteen rows in one register.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn sum_avx512(turned: &[u8], start: usize, weights: &[[i32; 2]]) -> [u8; BATCH] {
+        assert!(turned.len() >= (start + weights.len()) * 32);
+        let zero = _mm512_setzero_si512();
+        // Two sums each, so that one need not wait for the other.
+        let (mut high, mut low) = ([zero; 2], [zero; 2]);
+        for (pair, &[high_pair, low_pair]) in weights.iter().enumerate() {
+            // SAFETY: within `turned` by the assertion.
+            let samples = unsafe {
+                let at = (start + pair) * 32;
+                _mm512_cvtepu8_epi16(_mm256_loadu_si256(turned.as_ptr().add(at).cast()))
+            };
+            let which = pair % 2;
+            high[which] = _mm512_dpwssd_epi32(high[which], samples, _mm512_set1_epi32(high_pair));
+            low[which] = _mm512_dpwssd_epi32(low[which], samples, _mm512_set1_epi32(low_pair));
+        }
+        let high = _mm512_slli_epi32::<{ LOW_BITS }>(_mm512_add_epi32(high[0], high[1]));
+        let whole = _mm512_add_epi32(high, _mm512_add_epi32(low[0], low[1]));
+        let rounded = _mm512_srai_epi32::<{ PRECISION_BITS }>(_mm512_add_epi32(
+            whole,
+            _mm512_set1_epi32(HALF),
+        ));
+        // Below zero becomes zero, above 255 becomes 255.
+        let bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(rounded, zero));
+        let mut out = [0u8; BATCH];
+        // SAFETY: the array has sixteen bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) };
+        out
+    }
+
+    /// All outputs of one channel for as many rows as there are targets.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn horizontal_avx2(turned: &[u8], fixed: &Fixed, targets: &mut [&mut [u8]], size: usize) {
+        let mut columns = [[0u8; BATCH]; 16];
+        for index in 0..size {
+            let (start, range) = &fixed.pairs[index];
+            columns[index % 16] = sum_avx2(turned, *start, &fixed.halves[range.clone()]);
+            if index % 16 == 15 || index + 1 == size {
+                store_turned(&columns, targets, index / 16 * 16);
+            }
+        }
+    }
+
+    /// As [`horizontal_avx2`].
+    #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vnni")]
+    pub(super) fn horizontal_avx512(turned: &[u8], fixed: &Fixed, targets: &mut [&mut [u8]], size: usize) {
+        let mut columns = [[0u8; BATCH]; 16];
+        for index in 0..size {
+            let (start, range) = &fixed.pairs[index];
+            columns[index % 16] = sum_avx512(turned, *start, &fixed.halves[range.clone()]);
+            if index % 16 == 15 || index + 1 == size {
+                store_turned(&columns, targets, index / 16 * 16);
             }
         }
     }
@@ -270,7 +395,7 @@ mod x86 {
             let mut y = 0;
             while y < taps {
                 let (first, second) = (weights[y], weights.get(y + 1).copied().unwrap_or(0));
-                let pair = |a: i32, b: i32| _mm256_set1_epi32((a & 0xffff) | (b << 16));
+                let pair = |a: i32, b: i32| _mm256_set1_epi32(pack(a, b));
                 let high = pair(first >> LOW_BITS, second >> LOW_BITS);
                 let mask = (1 << LOW_BITS) - 1;
                 let fine = pair(first & mask, second & mask);
@@ -321,37 +446,126 @@ mod x86 {
     }
 }
 
-fn horizontal<const N: usize>(channels: [&[u8]; N], fixed: &Fixed, outs: &mut [u8], size: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2.
-        unsafe { x86::horizontal(channels, fixed, outs, size) };
-        return;
+/// Rows on their way through the first pass.
+struct Batch {
+    /// First input column, and how many there are, padded.
+    first: usize,
+    stride: usize,
+    /// Which rows of the image are here.
+    lines: Vec<usize>,
+    /// `BATCH` rows of each channel, channel after channel.
+    planes: Vec<u8>,
+    /// One channel in pairs of columns.
+    turned: Vec<u8>,
+}
+
+impl Batch {
+    fn new(channels: usize, (first, end): (usize, usize)) -> Self {
+        let stride = (end - first).next_multiple_of(16) + 16;
+        Self {
+            first,
+            stride,
+            lines: Vec::with_capacity(BATCH),
+            planes: vec![0; channels * BATCH * stride],
+            turned: vec![0; BATCH * stride],
+        }
     }
-    for (row, out) in channels.iter().zip(outs.chunks_exact_mut(size)) {
-        horizontal_plain(row, fixed, out);
+
+    /// Where the next row of `channel` goes.
+    fn next_row(&mut self, channel: usize) -> &mut [u8] {
+        let at = (channel * BATCH + self.lines.len()) * self.stride;
+        &mut self.planes[at..at + self.stride]
+    }
+
+    /// Takes the row in that was just written; works all off once there are enough.
+    fn push(&mut self, line: usize, across: Option<&Fixed>, passed: &mut Passed) {
+        self.lines.push(line);
+        if self.lines.len() == BATCH {
+            self.flush(across, passed);
+        }
+    }
+
+    /// The first pass over the rows that are here, or a copy where there is
+    /// nothing to resize.
+    fn flush(&mut self, across: Option<&Fixed>, passed: &mut Passed) {
+        let size = passed.size;
+        for channel in 0..passed.channels {
+            let planes = &self.planes[channel * BATCH * self.stride..][..BATCH * self.stride];
+            let mut targets = passed.targets(&self.lines, channel);
+            match across {
+                None => {
+                    for (row, target) in planes.chunks_exact(self.stride).zip(&mut targets) {
+                        target.copy_from_slice(&row[..size]);
+                    }
+                }
+                Some(fixed) => {
+                    horizontal(planes, self.first, self.stride, &mut self.turned, fixed, &mut targets, size);
+                }
+            }
+        }
+        self.lines.clear();
     }
 }
 
-/// The first pass over one row of planes, or a copy from `left` on where there is
-/// nothing to resize.
-fn first_pass(
-    planes: &[&[u8]],
-    across: Option<&Fixed>,
-    left: usize,
-    out: &mut [u8],
+/// Rows after the first pass.
+struct Passed {
+    /// First row of the image that is kept, and one past the last.
+    rows: (usize, usize),
+    channels: usize,
+    size: usize,
+    /// `channels × size` samples for each row.
+    samples: Vec<u8>,
+}
+
+impl Passed {
+    /// The parts of `lines` that hold `channel`, in the order of `lines`.
+    fn targets(&mut self, lines: &[usize], channel: usize) -> Vec<&mut [u8]> {
+        let width = self.channels * self.size;
+        let mut order: Vec<usize> = (0..lines.len()).collect();
+        order.sort_unstable_by_key(|&index| lines[index]);
+        let mut targets: Vec<Option<&mut [u8]>> = lines.iter().map(|_| None).collect();
+        let mut rest = &mut self.samples[..];
+        let mut at = self.rows.0;
+        for index in order {
+            let (_, from) = rest.split_at_mut((lines[index] - at) * width);
+            let (row, after) = from.split_at_mut(width);
+            targets[index] = Some(&mut row[channel * self.size..][..self.size]);
+            rest = after;
+            at = lines[index] + 1;
+        }
+        targets.into_iter().flatten().collect()
+    }
+}
+
+/// The first pass over one channel of a batch.
+fn horizontal(
+    planes: &[u8],
+    first: usize,
+    stride: usize,
+    turned: &mut [u8],
+    fixed: &Fixed,
+    targets: &mut [&mut [u8]],
     size: usize,
 ) {
-    match (across, planes) {
-        (Some(fixed), &[a]) => horizontal([a], fixed, out, size),
-        (Some(fixed), &[a, b]) => horizontal([a, b], fixed, out, size),
-        (Some(fixed), &[a, b, c]) => horizontal([a, b, c], fixed, out, size),
-        (Some(fixed), &[a, b, c, d]) => horizontal([a, b, c, d], fixed, out, size),
-        (_, _) => {
-            for (plane, target) in planes.iter().zip(out.chunks_exact_mut(size)) {
-                target.copy_from_slice(&plane[left..left + size]);
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx2") {
+            // SAFETY: the processor has what the functions ask for.
+            unsafe {
+                x86::turn_rows(planes, stride, turned);
+                if has!("avx512bw") && has!("avx512vnni") {
+                    x86::horizontal_avx512(turned, fixed, targets, size);
+                } else {
+                    x86::horizontal_avx2(turned, fixed, targets, size);
+                }
             }
+            return;
         }
+    }
+    let _ = turned;
+    for (row, target) in planes.chunks_exact(stride).zip(targets) {
+        horizontal_plain(row, first, fixed, target);
     }
 }
 
@@ -397,12 +611,8 @@ enum Work {
         down: Option<Fixed>,
         /// First column that is needed, and one past the last.
         columns: (usize, usize),
-        /// First row that is needed, and one past the last.
-        rows: (usize, usize),
-        /// Rows after the first pass, channel after channel within a row.
-        passed: Vec<u8>,
-        /// One row, one plane for each channel.
-        planes: Vec<Vec<u8>>,
+        batch: Batch,
+        passed: Passed,
         /// One row, interleaved, for premultiplication.
         scratch: Vec<u8>,
     },
@@ -442,9 +652,18 @@ impl Crop {
     /// The crop, RGB; `false` where no image was started.
     pub(crate) fn finish(self, out: &mut [u8]) -> bool {
         let size = self.size as usize;
-        let Some((spec, work)) = self.state else {
+        let Some((spec, mut work)) = self.state else {
             return false;
         };
+        if let Work::Eight {
+            across,
+            batch,
+            passed,
+            ..
+        } = &mut work
+        {
+            batch.flush(across.as_ref(), passed);
+        }
         let palette = spec.palette.as_deref();
         let targets = out.chunks_exact_mut(3);
         match work {
@@ -461,17 +680,16 @@ impl Crop {
                 channels,
                 premultiply,
                 down,
-                rows,
                 passed,
                 ..
             } => {
+                let (rows, passed) = (passed.rows, passed.samples);
                 let width = channels * size;
                 let mut line = vec![0u8; width];
                 for (y, targets) in out.chunks_exact_mut(size * 3).enumerate().take(size) {
                     match &down {
                         Some(fixed) => {
-                            let (low, taps) = fixed.bounds[y];
-                            let weights = &fixed.whole[y * fixed.stride..][..taps];
+                            let (low, weights) = fixed.weights(y);
                             let source = &passed[(low - rows.0) * width..];
                             vertical(source, width, weights, &mut line);
                         }
@@ -570,34 +788,18 @@ fn wide_sample(row: &[u8], x: usize, mode: Mode) -> f64 {
     }
 }
 
-/// Splits interleaved samples into planes.
-fn deinterleave(row: &[u8], channels: usize, first: usize, end: usize, planes: &mut [Vec<u8>]) {
-    match planes {
-        [only] => only[first..end].copy_from_slice(&row[first..end]),
-        [red, green, blue] => {
-            let source = row[first * 3..end * 3].chunks_exact(3);
-            let targets = red[first..end]
-                .iter_mut()
-                .zip(&mut green[first..end])
-                .zip(&mut blue[first..end]);
-            for (pixel, ((red, green), blue)) in source.zip(targets) {
-                (*red, *green, *blue) = (pixel[0], pixel[1], pixel[2]);
-            }
-        }
-        many => {
-            for (channel, plane) in many.iter_mut().enumerate() {
-                let source = row[first * channels..end * channels].chunks_exact(channels);
-                for (target, pixel) in plane[first..end].iter_mut().zip(source) {
-                    *target = pixel[channel];
-                }
-            }
-        }
+/// One channel of interleaved pixels of `N` bytes.
+fn pick<const N: usize>(pixels: &[u8], channel: usize, target: &mut [u8]) {
+    for (sample, pixel) in target.iter_mut().zip(pixels.chunks_exact(N)) {
+        *sample = pixel[channel];
     }
 }
 
 impl Sink for Crop {
     fn start(&mut self, mut spec: Spec) -> Result<()> {
-        let plan = Plan::new(spec.width, spec.height, self.size);
+        let (full_width, full_height) = spec.full_size();
+        let covered = spec.covered();
+        let plan = Plan::new(full_width, full_height, self.size);
         if spec.mode == Mode::PaletteAlpha && plan.resized != (spec.width, spec.height) {
             // Pillow loses the palette of such an image when it resizes it; what is
             // left is black.
@@ -616,9 +818,9 @@ impl Sink for Crop {
         }
         // A pass that would not change the length is left out, as in the reference.
         let across = (plan.resized.0 != spec.width)
-            .then(|| Weights::new(spec.width, plan.resized.0, left, size));
+            .then(|| Weights::new(spec.width, covered.0, plan.resized.0, left, size));
         let down = (plan.resized.1 != spec.height)
-            .then(|| Weights::new(spec.height, plan.resized.1, top, size));
+            .then(|| Weights::new(spec.height, covered.1, plan.resized.1, top, size));
         let whole = |origin: u32| (origin as usize, (origin + size) as usize);
         let columns = across.as_ref().map_or_else(|| whole(left), Weights::span);
         let rows = down.as_ref().map_or_else(|| whole(top), Weights::span);
@@ -636,18 +838,21 @@ impl Sink for Crop {
                 let has_alpha = matches!(mode, Mode::Rgba | Mode::GreyAlpha);
                 // The reference returns a copy, alpha untouched, where nothing is resized.
                 let premultiply = has_alpha && plan.resized != (spec.width, spec.height);
-                let width = spec.width as usize;
                 Work::Eight {
                     channels,
                     premultiply,
                     across: across.as_ref().map(Fixed::new),
                     down: down.as_ref().map(Fixed::new),
                     columns,
-                    rows,
-                    passed: try_zeroed(kept * channels)?,
-                    planes: vec![vec![0; width + ROW_PADDING]; channels],
+                    batch: Batch::new(channels, columns),
+                    passed: Passed {
+                        rows,
+                        channels,
+                        size: size as usize,
+                        samples: try_zeroed(kept * channels)?,
+                    },
                     scratch: if premultiply {
-                        vec![0; width * channels]
+                        vec![0; (columns.1 - columns.0) * channels]
                     } else {
                         Vec::new()
                     },
@@ -661,9 +866,10 @@ impl Sink for Crop {
     fn wants(&self, y: u32) -> bool {
         match &self.state {
             Some((_, Work::Nearest { rows, .. })) => rows.binary_search(&y).is_ok(),
-            Some((_, Work::Eight { rows, .. } | Work::Wide { rows, .. })) => {
-                (rows.0..rows.1).contains(&(y as usize))
+            Some((_, Work::Eight { passed, .. })) => {
+                (passed.rows.0..passed.rows.1).contains(&(y as usize))
             }
+            Some((_, Work::Wide { rows, .. })) => (rows.0..rows.1).contains(&(y as usize)),
             None => false,
         }
     }
@@ -677,7 +883,26 @@ impl Sink for Crop {
     }
 
     fn row_planar(&mut self, y: u32, planes: &[&[u8]]) {
-        self.planes(y, planes);
+        if let Some((
+            _,
+            Work::Eight {
+                across,
+                columns: (first, end),
+                batch,
+                passed,
+                ..
+            },
+        )) = &mut self.state
+        {
+            let line = y as usize;
+            if line < passed.rows.0 || line >= passed.rows.1 {
+                return;
+            }
+            for (channel, plane) in planes.iter().enumerate() {
+                batch.next_row(channel)[..*end - *first].copy_from_slice(&plane[*first..*end]);
+            }
+            batch.push(line, across.as_ref(), passed);
+        }
     }
 
     fn row(&mut self, y: u32, pixels: &[u8]) {
@@ -701,35 +926,36 @@ impl Sink for Crop {
                 premultiply,
                 across,
                 columns,
-                rows,
+                batch,
                 passed,
-                planes,
                 scratch,
                 ..
             } => {
                 let line = y as usize;
-                if line < rows.0 || line >= rows.1 {
+                if line < passed.rows.0 || line >= passed.rows.1 {
                     return;
                 }
                 let (first, end) = *columns;
-                let source = if *premultiply {
-                    let range = first * *channels..end * *channels;
-                    scratch[range.clone()].copy_from_slice(&pixels[range.clone()]);
+                let mut source = &pixels[first * *channels..end * *channels];
+                if *premultiply {
+                    scratch.copy_from_slice(source);
                     if *channels == 4 {
-                        convert::premultiply::<4>(&mut scratch[range]);
+                        convert::premultiply::<4>(scratch);
                     } else {
-                        convert::premultiply::<2>(&mut scratch[range]);
+                        convert::premultiply::<2>(scratch);
                     }
-                    &scratch[..]
-                } else {
-                    pixels
-                };
-                deinterleave(source, *channels, first, end, planes);
-                let out = &mut passed[(line - rows.0) * *channels * size..][..*channels * size];
-                let planes: [&[u8]; 4] = std::array::from_fn(|index| {
-                    planes.get(index).map_or(&[][..], |plane| &plane[..])
-                });
-                first_pass(&planes[..*channels], across.as_ref(), first, out, size);
+                    source = scratch;
+                }
+                for channel in 0..*channels {
+                    let target = &mut batch.next_row(channel)[..end - first];
+                    match *channels {
+                        1 => target.copy_from_slice(source),
+                        2 => pick::<2>(source, channel, target),
+                        3 => pick::<3>(source, channel, target),
+                        _ => pick::<4>(source, channel, target),
+                    }
+                }
+                batch.push(line, across.as_ref(), passed);
             }
             Work::Wide {
                 across,
@@ -761,32 +987,6 @@ impl Sink for Crop {
     }
 }
 
-impl Crop {
-    /// As [`Sink::row_planar`], for modes without alpha.
-    fn planes(&mut self, y: u32, planes: &[&[u8]]) {
-        let size = self.size as usize;
-        let Some((_, work)) = &mut self.state else {
-            return;
-        };
-        let Work::Eight {
-            channels,
-            across,
-            columns,
-            rows,
-            passed,
-            ..
-        } = work
-        else {
-            return;
-        };
-        let line = y as usize;
-        if line >= rows.0 && line < rows.1 {
-            let out = &mut passed[(line - rows.0) * *channels * size..][..*channels * size];
-            first_pass(planes, across.as_ref(), columns.0, out, size);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -798,22 +998,50 @@ mod tests {
             width in 1u32..700,
             seed in any::<u64>(),
             size in 1u32..64,
+            rows in 1usize..=BATCH,
         ) {
             let mut state = seed;
-            let mut row: Vec<u8> = (0..width)
-                .map(|_| {
+            let size_of = size as usize;
+            // Only some of the outputs, so that inputs do not begin at zero.
+            let fixed = Fixed::new(&Weights::new(width, width.into(), size * 3, size, size));
+            let low = fixed.bounds.iter().map(|&(low, _)| low).min().unwrap();
+            let end = fixed.bounds.iter().map(|&(low, taps)| low + taps).max().unwrap();
+            let mut batch = Batch::new(1, (low, end));
+            for _ in 0..rows {
+                for sample in &mut batch.next_row(0)[..end - low] {
                     state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    (state >> 56) as u8
-                })
-                .collect();
-            let fixed = Fixed::new(&Weights::new(width, size, 0, size));
-            let mut plain = vec![0; size as usize];
-            horizontal_plain(&row, &fixed, &mut plain);
-            row.resize(width as usize + ROW_PADDING, 7);
-            let mut fast = vec![0; size as usize * 2];
-            horizontal([&row, &row], &fixed, &mut fast, size as usize);
-            prop_assert_eq!(&fast[..size as usize], &plain[..]);
-            prop_assert_eq!(&fast[size as usize..], &plain[..]);
+                    *sample = (state >> 56) as u8;
+                }
+                batch.lines.push(batch.lines.len());
+            }
+            let stride = batch.stride;
+            let run = |how: &dyn Fn(&mut [u8], &mut [&mut [u8]])| {
+                let mut out = vec![0; size_of * rows];
+                let mut targets: Vec<&mut [u8]> = out.chunks_exact_mut(size_of).collect();
+                how(&mut vec![0; BATCH * stride], &mut targets);
+                out
+            };
+            let plain = run(&|_, targets| {
+                for (row, target) in batch.planes.chunks_exact(stride).zip(targets) {
+                    horizontal_plain(row, low, &fixed, target);
+                }
+            });
+            let fast = run(&|turned, targets| {
+                horizontal(&batch.planes, low, stride, turned, &fixed, targets, size_of);
+            });
+            prop_assert_eq!(&fast, &plain);
+            #[cfg(target_arch = "x86_64")]
+            if std::arch::is_x86_feature_detected!("avx2") {
+                // What a processor without AVX-512 takes.
+                let narrow = run(&|turned, targets| {
+                    // SAFETY: the processor has AVX2.
+                    unsafe {
+                        x86::turn_rows(&batch.planes, stride, turned);
+                        x86::horizontal_avx2(turned, &fixed, targets, size_of);
+                    }
+                });
+                prop_assert_eq!(&narrow, &plain);
+            }
         }
 
         #[test]
@@ -829,10 +1057,9 @@ mod tests {
                     (state >> 56) as u8
                 })
                 .collect();
-            let fixed = Fixed::new(&Weights::new(height, 16, 0, 16));
+            let fixed = Fixed::new(&Weights::new(height, height.into(), 16, 0, 16));
             for y in 0..16 {
-                let (low, taps) = fixed.bounds[y];
-                let weights = &fixed.whole[y * fixed.stride..][..taps];
+                let (low, weights) = fixed.weights(y);
                 let mut plain = vec![0; width];
                 vertical_plain(&rows[low * width..], width, weights, &mut plain, 0);
                 let mut fast = vec![0; width];

@@ -100,12 +100,8 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     // SAFETY: the canvas has four bytes for each pixel and lives as long as the
     // decoder, which is dropped at the end of this function.
     let pixels = unsafe { std::slice::from_raw_parts(canvas, width * height * 4) };
-    sink.start(Spec {
-        width: info.canvas_width,
-        height: info.canvas_height,
-        mode: if has_alpha { Mode::Rgba } else { Mode::Rgb },
-        palette: None,
-    })?;
+    let mode = if has_alpha { Mode::Rgba } else { Mode::Rgb };
+    sink.start(Spec::new(info.canvas_width, info.canvas_height, mode))?;
     let mut opaque = vec![0u8; if has_alpha { 0 } else { width * 3 }];
     for (y, row) in (0u32..).zip(pixels.chunks_exact(width * 4)) {
         if !sink.wants(y) {

@@ -4,6 +4,7 @@
 //! corrupt data overflows: the same sixteen-bit products and saturations.
 
 use std::arch::x86_64::*;
+use std::sync::OnceLock;
 
 /// Fraction bits of the constants.
 const CONST_BITS: i32 = 13;
@@ -190,22 +191,125 @@ pub(super) fn block(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[u8; 8
     }
 }
 
+/// Pairs of weights of the reduced transforms: for size 5 to 7, output and pair
+/// of coefficients.
+type Reduced = [[[i32; 4]; 8]; 3];
+
+/// Smallest and largest size of [`reduced_block`].
+pub(super) const REDUCED_SIZES: std::ops::RangeInclusive<usize> = 5..=7;
+
+fn reduced_weights() -> &'static Reduced {
+    static WEIGHTS: OnceLock<Reduced> = OnceLock::new();
+    WEIGHTS.get_or_init(|| {
+        let mut weights = [[[0; 4]; 8]; 3];
+        for size in REDUCED_SIZES {
+            let weight = |output: usize, order: usize| {
+                if order >= size {
+                    return 0;
+                }
+                let wave = if order == 0 {
+                    1.0
+                } else {
+                    let angle = (2 * output + 1) as f64 * order as f64 / (2 * size) as f64;
+                    2.0f64.sqrt() * (angle * std::f64::consts::PI).cos()
+                };
+                (wave * f64::from(1 << CONST_BITS)).round() as i32
+            };
+            for output in 0..size {
+                for pair in 0..4 {
+                    let (a, b) = (weight(output, pair * 2), weight(output, pair * 2 + 1));
+                    weights[size - REDUCED_SIZES.start()][output][pair] = (a & 0xffff) | b << 16;
+                }
+            }
+        }
+        weights
+    })
+}
+
+/// The transform of the `N` lowest orders to `N` samples, eight lanes at once.
+#[inline(always)]
+fn reduced_pass<const N: usize, const SHIFT: i32>(
+    v: [__m128i; 8],
+    weights: &[[i32; 4]; 8],
+) -> [__m128i; 8] {
+    // SAFETY: SSE2 is part of x86-64.
+    unsafe {
+        let pairs: [Wide; 4] = std::array::from_fn(|pair| {
+            let (a, b) = (v[pair * 2], v[pair * 2 + 1]);
+            Wide(_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b))
+        });
+        std::array::from_fn(|output| {
+            if output >= N {
+                return _mm_setzero_si128();
+            }
+            let mut sum = Wide(_mm_setzero_si128(), _mm_setzero_si128());
+            for pair in 0..N.div_ceil(2) {
+                let weight = _mm_set1_epi32(weights[output][pair]);
+                let product = Wide(
+                    _mm_madd_epi16(pairs[pair].0, weight),
+                    _mm_madd_epi16(pairs[pair].1, weight),
+                );
+                sum = add(sum, product);
+            }
+            narrow::<SHIFT>(sum)
+        })
+    }
+}
+
+/// As [`block`], to `N` by `N` samples, of the coefficients of the lowest orders.
+/// For the fast mode, where nothing has to be equal to the last bit.
+pub(super) fn reduced_block<const N: usize>(
+    coefficients: &[i16; 64],
+    quantisers: &[u16; 64],
+) -> [[u8; 8]; 8] {
+    let weights = &reduced_weights()[N - REDUCED_SIZES.start()];
+    // SAFETY: SSE2 is part of x86-64; the loads are of 16 bytes within the arrays.
+    unsafe {
+        let v: [__m128i; 8] = std::array::from_fn(|index| {
+            let at = index * 8;
+            _mm_mullo_epi16(
+                _mm_loadu_si128(coefficients.as_ptr().add(at).cast()),
+                _mm_loadu_si128(quantisers.as_ptr().add(at).cast()),
+            )
+        });
+        let columns = reduced_pass::<N, { CONST_BITS - PASS1_BITS }>(v, weights);
+        let rows = transpose(reduced_pass::<N, { CONST_BITS + PASS1_BITS + 3 }>(
+            transpose(columns),
+            weights,
+        ));
+        let centre = _mm_set1_epi8(-128);
+        let mut samples = [[0u8; 8]; 8];
+        for pair in 0..4 {
+            let bytes = _mm_packs_epi16(rows[pair * 2], rows[pair * 2 + 1]);
+            let bytes = _mm_add_epi8(bytes, centre);
+            _mm_storeu_si128(samples.as_mut_ptr().add(pair * 2).cast(), bytes);
+        }
+        samples
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The transform by its definition, in double precision.
-    fn by_definition(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[f64; 8]; 8] {
+    /// The transform to `size` by `size` samples by its definition, in double
+    /// precision.
+    fn by_definition(
+        coefficients: &[i16; 64],
+        quantisers: &[u16; 64],
+        size: usize,
+    ) -> [[f64; 8]; 8] {
         let mut samples = [[0.0; 8]; 8];
-        for (y, row) in samples.iter_mut().enumerate() {
-            for (x, sample) in row.iter_mut().enumerate() {
+        for (y, row) in samples.iter_mut().enumerate().take(size) {
+            for (x, sample) in row.iter_mut().enumerate().take(size) {
                 let mut sum = 0.0;
-                for v in 0..8 {
-                    for u in 0..8 {
+                for v in 0..size {
+                    for u in 0..size {
                         let norm = |k: usize| if k == 0 { 0.5f64.sqrt() } else { 1.0 };
                         let wave = |k: usize, at: usize| {
-                            ((2 * at + 1) as f64 * k as f64 * std::f64::consts::PI / 16.0).cos()
+                            let angle = (2 * at + 1) as f64 * k as f64 / (2 * size) as f64;
+                            (angle * std::f64::consts::PI).cos()
                         };
                         let value =
                             f64::from(coefficients[v * 8 + u]) * f64::from(quantisers[v * 8 + u]);
@@ -229,9 +333,21 @@ mod tests {
             block_of[..keep].copy_from_slice(&coefficients[..keep]);
             let quantisers = [quantiser; 64];
             let fast = block(&block_of, &quantisers);
-            let exact = by_definition(&block_of, &quantisers);
+            let exact = by_definition(&block_of, &quantisers, 8);
             for (fast, exact) in fast.iter().flatten().zip(exact.iter().flatten()) {
                 prop_assert!((f64::from(*fast) - exact).abs() <= 1.0);
+            }
+            for (size, reduced) in [
+                (5, reduced_block::<5>(&block_of, &quantisers)),
+                (6, reduced_block::<6>(&block_of, &quantisers)),
+                (7, reduced_block::<7>(&block_of, &quantisers)),
+            ] {
+                let exact = by_definition(&block_of, &quantisers, size);
+                for (fast, exact) in reduced.iter().zip(&exact).take(size) {
+                    for (fast, exact) in fast.iter().zip(exact).take(size) {
+                        prop_assert!((f64::from(*fast) - exact).abs() <= 1.5);
+                    }
+                }
             }
         }
     }

@@ -1,9 +1,11 @@
 //! The C library: owning its state, its errors, and its rows.
 
 use super::codestream::{Frame, JPEG};
+#[cfg(target_arch = "x86_64")]
+use super::idct;
 use super::planes::{Upsampling, ycc_to_rgb};
 use crate::error::{ImageError, Result};
-use crate::raster::{Mode, Sink, Spec};
+use crate::raster::{Mode, Reduced, Sink, Spec};
 use crate::resample::ROW_PADDING;
 use mozjpeg_sys as ffi;
 use std::ffi::{c_int, c_long};
@@ -214,8 +216,9 @@ struct Needed {
     columns: [(u32, u32); 4],
     /// The methods that libjpeg chose.
     methods: [Option<Method>; 4],
-    /// Whether a component's blocks have their full eight by eight samples.
-    whole: [bool; 4],
+    /// Samples across a block of each component, as libjpeg counts and as they
+    /// are written.
+    sizes: [(u32, u32); 4],
 }
 
 /// Takes the place of libjpeg's inverse DCT: leaves out blocks that the crop does
@@ -234,14 +237,24 @@ unsafe extern "C-unwind" fn inverse_dct(
         let needed = &*(*cinfo).common.client_data.cast::<Needed>();
         let index = (*component).component_index as usize & 3;
         let (first, end) = needed.columns[index];
-        if !needed.rows || column + 8 <= first || column >= end {
+        let (counted, size) = needed.sizes[index];
+        let column = column / counted * size;
+        if !needed.rows || column + size <= first || column >= end {
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if needed.whole[index] && !(*component).quant_table.is_null() {
+        if !(*component).quant_table.is_null() && size >= 5 && size <= 8 {
             let quantisers = &(*(*component).quant_table).quantval;
-            let samples = super::idct::block(&*coefficients.cast(), quantisers);
-            for (line, samples) in samples.iter().enumerate() {
+            let coefficients = &*coefficients.cast();
+            let samples = match size {
+                5 => idct::reduced_block::<5>(coefficients, quantisers),
+                6 => idct::reduced_block::<6>(coefficients, quantisers),
+                7 => idct::reduced_block::<7>(coefficients, quantisers),
+                _ => idct::block(coefficients, quantisers),
+            };
+            for (line, samples) in samples.iter().enumerate().take(size as usize) {
+                // Reduced blocks write past their end, where the next block or the
+                // padding of the row is.
                 let target = (*rows.add(line)).add(column as usize);
                 ptr::copy_nonoverlapping(samples.as_ptr(), target, 8);
             }
@@ -278,8 +291,8 @@ struct Shape {
     /// Rows of the image in a line of blocks.
     band: usize,
     planes: Vec<Plane>,
-    /// Whether each component's blocks are eight by eight.
-    whole: [bool; 4],
+    /// As [`Needed::sizes`].
+    sizes: [(u32, u32); 4],
 }
 
 /// Sizes of the component planes, by libjpeg's own rules.
@@ -292,7 +305,7 @@ fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
     };
     let (most_across, most_down) = (most(|c| c.h_samp_factor), most(|c| c.v_samp_factor));
     let smallest = eighths as usize;
-    let mut whole = [false; 4];
+    let mut sizes = [(1, 1); 4];
     let mut planes = Vec::with_capacity(count);
     for (index, component) in components.iter().enumerate() {
         let (across, down) = (component.h_samp_factor as usize, component.v_samp_factor as usize);
@@ -305,6 +318,14 @@ fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
         {
             size *= 2;
         }
+        let counted = size;
+        #[cfg(target_arch = "x86_64")]
+        if idct::REDUCED_SIZES.contains(&smallest) && down == 1 {
+            // The library has no vector code for such blocks, and this has it for
+            // the smallest size only; upsampling does the rest. With one block from
+            // top to bottom the library's row pointers fit all the same.
+            size = smallest;
+        }
         let (reach, depth) = (most_across * smallest, most_down * smallest);
         if !reach.is_multiple_of(across * size) || !depth.is_multiple_of(down * size) {
             return Err(JPEG.unsupported("sampling factors that are not whole multiples"));
@@ -316,7 +337,7 @@ fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
         // the readers may look a little past the end.
         let stride = blocks * size + 64;
         let band = down * size;
-        whole[index & 3] = size == 8;
+        sizes[index & 3] = (counted as u32, size as u32);
         planes.push(Plane {
             samples: vec![0; stride * band * 2],
             stride,
@@ -336,7 +357,7 @@ fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
         height: cinfo.output_height as usize,
         band: most_down * smallest,
         planes,
-        whole,
+        sizes,
     })
 }
 
@@ -354,23 +375,24 @@ fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Resu
         height,
         band,
         mut planes,
-        whole,
+        sizes,
     } = shape(cinfo, eighths)?;
     if planes.len() != mode.bytes() {
         return Err(JPEG.corrupt("the number of components changes"));
     }
-    sink.start(Spec {
-        width: width as u32,
-        height: height as u32,
-        mode,
-        palette: None,
-    })?;
+    let mut spec = Spec::new(width as u32, height as u32, mode);
+    spec.reduced = (eighths != 8).then_some(Reduced {
+        width: cinfo.image_width,
+        height: cinfo.image_height,
+        eighths,
+    });
+    sink.start(spec)?;
     let columns = sink.columns();
     let mut needed = Needed {
         rows: true,
         columns: [(0, u32::MAX); 4],
         methods: [None; 4],
-        whole,
+        sizes,
     };
     for (index, plane) in planes.iter().enumerate() {
         // Filters look one sample further.

@@ -311,12 +311,8 @@ fn needs_raster(parsed: &Parsed<'_>) -> bool {
 
 pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let parsed = parse(bytes)?;
-    let spec = Spec {
-        width: parsed.width as u32,
-        height: parsed.height as u32,
-        mode: parsed.layout.mode,
-        palette: parsed.palette.clone(),
-    };
+    let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.layout.mode)
+        .with_palette(parsed.palette.clone());
     if parsed.layout.unpack == Unpack::Refused {
         return Err(TIFF.unsupported("premultiplied grey cannot become RGB in the reference"));
     }

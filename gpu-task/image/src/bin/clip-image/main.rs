@@ -101,6 +101,7 @@ pub(crate) fn type_of(path: &Path, bytes: &[u8]) -> Option<ImageType> {
 fn prepare_one(path: &Path, options: &Options, out: Option<&Path>, repeat: u32) -> bool {
     let mut crop = vec![0u8; options.size as usize * options.size as usize * 3];
     let started = Instant::now();
+    let cpu_started = cpu_seconds();
     let mut estimate = None;
     let result = std::fs::read(path)
         .map_err(|error| ("unreadable", error.to_string()))
@@ -119,9 +120,13 @@ fn prepare_one(path: &Path, options: &Options, out: Option<&Path>, repeat: u32) 
             Ok((kind, prepared))
         });
     let seconds = started.elapsed().as_secs_f64() / f64::from(repeat.max(1));
+    let cpu = cpu_started
+        .zip(cpu_seconds())
+        .map(|(start, end)| (end - start) / f64::from(repeat.max(1)));
     let mut line = json!({
         "path": path.to_string_lossy(),
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "memory_needed": estimate,
         "peak_bytes": peak_bytes(),
     });
@@ -148,6 +153,13 @@ fn prepare_one(path: &Path, options: &Options, out: Option<&Path>, repeat: u32) 
     };
     println!("{line}");
     is_good
+}
+
+/// Processor time that this process has taken, where the system tells.
+fn cpu_seconds() -> Option<f64> {
+    let statistics = std::fs::read_to_string("/proc/self/schedstat").ok()?;
+    let nanoseconds: f64 = statistics.split_whitespace().next()?.parse().ok()?;
+    Some(nanoseconds / 1e9)
 }
 
 /// The most memory that this process held at once, where the system tells.
