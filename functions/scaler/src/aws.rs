@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use platform::Failure;
 
-use crate::observation::{Activity, ContainerInstance, GroupInstance, Queue, Task};
+use crate::observation::{Activity, Arrivals, ContainerInstance, GroupInstance, Queue, Task};
 
 /// Most ARNs of one Describe call and most entries of one List page (ECS API
 /// reference, DescribeTasks, ListTasks and their container instance twins).
@@ -57,6 +57,8 @@ pub struct Metrics {
     pub oldest_age: Option<u64>,
     /// Images per second of one busy task.
     pub images_per_second: Option<f64>,
+    /// How fast messages arrived.
+    pub arrivals: Option<Arrivals>,
 }
 
 /// A group as DescribeAutoScalingGroups tells of it.

@@ -24,6 +24,10 @@ pub const STUCK_TASK_SECONDS: i64 = 600;
 /// counts it as a failed launch.
 pub const STUCK_REASON: &str = "scaler: stuck";
 
+/// StopTask's reason for a task that works though fewer would do: it drains
+/// and exits with 0.
+pub const RETIRED_REASON: &str = "scaler: retired";
+
 /// StopTask's reason for a task that is not needed any more begins with this:
 /// no fault of the task.
 pub const RECALLED_REASON: &str = "scaler: recalled";

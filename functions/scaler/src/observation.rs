@@ -13,6 +13,9 @@ pub struct Observation {
     pub at: i64,
     /// The input queue.
     pub queue: Queue,
+    /// How fast messages arrived lately, when CloudWatch knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrivals: Option<Arrivals>,
     /// Images per second of one busy task, as tasks reported lately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_per_second: Option<f64>,
@@ -29,6 +32,45 @@ pub struct Observation {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
 }
+
+/// Messages sent per second over the last full minutes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Arrivals {
+    /// What every one of the last three minutes had: it goes on.
+    pub sustained: f64,
+    /// What the busiest of the last five minutes had: it may come again.
+    pub highest: f64,
+}
+
+impl Arrivals {
+    /// From the messages sent in each of the last full minutes, newest first.
+    pub fn from_minutes(minutes: &[f64]) -> Self {
+        let per_second = |minute: &f64| minute.max(0.0) / 60.0;
+        let sustained = if minutes.len() >= SUSTAINED_MINUTES {
+            minutes[..SUSTAINED_MINUTES]
+                .iter()
+                .map(per_second)
+                .fold(f64::INFINITY, f64::min)
+        } else {
+            0.0
+        };
+        Self {
+            sustained,
+            highest: minutes
+                .iter()
+                .take(HIGHEST_MINUTES)
+                .map(per_second)
+                .fold(0.0, f64::max),
+        }
+    }
+}
+
+/// Minutes that make a rate sustained: a single burst fills one or two.
+pub const SUSTAINED_MINUTES: usize = 3;
+
+/// Minutes whose busiest one counts.
+pub const HIGHEST_MINUTES: usize = 5;
 
 /// SQS's approximate counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -403,6 +445,15 @@ mod tests {
         ] {
             assert_eq!(Lifecycle::from_auto_scaling(word), state, "{word}");
         }
+    }
+
+    #[test]
+    fn a_single_burst_is_not_sustained() {
+        let arrivals = Arrivals::from_minutes(&[0.0, 6000.0, 0.0, 0.0, 0.0]);
+        assert_eq!((arrivals.sustained, arrivals.highest), (0.0, 100.0));
+        let steady = Arrivals::from_minutes(&[60.0, 120.0, 90.0]);
+        assert_eq!((steady.sustained, steady.highest), (1.0, 2.0));
+        assert_eq!(Arrivals::from_minutes(&[60.0]).sustained, 0.0);
     }
 
     #[test]

@@ -55,10 +55,12 @@ pub async fn observe<A: Aws>(
     let mut missing = Vec::new();
     let mut queue = queue?;
     let mut images_per_second = None;
+    let mut arrivals = None;
     match metrics {
         Ok(metrics) => {
             queue.oldest_age = metrics.oldest_age;
             images_per_second = metrics.images_per_second;
+            arrivals = metrics.arrivals;
         }
         Err(why) => missing.push(format!("CloudWatch metrics ({why})")),
     }
@@ -100,6 +102,7 @@ pub async fn observe<A: Aws>(
     Ok(Observation {
         at: now,
         queue,
+        arrivals,
         images_per_second,
         tasks,
         container_instances: instances?,

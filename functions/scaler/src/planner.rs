@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::history::{self, Launches, RECALLED_REASON, STUCK_REASON, STUCK_TASK_SECONDS};
+use crate::history::{
+    self, Launches, RECALLED_REASON, RETIRED_REASON, STUCK_REASON, STUCK_TASK_SECONDS,
+};
 use crate::memory::{Memory, OPTION_KEY, TASKS_KEY};
 use crate::observation::{
     ActivityKind, ContainerInstance, ContainerInstanceStatus, Group, Lifecycle, Observation, Task,
@@ -36,6 +38,13 @@ const DISCONNECTED_SECONDS: i64 = 180;
 /// sooner after it was asked for: SQS's counts lag behind the sends that asked
 /// for it.
 const SETTLED_SECONDS: i64 = 30;
+
+/// A task is retired only when all have worked this long: the arrivals of the
+/// last five minutes are then those that these tasks have seen.
+const RETIRE_AFTER_SECONDS: i64 = 330;
+
+/// What is left after a task is retired is busy at most to this share.
+const BUSY_SHARE: f64 = 0.7;
 
 /// A number of tasks that one RunTask call takes: 1 to [`RUN_TASK_MAX_COUNT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,7 +94,7 @@ pub enum Action {
         /// Whether the group's DesiredCapacity falls with it.
         decrement: bool,
     },
-    /// Stop a task that is not RUNNING yet.
+    /// Stop a task: one that is not RUNNING yet, or one too many.
     StopTask {
         /// Its ARN.
         task: String,
@@ -463,6 +472,9 @@ impl<'a> Planner<'a> {
         let active = running + starting;
         self.figures.running = running;
         self.figures.starting = starting;
+        if let Some((task, reason)) = self.too_many(running, starting, backlog, rate) {
+            stops.push((task, reason));
+        }
         for (task, reason) in stops {
             let why = reason.trim_start_matches("scaler: ").to_owned();
             self.decide(Action::StopTask { task, reason }, why);
@@ -537,7 +549,13 @@ impl<'a> Planner<'a> {
             existing += 1;
             done_meanwhile += (boot - eta).max(0.0);
         }
-        let backlog_after_boot = (backlog as f64 - rate * done_meanwhile).max(0.0);
+        // What keeps arriving will be there too.
+        let sustained = self
+            .seen
+            .arrivals
+            .map_or(0.0, |arrivals| arrivals.sustained);
+        let coming = if backlog > 0 { sustained * boot } else { 0.0 };
+        let backlog_after_boot = (backlog as f64 + coming - rate * done_meanwhile).max(0.0);
         self.figures.backlog_after_boot = backlog_after_boot.ceil() as u64;
 
         let mut needed = self.tasks_for(backlog_after_boot, per_task);
@@ -583,6 +601,47 @@ impl<'a> Planner<'a> {
         } else {
             tasks as u32
         }
+    }
+
+    /// SQS favours nobody: several tasks share a trickle that one could do, and
+    /// none of them is ever idle. One at a time goes, by a drain, when those
+    /// that stay have room for the busiest of the last minutes.
+    fn too_many(
+        &self,
+        running: u32,
+        starting: u32,
+        backlog: u64,
+        rate: f64,
+    ) -> Option<(String, String)> {
+        let arrivals = self.seen.arrivals?;
+        let is_calm = starting == 0
+            && self.figures.stopping == 0
+            && self.launches.failures == 0
+            && backlog as f64 <= rate * f64::from(running);
+        let steady = (arrivals.highest / (rate * BUSY_SHARE)).ceil().max(1.0);
+        let enough = f64::from(self.policy.min_instances).max(steady);
+        if !is_calm || f64::from(running) <= enough {
+            return None;
+        }
+        let mut newest: Option<&Task> = None;
+        for task in &self.seen.tasks {
+            if task.status != TaskStatus::Running || task.stopping {
+                continue;
+            }
+            let started = task.started_at?;
+            if self.now - started < RETIRE_AFTER_SECONDS {
+                return None;
+            }
+            if newest.is_none_or(|known| known.started_at < task.started_at) {
+                newest = Some(task);
+            }
+        }
+        let task = newest?.arn.clone();
+        let reason = format!(
+            "{RETIRED_REASON}: {running} tasks share {:.2} messages/s, {enough:.0} can do them",
+            arrivals.highest
+        );
+        Some((task, reason))
     }
 
     fn holds_capacity(&self, instance: &Instance<'_>) -> bool {

@@ -20,8 +20,8 @@ use crate::aws::{
 };
 use crate::config::Config;
 use crate::observation::{
-    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus,
-    GroupInstance, Lifecycle, Queue, Task, TaskStatus,
+    Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
+    GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
 };
 
 /// One try of a call. AWS's control planes answer within a second or not at all.
@@ -35,6 +35,9 @@ const ACTIVITIES: i32 = 50;
 
 /// Age of messages: SQS reports it each minute, up to several minutes late.
 const AGE_WINDOW_SECONDS: i64 = 600;
+
+/// Metrics come in minutes.
+const PERIOD_SECONDS: i64 = 60;
 
 /// Throughput: the best minute of the last quarter of an hour is what a busy
 /// task can do.
@@ -175,6 +178,22 @@ fn task(task: &ecs::types::Task) -> Option<Task> {
     })
 }
 
+/// Values of the last full minutes, newest first; a minute that CloudWatch has
+/// nothing of counts as zero.
+fn minutes_back(result: &cloudwatch::types::MetricDataResult, this_minute: i64) -> Vec<f64> {
+    let mut minutes = vec![0.0; HIGHEST_MINUTES];
+    for (at, value) in result.timestamps().iter().zip(result.values()) {
+        let back = (this_minute - at.secs()).div_euclid(PERIOD_SECONDS) - 1;
+        if let Some(minute) = usize::try_from(back)
+            .ok()
+            .and_then(|back| minutes.get_mut(back))
+        {
+            *minute = *value;
+        }
+    }
+    minutes
+}
+
 #[async_trait]
 impl Aws for SdkAws {
     async fn queue(&self) -> Result<Queue, ApiError> {
@@ -213,7 +232,8 @@ impl Aws for SdkAws {
 
     async fn metrics(&self, now: i64) -> Result<Metrics, ApiError> {
         use cloudwatch::types::{Dimension, Metric, MetricDataQuery, MetricStat, ScanBy};
-        let query = |id: &str, namespace: &str, name: &str| {
+        let this_minute = now - now.rem_euclid(PERIOD_SECONDS);
+        let query = |id: &str, namespace: &str, name: &str, stat: &str| {
             let dimension = Dimension::builder()
                 .name("QueueName")
                 .value(&self.queue_name)
@@ -225,18 +245,25 @@ impl Aws for SdkAws {
                 .build();
             let stat = MetricStat::builder()
                 .metric(metric)
-                .period(60)
-                .stat("Maximum")
+                .period(PERIOD_SECONDS as i32)
+                .stat(stat)
                 .build();
             MetricDataQuery::builder().id(id).metric_stat(stat).build()
         };
         let answer = self
             .cloudwatch
             .get_metric_data()
-            .metric_data_queries(query("age", "AWS/SQS", "ApproximateAgeOfOldestMessage"))
-            .metric_data_queries(query("rate", &self.namespace, "ImagesPerSecond"))
-            .start_time(DateTime::from_secs(now - RATE_WINDOW_SECONDS))
-            .end_time(DateTime::from_secs(now + 60))
+            .metric_data_queries(query(
+                "age",
+                "AWS/SQS",
+                "ApproximateAgeOfOldestMessage",
+                "Maximum",
+            ))
+            .metric_data_queries(query("sent", "AWS/SQS", "NumberOfMessagesSent", "Sum"))
+            .metric_data_queries(query("rate", &self.namespace, "ImagesPerSecond", "Maximum"))
+            // Full minutes only: half a minute's sum is no rate.
+            .start_time(DateTime::from_secs(this_minute - RATE_WINDOW_SECONDS))
+            .end_time(DateTime::from_secs(this_minute))
             .scan_by(ScanBy::TimestampDescending)
             .send()
             .await
@@ -253,6 +280,10 @@ impl Aws for SdkAws {
                     metrics.oldest_age = newest
                         .filter(|age| is_recent && age.is_finite() && *age >= 0.0)
                         .map(|age| age as u64);
+                }
+                Some("sent") if !result.values().is_empty() => {
+                    let minutes = minutes_back(result, this_minute);
+                    metrics.arrivals = Some(Arrivals::from_minutes(&minutes));
                 }
                 Some("rate") => {
                     metrics.images_per_second = result

@@ -5,8 +5,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
 use scaler::observation::{
-    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus, Group,
-    GroupInstance, Lifecycle, Observation, Queue, Task, TaskStatus,
+    Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
+    Group, GroupInstance, HIGHEST_MINUTES, Lifecycle, Observation, Queue, Task, TaskStatus,
 };
 use scaler::{Action, Plan, Policy};
 
@@ -24,6 +24,12 @@ const CHUNK_SECONDS: f64 = 1.0;
 
 /// ECS shows a stopped task for an hour.
 const STOPPED_SHOWN_MS: Ms = 3_600_000;
+
+/// Minutes of CloudWatch's sums that are kept.
+const METRIC_MINUTES: usize = 16;
+
+/// CloudWatch has a minute's sum this long after the minute.
+const METRIC_DELAY: Ms = 60_000;
 
 /// Scaling activities that a read returns.
 const ACTIVITIES_SHOWN: usize = 50;
@@ -237,6 +243,8 @@ pub struct World {
     paid: u32,
     footprint: u32,
     last_disturbance: Ms,
+    /// Messages sent in each minute.
+    sent: VecDeque<(Ms, u64)>,
 }
 
 impl World {
@@ -276,6 +284,7 @@ impl World {
             paid: 0,
             footprint: 0,
             last_disturbance: 0,
+            sent: VecDeque::new(),
         };
         if let Some((at, _)) = world.arrivals.first() {
             let at = *at;
@@ -397,6 +406,14 @@ impl World {
         self.visible += count;
         self.arrived = index + 1;
         self.stats.arrived += count;
+        let minute = at.div_euclid(60_000);
+        match self.sent.back_mut() {
+            Some((known, sum)) if *known == minute => *sum += count,
+            _ => self.sent.push_back((minute, count)),
+        }
+        while self.sent.len() > METRIC_MINUTES {
+            self.sent.pop_front();
+        }
         if let Some((next, _)) = self.arrivals.get(index + 1) {
             let next = *next;
             self.schedule(next, Event::Arrive(index + 1));
@@ -954,6 +971,7 @@ impl World {
         Some(Observation {
             at: seconds(now),
             queue,
+            arrivals: self.seen_arrivals(),
             images_per_second: None,
             tasks: self
                 .shown
@@ -970,6 +988,26 @@ impl World {
                 .collect(),
             missing: Vec::new(),
         })
+    }
+
+    fn seen_arrivals(&self) -> Option<Arrivals> {
+        // SQS stops reporting for a queue that nobody has used for hours.
+        let (newest, _) = self.sent.back()?;
+        let this_minute = (self.now - METRIC_DELAY).div_euclid(60_000);
+        if this_minute - newest > 6 * 60 {
+            return None;
+        }
+        let mut minutes = [0.0; HIGHEST_MINUTES];
+        for (minute, sum) in &self.sent {
+            let back = this_minute - 1 - minute;
+            if let Some(slot) = usize::try_from(back)
+                .ok()
+                .and_then(|back| minutes.get_mut(back))
+            {
+                *slot = *sum as f64;
+            }
+        }
+        Some(Arrivals::from_minutes(&minutes))
     }
 
     fn seen_task(&self, index: usize) -> Task {
@@ -1088,7 +1126,7 @@ impl World {
                     && self.tasks[index].status != TaskStatus::Stopped
                     && !self.tasks[index].stopping
                 {
-                    self.end_task(index, None, "UserInitiated", reason.clone());
+                    self.stop_task(index, reason);
                 }
             }
             Action::SetDesired { group, to, .. } => {
@@ -1125,6 +1163,16 @@ impl World {
                 <= policy.max_instances.max(1) * 2,
             "desired capacities are out of bounds"
         );
+    }
+
+    /// StopTask: a task that works drains first, any other ends at once.
+    fn stop_task(&mut self, task: usize, reason: &str) {
+        if self.tasks[task].chunk.is_some() {
+            self.tasks[task].stopping = true;
+            return;
+        }
+        let exit_code = self.tasks[task].ready.then_some(0);
+        self.end_task(task, exit_code, "UserInitiated", reason.to_owned());
     }
 
     fn find_instance(&self, id: &str) -> Option<usize> {
