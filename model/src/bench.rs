@@ -203,7 +203,9 @@ fn write_product(folder: &Path, path: &Path, precision: Precision) -> std::io::R
         .collect();
     let weight = graph.weight("b", &[INNER, COLUMNS], &weight)?;
     match precision {
-        Precision::Fp32 => graph.push("", "MatMul", &[&input, &weight], vec!["c".to_owned()], &[]),
+        Precision::Fp32 | Precision::Int8 => {
+            graph.push("", "MatMul", &[&input, &weight], vec!["c".to_owned()], &[])
+        }
         Precision::Fp16 => {
             let to = |kind: i32| [("to", crate::onnx::Setting::Int(i64::from(kind)))];
             let half = graph.node("Cast", &[&input], &to(element::FLOAT16));

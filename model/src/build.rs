@@ -125,6 +125,11 @@ pub fn build(
         let text = Target {
             graph: TEXT_GRAPH,
             data: TEXT_DATA,
+            precision: match options.precision {
+                // Texts are few: their vectors can be exact.
+                Precision::Int8 => Precision::Fp32,
+                other => other,
+            },
             ..vision
         };
         towers::compile(checkpoint, Tower::Text, text, &block)?;

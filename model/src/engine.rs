@@ -12,6 +12,7 @@ use ort::value::TensorRef;
 use thiserror::Error;
 
 use crate::bundle::{Bundle, TEXT_GRAPH, VISION_GRAPH};
+use crate::precision::Precision;
 use crate::tokenizer::Tokens;
 use crate::towers::{OUTPUT, TEXT_INPUT, VISION_INPUT};
 
@@ -52,6 +53,14 @@ pub enum EngineError {
         path: PathBuf,
         /// What ONNX Runtime says.
         reason: String,
+    },
+    /// The machine cannot run an 8-bit bundle, or not correctly.
+    #[error(
+        "this bundle is built with `--precision int8`, which {reason}; use one in fp32 or fp16"
+    )]
+    EightBits {
+        /// Why not.
+        reason: &'static str,
     },
     /// The input has another size than the batch asks for.
     #[error("{found} values given for {what}, wanted {wanted}")]
@@ -146,8 +155,17 @@ pub struct VisionEngine {
 impl VisionEngine {
     /// Loads the vision graph of a bundle.
     pub fn load(bundle: &Bundle, options: &EngineOptions) -> Result<VisionEngine, EngineError> {
-        let session = load(&bundle.file(VISION_GRAPH), options)?;
         let manifest = bundle.manifest();
+        let max_batch = match manifest.precision {
+            Precision::Fp32 | Precision::Fp16 => options.max_batch.max(1),
+            Precision::Int8 => {
+                check_for_8_bits(options.provider)?;
+                // Activations share one scale per run: alone in its run, an image's vector does
+                // not depend on its company.
+                1
+            }
+        };
+        let session = load(&bundle.file(VISION_GRAPH), options)?;
         if manifest.is_synthesized() {
             tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
         }
@@ -155,7 +173,7 @@ impl VisionEngine {
             session,
             dimensions: manifest.dimensions,
             image_size: manifest.image_size,
-            max_batch: options.max_batch.max(1),
+            max_batch,
         })
     }
 
@@ -328,6 +346,25 @@ pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, Engi
     builder
         .commit_from_file(path)
         .map_err(|error| unloadable(error.to_string()))
+}
+
+/// Whether 8-bit products can be had, and are right.
+fn check_for_8_bits(provider: ExecutionProvider) -> Result<(), EngineError> {
+    if provider == ExecutionProvider::Cuda {
+        return Err(EngineError::EightBits {
+            reason: "ONNX Runtime does not run on CUDA",
+        });
+    }
+    // Older x86 sums pairs of products in 16 bits, which saturate.
+    #[cfg(target_arch = "x86_64")]
+    if !std::arch::is_x86_feature_detected!("avx512vnni")
+        && !std::arch::is_x86_feature_detected!("avxvnni")
+    {
+        return Err(EngineError::EightBits {
+            reason: "needs a processor with VNNI",
+        });
+    }
+    Ok(())
 }
 
 fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<SessionBuilder, String> {

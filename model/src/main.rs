@@ -101,7 +101,7 @@ struct BuildArguments {
     /// The bundle's folder; one that is there is replaced.
     #[arg(long)]
     output: PathBuf,
-    /// fp32 for CPUs, fp16 for GPUs.
+    /// fp32 for CPUs, fp16 for GPUs, int8 for CPUs that may trade exactness for speed.
     #[arg(long, default_value_t = Precision::Fp32)]
     precision: Precision,
     /// A list of labels, one per line, in place of the built-in one.

@@ -209,6 +209,8 @@ pub mod element {
     pub const FLOAT: i32 = 1;
     /// Unsigned byte.
     pub const UINT8: i32 = 2;
+    /// Signed byte.
+    pub const INT8: i32 = 3;
     /// 32-bit integer.
     pub const INT32: i32 = 6;
     /// 64-bit integer.
@@ -295,7 +297,7 @@ impl GraphBuilder {
     /// The element type that weights and activations have.
     pub fn float(&self) -> i32 {
         match self.precision {
-            Precision::Fp32 => element::FLOAT,
+            Precision::Fp32 | Precision::Int8 => element::FLOAT,
             Precision::Fp16 => element::FLOAT16,
         }
     }
@@ -320,7 +322,7 @@ impl GraphBuilder {
     pub fn weight(&mut self, name: &str, shape: &[usize], values: &[f32]) -> io::Result<String> {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}");
         let bytes: Vec<u8> = match self.precision {
-            Precision::Fp32 => values
+            Precision::Fp32 | Precision::Int8 => values
                 .iter()
                 .flat_map(|value| value.to_le_bytes())
                 .collect(),
@@ -330,6 +332,38 @@ impl GraphBuilder {
                 .collect(),
         };
         self.constant(name, self.float(), shape, bytes)
+    }
+
+    /// A matrix `[into, out]` in 8 bits, and its scale for each column; returns both names.
+    pub fn quantized_weight(
+        &mut self,
+        name: &str,
+        into: usize,
+        out: usize,
+        values: &[f32],
+    ) -> io::Result<(String, String)> {
+        let mut largest = vec![0.0f32; out];
+        for row in values.chunks_exact(out) {
+            for (largest, value) in largest.iter_mut().zip(row) {
+                *largest = largest.max(value.abs());
+            }
+        }
+        // Symmetric, so that no zero point is needed: -128 is not used.
+        let limit = f32::from(i8::MAX);
+        // A column of zeros stays one.
+        let scales: Vec<f32> = largest
+            .iter()
+            .map(|&largest| largest.max(f32::MIN_POSITIVE) / limit)
+            .collect();
+        let mut bytes = Vec::with_capacity(into * out);
+        for row in values.chunks_exact(out) {
+            for (value, scale) in row.iter().zip(&scales) {
+                bytes.push((value / scale).round().clamp(-limit, limit) as i8 as u8);
+            }
+        }
+        let weight = self.constant(name, element::INT8, &[into, out], bytes)?;
+        let scale = self.weight(&format!("{name}.scale"), &[out], &scales)?;
+        Ok((weight, scale))
     }
 
     /// A constant index without dimensions.

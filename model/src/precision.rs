@@ -12,6 +12,11 @@ pub enum Precision {
     /// 16-bit floats, for GPUs: half the memory and several times the speed there. Normalisation
     /// and softmax accumulate in 32 bits.
     Fp16,
+    /// Opt-in, for CPUs with 8-bit dot products (AVX-VNNI, AVX-512 VNNI, AMX, ARM): the vision
+    /// tower's block weights in 8 bits with one scale per output channel, activations quantised as
+    /// they come, all else in 32 bits. Faster, and *not* the reference's numbers: see the crate's
+    /// README for the measured error.
+    Int8,
 }
 
 impl Precision {
@@ -20,6 +25,7 @@ impl Precision {
         match self {
             Precision::Fp32 => "fp32",
             Precision::Fp16 => "fp16",
+            Precision::Int8 => "int8",
         }
     }
 }
@@ -37,8 +43,9 @@ impl std::str::FromStr for Precision {
         match text {
             "fp32" => Ok(Precision::Fp32),
             "fp16" => Ok(Precision::Fp16),
+            "int8" => Ok(Precision::Int8),
             other => Err(format!(
-                "unknown precision `{other}`; known are fp32 and fp16"
+                "unknown precision `{other}`; known are fp32, fp16 and int8"
             )),
         }
     }

@@ -232,7 +232,7 @@ impl Compiler<'_> {
         let (patch, width) = (vision.patch_size, vision.transformer.width);
         let convolution = self.checkpoint.patch_convolution()?;
         let (centre, scale) = match self.graph.precision() {
-            Precision::Fp32 => (None, 1.0),
+            Precision::Fp32 | Precision::Int8 => (None, 1.0),
             // In 16 bits the mean must not wait until after the product: what is left of a sum
             // would be smaller than the sum's rounding.
             Precision::Fp16 => (
@@ -451,18 +451,49 @@ impl Compiler<'_> {
     ) -> Result<String, CompileError> {
         let into = weight.len() / out;
         let weight = transpose(weight, out, into);
+        if self.graph.precision() == Precision::Int8 {
+            return self.linear_in_8_bits(input, name, out, &weight, bias);
+        }
         let weight = self.weight(&format!("{name}.weight"), &[into, out], &weight)?;
         let Some(bias) = bias else {
             return Ok(self.graph.node("MatMul", &[input, &weight], &[]));
         };
         let bias = self.weight(&format!("{name}.bias"), &[out], bias)?;
         Ok(match self.graph.precision() {
-            Precision::Fp32 => self.graph.node("Gemm", &[input, &weight, &bias], &[]),
+            Precision::Fp32 | Precision::Int8 => {
+                self.graph.node("Gemm", &[input, &weight, &bias], &[])
+            }
             Precision::Fp16 => {
                 let product = self.graph.node("MatMul", &[input, &weight], &[]);
                 self.graph.node("Add", &[&product, &bias], &[])
             }
         })
+    }
+
+    /// `input · weight + bias` with 8-bit factors and 32-bit sums, for a weight `[in, out]`.
+    fn linear_in_8_bits(
+        &mut self,
+        input: &str,
+        name: &str,
+        out: usize,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+    ) -> Result<String, CompileError> {
+        let tower = self.tower;
+        let (weight, scale) = self
+            .graph
+            .quantized_weight(&format!("{name}.weight"), weight.len() / out, out, weight)
+            .map_err(|source| CompileError::Write { tower, source })?;
+        let mut inputs = vec![input.to_owned(), weight, scale];
+        if let Some(bias) = bias {
+            // An empty name leaves the zero point out.
+            inputs.extend([
+                String::new(),
+                self.weight(&format!("{name}.bias"), &[out], bias)?,
+            ]);
+        }
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        Ok(self.graph.contrib("DynamicQuantizeMatMul", &inputs, &[]))
     }
 
     /// Like [`Self::linear`], for a result that goes to [`Self::add_and_normalise`], which may take
@@ -476,7 +507,7 @@ impl Compiler<'_> {
         bias: &[f32],
     ) -> Result<Added, CompileError> {
         match self.graph.precision() {
-            Precision::Fp32 => {
+            Precision::Fp32 | Precision::Int8 => {
                 let value = self.linear(input, name, out, weight, Some(bias))?;
                 Ok(Added { value, bias: None })
             }
@@ -548,7 +579,7 @@ impl Compiler<'_> {
         let projection = self.weight("projection", &[width, dimensions], &projection)?;
         let shape = [Dim::Named("batch"), Dim::Fixed(dimensions)];
         match self.graph.precision() {
-            Precision::Fp32 => {
+            Precision::Fp32 | Precision::Int8 => {
                 self.graph.push(
                     "",
                     "MatMul",

@@ -18,6 +18,8 @@ use safetensors::SafeTensors;
 const FP32_LIMIT: f64 = 1e-4;
 /// Relative L2 error that 16-bit graphs are allowed.
 const FP16_LIMIT: f64 = 5e-3;
+/// Relative L2 error that 8-bit vision graphs are allowed.
+const INT8_LIMIT: f64 = 5e-2;
 /// Images in every golden.
 const IMAGES: usize = 8;
 
@@ -188,6 +190,30 @@ fn vit_b_16_in_16_bits_agrees_with_pytorch() {
 #[test]
 fn vit_l_14_in_16_bits_agrees_with_pytorch() {
     agrees("ViT-L/14", Precision::Fp16, FP16_LIMIT);
+}
+
+#[test]
+fn vit_b_32_in_8_bits_is_near_pytorch_whatever_its_company() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().expect("a folder");
+    let bundle = built(&synthesized("ViT-B/32"), Precision::Int8, folder.path());
+    let golden = Golden::read("ViT-B/32");
+    let (vision, text) = errors(&bundle, &golden, "");
+    println!("ViT-B/32 int8: relative L2 error {vision:.1e} vision, {text:.1e} text");
+    assert!((FP32_LIMIT..INT8_LIMIT).contains(&vision), "{vision:e}");
+    assert!(
+        text <= FP32_LIMIT,
+        "the text tower stays in 32 bits: {text:e}"
+    );
+
+    let mut engine = VisionEngine::load(&bundle, &EngineOptions::default()).expect("an engine");
+    assert_eq!(engine.max_batch(), 1);
+    let pixels = pixels(engine.image_size());
+    let together = engine.embed(&pixels, IMAGES).expect("embeddings");
+    let third = &pixels[2 * engine.image_bytes()..][..engine.image_bytes()];
+    let alone = engine.embed(third, 1).expect("an embedding");
+    let dimensions = engine.dimensions();
+    assert_eq!(alone, together[2 * dimensions..][..dimensions]);
 }
 
 #[test]
