@@ -25,7 +25,6 @@ pub(super) enum Codec {
     ThunderScan,
     Lzma,
     Zstandard,
-    Webp,
 }
 
 impl Codec {
@@ -43,7 +42,6 @@ impl Codec {
             32809 => Self::ThunderScan,
             34925 => Self::Lzma,
             50000 => Self::Zstandard,
-            50001 => Self::Webp,
             _ => return None,
         })
     }
@@ -104,9 +102,6 @@ pub(super) fn expand(
     if matches!(parsed.codec, Codec::Jpeg | Codec::OldJpeg) {
         return jpeg(file, data, parsed, width, rows);
     }
-    if parsed.codec == Codec::Webp {
-        return webp(data, parsed, width, rows);
-    }
     let reversed;
     let data = if parsed.fill_reversed {
         reversed = data.iter().map(|byte| byte.reverse_bits()).collect::<Vec<u8>>();
@@ -144,17 +139,9 @@ pub(super) fn expand(
                 .map_err(|error| broken(error.to_string()))?;
         }
         Codec::Lzma => {
-            let mut sink = Bounded {
-                out: &mut out,
-                filled: 0,
-            };
-            let result = lzma_rs::xz_decompress(&mut &data[..], &mut sink);
-            let got = sink.filled;
+            let got = xz(data, &mut out).map_err(broken)?;
             if got < wanted {
-                return Err(match result {
-                    Err(error) => broken(format!("{error:?}")),
-                    Ok(()) => short(got),
-                });
+                return Err(short(got));
             }
         }
         Codec::ThunderScan => {
@@ -179,7 +166,7 @@ pub(super) fn expand(
             fax::expand(data, scheme, width, &mut out)
                 .ok_or_else(|| broken("no line of CCITT data".to_owned()))?;
         }
-        Codec::None | Codec::Jpeg | Codec::OldJpeg | Codec::Webp => {}
+        Codec::None | Codec::Jpeg | Codec::OldJpeg => {}
     }
     let samples = if parsed.planar { 1 } else { parsed.samples };
     let is_big = parsed.directory.is_big_endian();
@@ -326,6 +313,71 @@ fn lzw(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
     Ok(filled)
 }
 
+/// One block of an XZ stream. The crate knows the container, too, but not the
+/// delta filter, which libtiff always writes.
+fn xz(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
+    const STREAM_HEADER_BYTES: usize = 12;
+    const DELTA: u64 = 3;
+    const LZMA2: u64 = 0x21;
+    if !data.starts_with(b"\xfd7zXZ\0") {
+        return Err("no XZ stream".to_owned());
+    }
+    let cut = || "XZ block header is cut".to_owned();
+    let block = data.get(STREAM_HEADER_BYTES..).ok_or_else(cut)?;
+    let (&size, &flags) = block.first().zip(block.get(1)).ok_or_else(cut)?;
+    let length = (usize::from(size) + 1) * 4;
+    let body = block.get(length..).ok_or_else(cut)?;
+    let mut fields = &block[2..length];
+    // Numbers of seven bits a byte, the lowest first.
+    let number = |fields: &mut &[u8]| {
+        let (mut value, mut shift) = (0u64, 0);
+        while let Some((&byte, rest)) = fields.split_first() {
+            *fields = rest;
+            value |= u64::from(byte & 0x7f).checked_shl(shift)?;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+            shift += 7;
+        }
+        None
+    };
+    for present in [flags & 0x40, flags & 0x80] {
+        if present != 0 {
+            number(&mut fields).ok_or_else(cut)?;
+        }
+    }
+    let mut distance = 0;
+    for _ in 0..=flags & 3 {
+        let filter = number(&mut fields).ok_or_else(cut)?;
+        let length = number(&mut fields).ok_or_else(cut)?;
+        let (properties, rest) = usize::try_from(length)
+            .ok()
+            .and_then(|length| fields.split_at_checked(length))
+            .ok_or_else(cut)?;
+        fields = rest;
+        match (filter, properties) {
+            (DELTA, &[less_one]) if distance == 0 => distance = usize::from(less_one) + 1,
+            (LZMA2, [_]) => {}
+            _ => return Err(format!("XZ filter {filter}")),
+        }
+    }
+    let mut sink = Bounded {
+        out,
+        filled: 0,
+    };
+    let result = lzma_rs::lzma2_decompress(&mut &body[..], &mut sink);
+    let got = sink.filled;
+    if got < out.len() && let Err(error) = result {
+        return Err(format!("{error:?}"));
+    }
+    if distance > 0 {
+        for at in distance..got {
+            out[at] = out[at].wrapping_add(out[at - distance]);
+        }
+    }
+    Ok(got)
+}
+
 /// A writer that takes no more than it has room for.
 struct Bounded<'a> {
     out: &'a mut [u8],
@@ -458,29 +510,6 @@ fn jpeg(
     Ok(Strip {
         data: out,
         row_bytes,
-    })
-}
-
-fn webp(data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize) -> Result<Strip> {
-    let mut collect = crate::raster::Collect::default();
-    let head = crate::webp::header(data)?;
-    if head.width as usize != width || (head.height as usize) < rows {
-        return Err(TIFF.corrupt("WebP of another size than its tile"));
-    }
-    crate::webp::decode(data, &mut collect)?;
-    let Some(raster) = collect.into_raster() else {
-        return Err(TIFF.corrupt("no image in a WebP tile"));
-    };
-    let (got, wanted) = (raster.spec.mode.bytes(), parsed.samples);
-    let mut out = try_zeroed(width * rows * wanted)?;
-    for (target, source) in out.chunks_exact_mut(wanted).zip(raster.data.chunks_exact(got)) {
-        target.fill(255);
-        let count = got.min(wanted);
-        target[..count].copy_from_slice(&source[..count]);
-    }
-    Ok(Strip {
-        data: out,
-        row_bytes: width * wanted,
     })
 }
 

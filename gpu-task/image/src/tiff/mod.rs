@@ -185,6 +185,13 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
         return Err(TIFF.corrupt(format!("size {width}×{height}")));
     };
     let tiles = tiles_of(&directory, width, height, bytes.len() as u64, codec)?;
+    if planar && codec == Codec::None {
+        // Each strip past the last plane has no channel to go to.
+        let planes = tiles.offsets.len().div_ceil(tiles.across * tiles.down);
+        if planes > layout.mode.bytes() {
+            return Err(TIFF.corrupt(format!("{planes} planes for {samples} samples")));
+        }
+    }
     Ok(Parsed {
         width,
         height,
