@@ -1,0 +1,80 @@
+//! `gpu-task/Dockerfile`: what hadolint does not know.
+
+use std::collections::BTreeSet;
+
+use crate::{Finding, Project};
+
+/// Names of the variables that the Dockerfile's `ENV` instructions set.
+pub fn variables(dockerfile: &str) -> BTreeSet<String> {
+    let joined = dockerfile.replace("\\\n", " ");
+    joined
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("ENV "))
+        .flat_map(str::split_whitespace)
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
+/// The images run as a fixed, unprivileged user, without a shell, from pinned
+/// parts.
+pub fn dockerfile(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "Dockerfile";
+    const PLACE: &str = "gpu-task/Dockerfile";
+    let text = &project.dockerfile;
+    let mut findings = Vec::new();
+    let mut fail = |problem: String| findings.push(Finding::new(CHECK, PLACE, problem));
+    for target in ["cpu", "cuda"] {
+        if !text
+            .lines()
+            .any(|line| line.starts_with("FROM ") && line.ends_with(&format!(" AS {target}")))
+        {
+            fail(format!("has no target {target}"));
+        }
+    }
+    let runtime = text.find(" AS runtime").map_or("", |at| &text[at..]);
+    let user = runtime
+        .lines()
+        .find_map(|line| line.strip_prefix("USER "))
+        .unwrap_or("root");
+    if user.starts_with("root") || user.starts_with('0') {
+        fail("the runtime stage must name a user that is not root".to_owned());
+    }
+    let expected = project
+        .template
+        .part("/Resources/TaskDefinition/Properties/ContainerDefinitions/0/User");
+    if expected != user {
+        fail(format!(
+            "USER {user} is not the task definition's {expected}"
+        ));
+    }
+    if !runtime.contains("ENTRYPOINT [\"") {
+        fail("the entry point must be a program and not a shell".to_owned());
+    }
+    for line in text
+        .lines()
+        .filter(|line| line.contains("pip ") && !line.trim_start().starts_with('#'))
+    {
+        if !line.contains("--require-hashes") {
+            fail(format!("pip without --require-hashes: {}", line.trim()));
+        }
+    }
+    for line in text
+        .lines()
+        .filter(|line| line.starts_with("ARG ") && line.contains("_IMAGE="))
+    {
+        let pins_version = line
+            .split_once('=')
+            .is_some_and(|(_, image)| image.contains(':') || image.contains('@'));
+        if !pins_version || line.ends_with(":latest") {
+            fail(format!("{line}: a base image needs a version or digest"));
+        }
+    }
+    if !variables(text).contains("NVIDIA_DRIVER_CAPABILITIES") {
+        fail(
+            "NVIDIA_DRIVER_CAPABILITIES must be compute,utility, or no driver library is mounted"
+                .to_owned(),
+        );
+    }
+    findings
+}

@@ -1,0 +1,89 @@
+//! Environment variables: what a program reads, its deployment sets, and the
+//! other way round.
+
+use std::collections::BTreeSet;
+
+use super::{container, in_each_stack};
+use crate::template::{Stack, list};
+use crate::{Finding, Project};
+
+/// Read by the AWS SDK and its runtime, not by a program.
+const READ_BY_THE_SDK: &[&str] = &["AWS_REGION"];
+
+/// Read by the dynamic linker and NVIDIA's container runtime.
+const READ_BY_THE_SYSTEM: &[&str] = &[
+    "LD_LIBRARY_PATH",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "NVIDIA_VISIBLE_DEVICES",
+];
+
+/// Read by a program, but not for the template to set, and why.
+const NOT_SET: &[(&str, &str)] = &[
+    ("AWS_ENDPOINT_URL", "set only against an emulator"),
+    ("AWS_ENDPOINT_URL_S3", "set only against an emulator"),
+    ("AWS_LAMBDA_RUNTIME_API", "set by Lambda"),
+    (
+        "MODEL_PATH",
+        "instead of MODEL_URI, for a bundle that is part of the image",
+    ),
+];
+
+/// Every variable that a program reads is set, and every one that is set is read.
+pub fn variables(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "environment";
+    in_each_stack(project, |stack| {
+        let mut findings = Vec::new();
+        for (program, place, set) in deployed(stack, project) {
+            let read = project.programs.of(program).variables;
+            for name in &read {
+                let is_exempt = NOT_SET.iter().any(|(exempt, _)| exempt == name);
+                if !set.contains(name) && !is_exempt {
+                    findings.push(Finding::new(
+                        CHECK,
+                        place,
+                        format!("{program} reads {name}, which is not set"),
+                    ));
+                }
+            }
+            for name in &set {
+                let known = READ_BY_THE_SDK.contains(&name.as_str())
+                    || READ_BY_THE_SYSTEM.contains(&name.as_str());
+                if !read.contains(name) && !known {
+                    findings.push(Finding::new(
+                        CHECK,
+                        place,
+                        format!("{name} is set, but {program} does not read it"),
+                    ));
+                }
+            }
+        }
+        findings
+    })
+}
+
+fn deployed(
+    stack: &Stack,
+    project: &Project,
+) -> Vec<(&'static str, &'static str, BTreeSet<String>)> {
+    let of_function = |id: &str| -> BTreeSet<String> {
+        let variables = stack.properties(id)["Environment"]["Variables"].as_object();
+        variables
+            .into_iter()
+            .flatten()
+            .map(|(name, _)| name.clone())
+            .collect()
+    };
+    let task = stack.properties("TaskDefinition");
+    let mut of_task: BTreeSet<String> = list(&task["ContainerDefinitions"])
+        .into_iter()
+        .flat_map(|container| list(&container["Environment"]))
+        .filter_map(|entry| entry["Name"].as_str())
+        .map(str::to_owned)
+        .collect();
+    of_task.extend(container::variables(&project.dockerfile));
+    vec![
+        ("intake", "IntakeFunction", of_function("IntakeFunction")),
+        ("scaler", "ScalerFunction", of_function("ScalerFunction")),
+        ("gpu-task", "TaskDefinition", of_task),
+    ]
+}

@@ -1,0 +1,212 @@
+//! Alarms, dashboard, logs and the functions' own settings.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::in_each_stack;
+use crate::template::{Stack, list, number, referred};
+use crate::{Finding, Project};
+
+/// Where the programs' own metrics go.
+const NAMESPACE: &str = "ClipImageProcessor";
+
+/// What somebody must be told of: an alarm's metric, and what it means.
+const REQUIRED_ALARMS: &[(&str, &str)] = &[
+    (
+        "ApproximateNumberOfMessagesVisible",
+        "the dead-letter queue is not empty",
+    ),
+    (
+        "ApproximateAgeOfOldestMessage",
+        "the oldest message is too old",
+    ),
+    ("Errors", "the scaler fails"),
+    ("CapacityShortage", "instances cannot be launched"),
+    ("FailedActions", "what the scaler does fails"),
+    ("CrashLoop", "tasks crash in a loop"),
+    ("TasksWanted", "the maximum is reached for long"),
+];
+
+/// Longest time-out of a Lambda function.
+const FUNCTION_TIMEOUT_MAX_SECONDS: f64 = 900.0;
+
+/// The alarms that must be there are; every metric of our own that an alarm or
+/// the dashboard shows is emitted by a program.
+pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "metrics";
+    let emitted: BTreeSet<String> = project
+        .programs
+        .0
+        .values()
+        .flat_map(|facts| facts.literals.iter().cloned())
+        .collect();
+    in_each_stack(project, |stack| {
+        let mut findings = Vec::new();
+        let mut watched = BTreeSet::new();
+        for (id, alarm) in stack.of_type("AWS::CloudWatch::Alarm") {
+            let metric = alarm["MetricName"].as_str().unwrap_or_default();
+            watched.insert(metric);
+            if alarm["Namespace"] == NAMESPACE && !emitted.contains(metric) {
+                findings.push(Finding::new(
+                    CHECK,
+                    id,
+                    format!("no program emits {metric}"),
+                ));
+            }
+            for dimension in list(&alarm["Dimensions"]) {
+                let name = dimension["Name"].as_str().unwrap_or_default();
+                if alarm["Namespace"] == NAMESPACE && !emitted.contains(name) {
+                    findings.push(Finding::new(
+                        CHECK,
+                        id,
+                        format!("no metric has the dimension {name}"),
+                    ));
+                }
+            }
+            if alarm["TreatMissingData"].is_null() {
+                findings.push(Finding::new(
+                    CHECK,
+                    id,
+                    "must say what missing data means (TreatMissingData)",
+                ));
+            }
+        }
+        for (metric, meaning) in REQUIRED_ALARMS {
+            if !watched.contains(metric) {
+                findings.push(Finding::new(
+                    CHECK,
+                    "alarms",
+                    format!("none tells that {meaning} ({metric})"),
+                ));
+            }
+        }
+        for (id, dashboard) in stack.of_type("AWS::CloudWatch::Dashboard") {
+            findings.extend(dashboard_findings(
+                id,
+                &dashboard["DashboardBody"],
+                &emitted,
+            ));
+        }
+        findings
+    })
+}
+
+fn dashboard_findings(id: &str, body: &Value, emitted: &BTreeSet<String>) -> Vec<Finding> {
+    const CHECK: &str = "metrics";
+    let text = body
+        .as_str()
+        .or_else(|| body["Fn::Sub"].as_str())
+        .unwrap_or_default();
+    let Ok(board) = serde_json::from_str::<Value>(text) else {
+        return vec![Finding::new(CHECK, id, "its body is no JSON")];
+    };
+    let mut findings = Vec::new();
+    for widget in list(&board["widgets"]) {
+        for metric in list(&widget["properties"]["metrics"]) {
+            let is_own = metric[0] == NAMESPACE;
+            let names = list(metric).into_iter().skip(1).filter_map(Value::as_str);
+            for name in names.filter(|name| is_own && !name.starts_with("${")) {
+                if !emitted.contains(name) {
+                    let problem =
+                        format!("{}: no program emits {name}", widget["properties"]["title"]);
+                    findings.push(Finding::new(CHECK, id, problem));
+                }
+            }
+        }
+    }
+    findings
+}
+
+/// Logs are kept for a time, not for ever, and every function has its group.
+pub fn log_groups(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "logs";
+    in_each_stack(project, |stack| {
+        let mut findings = Vec::new();
+        for (id, group) in stack.of_type("AWS::Logs::LogGroup") {
+            if number(&group["RetentionInDays"]).is_none() {
+                findings.push(Finding::new(CHECK, id, "keeps its logs for ever"));
+            }
+        }
+        for (id, function) in all_functions(stack) {
+            if referred(&function["LoggingConfig"]["LogGroup"]).is_none() {
+                findings.push(Finding::new(
+                    CHECK,
+                    id,
+                    "writes to a log group that is not in the template",
+                ));
+            }
+        }
+        findings
+    })
+}
+
+fn all_functions(stack: &Stack) -> impl Iterator<Item = (&str, &Value)> {
+    stack
+        .of_type("AWS::Serverless::Function")
+        .chain(stack.of_type("AWS::Lambda::Function"))
+}
+
+/// Time-outs within Lambda's limits, no asynchronous event lost, one scaler.
+pub fn functions(project: &Project) -> Vec<Finding> {
+    in_each_stack(project, function_findings)
+}
+
+fn function_findings(stack: &Stack) -> Vec<Finding> {
+    const CHECK: &str = "functions";
+    let mut findings = Vec::new();
+    for (id, function) in all_functions(stack) {
+        let timeout = number(&function["Timeout"]);
+        if timeout.is_none_or(|seconds| !(1.0..=FUNCTION_TIMEOUT_MAX_SECONDS).contains(&seconds)) {
+            findings.push(Finding::new(
+                CHECK,
+                id,
+                format!("Timeout {timeout:?} must be 1 to 900 s"),
+            ));
+        }
+    }
+    let keeps_failures = stack
+        .of_type("AWS::Lambda::EventInvokeConfig")
+        .any(|(_, config)| {
+            referred(&config["FunctionName"]) == Some("IntakeFunction")
+                && !config["DestinationConfig"]["OnFailure"]["Destination"].is_null()
+        });
+    if !keeps_failures {
+        findings.push(Finding::new(
+            CHECK,
+            "IntakeFunction",
+            "an event that fails three times is lost: no OnFailure destination",
+        ));
+    }
+    for (id, rule) in stack.of_type("AWS::Events::Rule") {
+        for target in list(&rule["Targets"]) {
+            let to = referred(&target["Arn"]).unwrap_or_default();
+            let is_permitted = stack
+                .of_type("AWS::Lambda::Permission")
+                .any(|(_, permission)| {
+                    referred(&permission["FunctionName"]) == Some(to)
+                        && referred(&permission["SourceArn"]) == Some(id)
+                        && permission["Principal"] == "events.amazonaws.com"
+                });
+            if !is_permitted {
+                findings.push(Finding::new(CHECK, id, format!("may not invoke {to}")));
+            }
+            if to == "IntakeFunction" && target["DeadLetterConfig"]["Arn"].is_null() {
+                findings.push(Finding::new(
+                    CHECK,
+                    id,
+                    "an event that cannot be delivered is lost: no DeadLetterConfig",
+                ));
+            }
+        }
+    }
+    let reserved = number(&stack.properties("ScalerFunction")["ReservedConcurrentExecutions"]);
+    if stack.name == "defaults" && reserved != Some(1.0) {
+        findings.push(Finding::new(
+            CHECK,
+            "ScalerFunction",
+            "ReservedConcurrentExecutions must be 1",
+        ));
+    }
+    findings
+}

@@ -1,0 +1,95 @@
+//! Checks the deployment on a machine that cannot deploy.
+//!
+//! - [`template`]: the SAM template, read and evaluated for given parameters;
+//! - [`source`]: what the programs' sources read and call;
+//! - [`checks`]: the project's own assertions, each a function from template
+//!   and sources to [`Finding`]s;
+//! - [`linters`]: `sam validate --lint`, cfn-lint after translation, checkov
+//!   with a list of justified skips, hadolint;
+//! - [`image`]: the container image's root filesystem, assembled without a
+//!   Docker engine, and what must hold in it.
+
+pub mod checks;
+pub mod image;
+pub mod linters;
+pub mod source;
+pub mod template;
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::Context;
+
+use source::Programs;
+use template::Template;
+
+/// Something that must not be deployed like this.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Finding {
+    /// The check that found it.
+    pub check: &'static str,
+    /// The resource, file or parameter.
+    pub place: String,
+    /// What is wrong, and what would be right.
+    pub problem: String,
+}
+
+impl Finding {
+    /// A finding of `check` at `place`.
+    pub fn new(check: &'static str, place: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            check,
+            place: place.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{}: {}: {}",
+            self.check, self.place, self.problem
+        )
+    }
+}
+
+/// Everything that the project's own assertions look at.
+#[derive(Clone)]
+pub struct Project {
+    /// `infra/template.yaml`.
+    pub template: Template,
+    /// What the programs read and call.
+    pub programs: Programs,
+    /// `gpu-task/Dockerfile`.
+    pub dockerfile: String,
+    /// `events/filters/subscription.json`, the wire contract's filter.
+    pub subscription_filter: serde_json::Value,
+}
+
+impl Project {
+    /// Reads the project below `root`.
+    pub fn read(root: &Path) -> anyhow::Result<Self> {
+        let text = |path: &str| {
+            std::fs::read_to_string(root.join(path))
+                .with_context(|| format!("{path} cannot be read"))
+        };
+        let filter = text("events/filters/subscription.json")?;
+        Ok(Self {
+            template: Template::parse(&text("infra/template.yaml")?)?,
+            programs: Programs::read(root)?,
+            dockerfile: text("gpu-task/Dockerfile")?,
+            subscription_filter: serde_json::from_str(&filter)
+                .context("events/filters/subscription.json is no JSON")?,
+        })
+    }
+
+    /// The findings of every own assertion, without repetitions.
+    pub fn findings(&self) -> Vec<Finding> {
+        let mut findings: Vec<Finding> = checks::ALL.iter().flat_map(|check| check(self)).collect();
+        findings.sort();
+        findings.dedup();
+        findings
+    }
+}

@@ -1,0 +1,121 @@
+//! Command line: `infra-checks lint`, `infra-checks image`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use infra_checks::Project;
+use infra_checks::image::{self, Variant};
+use infra_checks::linters::Linters;
+
+#[derive(Parser)]
+#[command(
+    name = "infra-checks",
+    version,
+    about = "Checks the deployment offline"
+)]
+struct Arguments {
+    /// The workspace's root
+    #[arg(long, global = true, default_value = ".")]
+    root: PathBuf,
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Lint the template, the Dockerfile, and what they must agree on with the code
+    Lint {
+        /// Python environment with infra/requirements.txt, relative to the root
+        #[arg(long, env = "INFRA_TOOLS", default_value = ".tools/venv-infra")]
+        tools: PathBuf,
+        /// Only the project's own assertions, which need no tools
+        #[arg(long)]
+        own: bool,
+    },
+    /// Assemble the container image's root filesystem, check it, run the task in it
+    Image {
+        /// The image for trials without a GPU (the default)
+        #[arg(long, conflicts_with = "cuda")]
+        cpu: bool,
+        /// The image for GPU instances
+        #[arg(long)]
+        cuda: bool,
+        /// The release build of gpu-task
+        #[arg(long, default_value = "target/release/gpu-task")]
+        gpu_task: PathBuf,
+        /// A model bundle for one inference
+        #[arg(long)]
+        model: PathBuf,
+        /// Downloads and the root filesystem are kept here
+        #[arg(long, default_value = ".tools/image")]
+        work: PathBuf,
+        /// A Python with pip, which downloads the native libraries
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+        /// The AWS emulator's program, for the trial
+        #[arg(
+            long,
+            env = "LOCAL_MINISTACK",
+            default_value = ".tools/venv/bin/ministack"
+        )]
+        emulator: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("infra-checks: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is well.
+fn run(arguments: &Arguments) -> anyhow::Result<bool> {
+    let root = arguments.root.canonicalize()?;
+    match &arguments.command {
+        Action::Lint { tools, own } => {
+            eprintln!("own assertions");
+            let mut findings = Project::read(&root)?.findings();
+            if !own {
+                let scratch = root.join(".tools/lint-infra");
+                std::fs::create_dir_all(&scratch)?;
+                findings.extend(Linters::new(&root, tools)?.run(&scratch)?);
+            }
+            for finding in &findings {
+                println!("{finding}");
+            }
+            match findings.len() {
+                0 => println!("lint-infra: no findings"),
+                many => println!("lint-infra: {many} findings"),
+            }
+            Ok(findings.is_empty())
+        }
+        Action::Image {
+            cpu: _,
+            cuda,
+            gpu_task,
+            model,
+            work,
+            python,
+            emulator,
+        } => {
+            let variant = if *cuda { Variant::Cuda } else { Variant::Cpu };
+            let report = image::build(&image::Request {
+                variant,
+                root: &root,
+                gpu_task: &root.join(gpu_task),
+                model: &root.join(model),
+                work: &root.join(work),
+                python,
+                emulator: &root.join(emulator),
+            })?;
+            println!("{report}");
+            Ok(report.is_good())
+        }
+    }
+}
