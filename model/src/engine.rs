@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use ort::environment::Environment;
 use ort::ep;
+use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
@@ -306,11 +307,14 @@ pub fn environment() -> Result<&'static Environment, EngineError> {
             Ok(builder) => builder,
             Err(error) => return Err((path, error.to_string())),
         };
-        builder
+        let environment = builder
             .with_name("clip-model")
             .with_telemetry(false)
             .build()
-            .map_err(|error| (path, error.to_string()))
+            .map_err(|error| (path, error.to_string()))?;
+        // Below warnings ONNX Runtime tells what its optimiser does with every node.
+        environment.set_log_level(LogLevel::Warning);
+        Ok(environment)
     });
     loaded
         .as_ref()
@@ -340,7 +344,7 @@ pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, Engi
                 .build()
                 .error_on_failure()])
             .map_err(|error| EngineError::Cuda {
-                reason: error.to_string(),
+                reason: error.to_string().trim_end_matches('.').to_owned(),
             })?,
     };
     builder
@@ -377,6 +381,8 @@ fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<Session
         .map_err(|error| error.to_string())?
         .with_intra_threads(threads)
         .map_err(|error| error.to_string())?
+        .with_log_level(LogLevel::Warning)
+        .map_err(|error| error.to_string())?
         .with_intra_op_spinning(options.spinning)
         .map_err(|error| error.to_string())?;
     match options.provider {
@@ -391,5 +397,25 @@ fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<Session
 pub(crate) fn failed<R>(error: ort::Error<R>) -> EngineError {
     EngineError::Run {
         reason: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_may_move_to_the_thread_that_runs_them() {
+        fn movable<T: Send>() {}
+        movable::<VisionEngine>();
+        movable::<TextEngine>();
+    }
+
+    #[test]
+    fn providers_are_read_as_they_are_written() {
+        for provider in [ExecutionProvider::Cpu, ExecutionProvider::Cuda] {
+            assert_eq!(provider.to_string().parse(), Ok(provider));
+        }
+        assert!("gpu".parse::<ExecutionProvider>().is_err());
     }
 }

@@ -6,7 +6,7 @@
 //! interrupted download goes on where it stopped, and only a whole, verified file gets the target's
 //! name.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -88,6 +88,14 @@ pub enum FetchError {
         path: PathBuf,
         /// What the system says.
         source: io::Error,
+    },
+    /// The file cannot be had for this download alone.
+    #[error("cannot download {}: {reason}", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
     },
 }
 
@@ -340,6 +348,17 @@ impl Hub {
             .truncate(false)
             .open(&part)
             .map_err(write)?;
+        // Two writers of one file would damage it; the lock goes with the process that holds it.
+        if let Err(error) = file.try_lock() {
+            let reason = match error {
+                TryLockError::WouldBlock => "another fetch is downloading it".to_owned(),
+                TryLockError::Error(error) => error.to_string(),
+            };
+            return Err(FetchError::Busy {
+                path: output.to_owned(),
+                reason,
+            });
+        }
         let mut hasher = Sha256::new();
         let mut received = rehash(&mut file, &mut hasher).map_err(write)?;
         progress(Progress {

@@ -294,6 +294,22 @@ fn a_part_of_an_earlier_run_is_used() {
 }
 
 #[test]
+fn two_downloads_to_one_file_do_not_mix() {
+    let hub = Hub::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let digest = sha256_of_bytes(&hub.content);
+    let part = folder
+        .path()
+        .join(format!("weights.safetensors.{}.part", &digest[..16]));
+    let other = std::fs::File::create(&part).expect("a part");
+    other.try_lock().expect("a lock");
+    let error = hub.fetch(&target(&folder)).expect_err("a refusal");
+    assert!(error.to_string().contains("another fetch"), "{error}");
+    drop(other);
+    hub.fetch(&target(&folder)).expect("a download");
+}
+
+#[test]
 fn a_hub_that_ignores_ranges_is_begun_with_again() {
     let hub = Hub::start();
     hub.faults.cut.store(1, Ordering::SeqCst);
