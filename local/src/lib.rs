@@ -6,10 +6,12 @@
 //! - [`emulator`]: MiniStack as a child process;
 //! - [`template`]: the SAM template, resolved;
 //! - [`deployment`]: the pipeline of that template, deployed into the two;
+//! - [`demo`]: the main job, shown as it goes;
 //! - [`process`]: children that cannot outlive this program.
 
 mod autoscaling;
 pub mod cloud;
+pub mod demo;
 pub mod deployment;
 pub mod ecs;
 pub mod emulator;
