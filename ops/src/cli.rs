@@ -410,11 +410,21 @@ mod tests {
                 "not after --since",
             ),
             (&["--manifest", "s3://i/data.csv.gz"], "manifest.json"),
-            (&["--queue", "https://sqs/1/in.fifo"], "FIFO"),
         ] {
             let problem = backfill(options).unwrap_err();
             assert!(problem.contains(words), "{words} in {problem}");
         }
+    }
+
+    #[test]
+    fn a_queue_is_a_standard_queue_by_its_url() {
+        assert!(parse_queue("https://sqs.eu-west-1.amazonaws.com/1/input").is_ok());
+        assert!(
+            parse_queue("https://sqs/1/in.fifo")
+                .unwrap_err()
+                .contains("FIFO")
+        );
+        assert!(parse_queue("input").unwrap_err().contains("queue URL"));
     }
 
     #[test]

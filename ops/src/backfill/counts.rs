@@ -101,10 +101,10 @@ impl Counts {
 
     /// A table for a person; what did not occur is left out.
     pub fn table(&self, is_dry_run: bool) -> String {
-        let enqueued = if is_dry_run {
-            "would be enqueued"
+        let (enqueued, verb) = if is_dry_run {
+            ("would be enqueued", "would be")
         } else {
-            "enqueued"
+            ("enqueued", "were")
         };
         let rows = [
             (self.listed, "listed"),
@@ -135,7 +135,7 @@ impl Counts {
             }
         }
         table.push_str(&format!(
-            "{:>14}  {enqueued} in bytes\n",
+            "{:>14}  in the objects that {verb} enqueued\n",
             units::bytes(self.enqueued_bytes)
         ));
         table

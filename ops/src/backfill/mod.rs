@@ -166,7 +166,7 @@ impl Engine<'_, '_> {
                 self.ahead.counts.listed += 1;
                 self.ahead.position = Some(entry.position);
                 match decision {
-                    Decision::Send(wanted) => window.push(wanted),
+                    Decision::Send(wanted) => window.push(*wanted),
                     Decision::Settle(id, settled, size) => self.settle(id, settled, size),
                     Decision::Skip(id, skip) => {
                         self.ahead.counts.skip(skip);
@@ -219,7 +219,7 @@ impl Engine<'_, '_> {
                     None if exist.next() == Some(true) => {
                         Decision::Skip(Some(wanted.id), Skip::AlreadyEmbedded)
                     }
-                    None => Decision::Send(wanted),
+                    None => Decision::Send(Box::new(wanted)),
                 },
             });
         }
@@ -328,7 +328,7 @@ impl Engine<'_, '_> {
 }
 
 enum Decision {
-    Send(Wanted),
+    Send(Box<Wanted>),
     /// Known from an earlier run: the event's id, its fate, the object's size.
     Settle(uuid::Uuid, Settled, u64),
     /// The event's id, for an object that would have one.

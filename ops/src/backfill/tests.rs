@@ -438,7 +438,7 @@ fn deaths() -> impl Strategy<Value = Vec<(usize, bool, f64, usize)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// However often the process dies, and wherever: no image is lost, each is
     /// counted once, and only what a checkpoint called in doubt comes twice.

@@ -181,7 +181,8 @@ mod tests {
             for prefix in [vector::DEFAULT_PREFIX, "deep/er/", ""] {
                 let key = vector::key(prefix, &url, &etag, "ViT-B/32");
                 let number = number_of(&key).expect("a number");
-                prop_assert!(key.ends_with(&format!("{number:016x}.json")));
+                let name = format!("{number:016x}.json");
+                prop_assert!(key.ends_with(&name));
             }
         }
     }
