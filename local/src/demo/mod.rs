@@ -180,13 +180,12 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     let mut ledger = Ledger::new(files);
     let first_upload = Instant::now();
     let events_path = results.join("events.jsonl");
-    let settled = follow(&pipeline, &mut ledger, screen, &events_path).await?;
+    let mut watch = Watch::new(&pipeline);
+    let settled = follow(&pipeline, &mut watch, &mut ledger, screen, &events_path).await?;
     let work_time = first_upload.elapsed();
     ledger.close();
 
     screen.note("every image is settled; the cluster goes back to zero");
-    let mut watch = Watch::new(&pipeline);
-    watch.known();
     let at_zero = until_zero(&pipeline, &mut watch, screen, &ledger).await?;
     screen.finish();
 
@@ -279,6 +278,7 @@ fn to_megabytes(bytes: u64) -> f64 {
 /// some never were.
 async fn follow(
     pipeline: &Deployment,
+    watch: &mut Watch<'_>,
     ledger: &mut Ledger,
     screen: &Screen,
     events_path: &Path,
@@ -289,7 +289,6 @@ async fn follow(
     };
     let mut events_file = fs::File::create(events_path).map_err(write_failed)?;
     let total = ledger.entries.len();
-    let mut watch = Watch::new(pipeline);
     let mut uploads = start_uploads(pipeline, ledger);
     let mut last_progress = Instant::now();
     let mut quiet_since: Option<Instant> = None;
