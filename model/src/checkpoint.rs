@@ -14,7 +14,11 @@ use thiserror::Error;
 use crate::architecture::{
     Activation, Architecture, OPENAI_HEAD_WIDTH, TextTower, Transformer, VisionTower,
 };
+use crate::fetch::Receipt;
 use crate::synthesize::{MARK_KEY, Mark, SynthesizedWeights};
+
+/// How the hub's repositories with OpenAI's own weights end.
+const OPENAI_SUFFIX: &str = ".openai";
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, Error)]
@@ -500,7 +504,14 @@ impl Checkpoint {
 
     /// Works out the architecture from the tensors' shapes and the configuration beside the file.
     fn infer(&mut self, overrides: Overrides) -> Result<Architecture, CheckpointError> {
-        let configuration = self.configuration()?;
+        let mut configuration = self.configuration()?;
+        // Whatever the configuration of a conversion says, OpenAI trained with QuickGELU; the other
+        // activation gives plausible vectors that are wrong.
+        let receipt = self.path.as_deref().and_then(Receipt::beside);
+        if receipt.is_some_and(|receipt| receipt.repository.ends_with(OPENAI_SUFFIX)) {
+            configuration.vision.activation = Some(Activation::QuickGelu);
+            configuration.text.activation = Some(Activation::QuickGelu);
+        }
         let convolution = self.shape_of(
             self.pick(
                 "visual.conv1.weight",
@@ -559,7 +570,8 @@ impl Checkpoint {
             }
             let first = self.block(tower, 0, "mlp.c_fc.weight", "mlp.fc1.weight");
             let hidden = self.shape_of(&first, 2)?[0];
-            let heads = match heads.or(configured.heads) {
+            let by_width = configured.head_width.map(|head| width / head.max(1));
+            let heads = match heads.or(configured.heads).or(by_width) {
                 Some(heads) => heads,
                 None => {
                     let heads = (width / OPENAI_HEAD_WIDTH).max(1);
@@ -799,6 +811,8 @@ pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 #[derive(Clone, Copy, Debug, Default)]
 struct TowerConfiguration {
     heads: Option<usize>,
+    /// Channels per head, where that is said in their place.
+    head_width: Option<usize>,
     activation: Option<Activation>,
 }
 
@@ -836,6 +850,7 @@ impl From<HuggingFaceFile> for Configuration {
         let mut unknown_activations = Vec::new();
         let mut tower = |tower: &HuggingFaceTower, default_heads: usize| TowerConfiguration {
             heads: Some(tower.num_attention_heads.unwrap_or(default_heads)),
+            head_width: None,
             activation: match &tower.hidden_act {
                 None => Some(Activation::QuickGelu),
                 Some(name) => match name.parse() {
@@ -875,7 +890,6 @@ struct OpenClipModel {
 #[derive(Deserialize)]
 struct OpenClipVision {
     image_size: Option<usize>,
-    width: Option<usize>,
     head_width: Option<usize>,
 }
 
@@ -893,22 +907,18 @@ impl From<OpenClipFile> for Configuration {
             Activation::Gelu
         });
         // What OpenCLIP's `CLIPVisionCfg` and `CLIPTextCfg` take where the file says nothing.
-        const DEFAULT_WIDTH: usize = 768;
         const DEFAULT_TEXT_HEADS: usize = 8;
-        let vision_heads = model.vision_cfg.width.unwrap_or(DEFAULT_WIDTH)
-            / model
-                .vision_cfg
-                .head_width
-                .unwrap_or(OPENAI_HEAD_WIDTH)
-                .max(1);
+        let head_width = model.vision_cfg.head_width.unwrap_or(OPENAI_HEAD_WIDTH);
         Configuration {
             image_size: model.vision_cfg.image_size,
             vision: TowerConfiguration {
-                heads: Some(vision_heads),
+                heads: None,
+                head_width: Some(head_width),
                 activation,
             },
             text: TowerConfiguration {
                 heads: Some(model.text_cfg.heads.unwrap_or(DEFAULT_TEXT_HEADS)),
+                head_width: None,
                 activation,
             },
             unknown_activations: Vec::new(),

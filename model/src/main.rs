@@ -61,13 +61,16 @@ enum Command {
         #[arg(long)]
         verify: bool,
     },
-    /// Print the vectors of texts, one JSON line each.
+    /// Print the vectors of texts or of prepared pixels, one JSON line each.
     Embed {
         /// The bundle's folder.
         folder: PathBuf,
         /// The texts.
-        #[arg(required = true)]
+        #[arg(required_unless_present = "pixels")]
         texts: Vec<String>,
+        /// Raw RGB bytes of one or more square images of the model's size, one after the other.
+        #[arg(long, conflicts_with = "texts")]
+        pixels: Option<PathBuf>,
         #[command(flatten)]
         engine: EngineArguments,
     },
@@ -144,6 +147,9 @@ impl EngineArguments {
     }
 }
 
+/// Labels printed with an image's vector, as many as the task writes into an event.
+const SHOWN_LABELS: usize = 5;
+
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
@@ -155,8 +161,12 @@ fn main() -> ExitCode {
         Command::Embed {
             folder,
             texts,
+            pixels,
             engine,
-        } => run_embed(&folder, &texts, &engine.options()),
+        } => match pixels {
+            Some(pixels) => run_embed_pixels(&folder, &pixels, &engine.options()),
+            None => run_embed(&folder, &texts, &engine.options()),
+        },
         Command::Bench {
             folder,
             batches,
@@ -339,6 +349,27 @@ fn run_embed(folder: &Path, texts: &[String], options: &EngineOptions) -> Outcom
         println!(
             "{}",
             serde_json::json!({ "text": text, "embedding": embedding })
+        );
+    }
+    Ok(())
+}
+
+fn run_embed_pixels(folder: &Path, path: &Path, options: &EngineOptions) -> Outcome {
+    let bundle = Bundle::open(folder)?;
+    warn_of_synthesis(&bundle.manifest().weights);
+    let pixels = std::fs::read(path)
+        .map_err(|error| format!("cannot read the pixels {}: {error}", path.display()))?;
+    let mut engine = VisionEngine::load(&bundle, options)?;
+    // A last part that is no whole image is refused by the engine.
+    let images = pixels.len().div_ceil(engine.image_bytes());
+    let embeddings = engine.embed(&pixels, images)?;
+    for embedding in embeddings.chunks(engine.dimensions()) {
+        let labels = bundle
+            .labels()
+            .map(|labels| labels.top(embedding, SHOWN_LABELS));
+        println!(
+            "{}",
+            serde_json::json!({ "labels": labels, "embedding": embedding })
         );
     }
     Ok(())

@@ -299,6 +299,51 @@ fn the_commands_work_together_and_shout_about_synthesized_weights() {
     );
     assert!(opened.manifest().weights_sha256.is_some());
 
+    let pixels = path("pixels.rgb");
+    let pixels = pixels.to_str().expect("UTF-8");
+    std::fs::write(pixels, vec![80; 2 * 224 * 224 * 3]).expect("a file");
+    let output = clip_model(&["embed", bundle, "--pixels", pixels], None);
+    assert_eq!(
+        said(&output.stdout).lines().count(),
+        2,
+        "{}",
+        said(&output.stderr)
+    );
+    assert!(
+        said(&output.stdout).contains("\"cat\""),
+        "{}",
+        said(&output.stdout)
+    );
+    std::fs::write(pixels, [80; 100]).expect("a file");
+    let output = clip_model(&["embed", bundle, "--pixels", pixels], None);
+    assert!(
+        said(&output.stderr).contains("100 values given"),
+        "{}",
+        said(&output.stderr)
+    );
+
+    let bench = [
+        "bench",
+        bundle,
+        "--batches",
+        "2",
+        "--threads",
+        "1",
+        "--seconds",
+        "0.01",
+        "--json",
+    ];
+    let output = clip_model(&bench, None);
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("a report in JSON");
+    assert_eq!(report["figures"][0]["batch"], 2);
+    assert!(
+        report["figures"][0]["ms_per_image"]
+            .as_f64()
+            .expect("a figure")
+            > 0.0
+    );
+
     // Without ONNX Runtime: what needs it says what to do, what does not need it works.
     let output = clip_model(&build, Some(""));
     assert!(!output.status.success());

@@ -9,8 +9,13 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use clip_model::architecture::Activation;
+use clip_model::build::{BuildOptions, build};
+use clip_model::checkpoint::{Checkpoint, Overrides};
 use clip_model::fetch::{FetchError, Progress, Receipt, fetch};
 use clip_model::files::{sha256_of_bytes, sha256_of_file};
+use clip_model::synthesize::SynthesizedWeights;
+use clip_model::{Architecture, WeightsOrigin};
 
 const REPOSITORY: &str = "timm/vit_base_patch32_clip_224.openai";
 const WEIGHTS: &str =
@@ -48,6 +53,10 @@ impl Hub {
         let content: Vec<u8> = (0..3_000_000u32)
             .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
             .collect();
+        Hub::serving(content)
+    }
+
+    fn serving(content: Vec<u8>) -> Hub {
         let content = Arc::new(content);
         let faults = Arc::new(Faults::default());
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -150,7 +159,8 @@ fn serve(mut stream: TcpStream, content: &[u8], faults: &Faults, requests: &Mute
             answer("302 Found", &headers, b"", 0);
         }
         (_, CONFIGURATION) => {
-            let body = br#"{"model_cfg": {"quick_gelu": true, "vision_cfg": {}, "text_cfg": {}}}"#;
+            let body = br#"{"model_cfg": {"quick_gelu": true, "vision_cfg": {"head_width": 16},
+                "text_cfg": {"heads": 2}}}"#;
             answer("200 OK", "", body, body.len());
         }
         ("GET", "/bytes") => {
@@ -228,6 +238,56 @@ fn a_download_is_whole_verified_and_remembers_where_it_is_from() {
     assert!(
         seen.windows(2)
             .all(|pair| pair[0].received <= pair[1].received)
+    );
+}
+
+#[test]
+fn published_weights_are_built_as_what_they_are() {
+    // A hub whose file is a whole checkpoint, with a configuration that names the wrong activation.
+    let folder = tempfile::tempdir().expect("a folder");
+    let made = folder.path().join("made.safetensors");
+    let architecture = Architecture::named("tiny").expect("a known model");
+    SynthesizedWeights::new(architecture, 3)
+        .write(&made, &|_| {})
+        .expect("a file");
+    // Without the mark of synthesized weights, as published ones are.
+    let bytes = std::fs::read(&made).expect("weights");
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("tensors");
+    let bytes = safetensors::serialize(tensors.tensors(), None).expect("a checkpoint");
+    let hub = Hub::serving(bytes);
+    hub.fetch(&target(&folder)).expect("a download");
+    let configuration = folder.path().join("open_clip_config.json");
+    let text = std::fs::read_to_string(&configuration).expect("a configuration");
+    assert!(text.contains("true"));
+    std::fs::write(&configuration, text.replace("true", "false")).expect("a file");
+
+    let checkpoint =
+        Checkpoint::open(&target(&folder), Overrides::default()).expect("a checkpoint");
+    let activation = checkpoint.architecture().vision.transformer.activation;
+    assert_eq!(
+        activation,
+        Activation::QuickGelu,
+        "OpenAI's, whatever the configuration says"
+    );
+    let options = BuildOptions {
+        labels: None,
+        ..BuildOptions::default()
+    };
+    let bundle = build(
+        &checkpoint,
+        &folder.path().join("bundle"),
+        &options,
+        &|_| {},
+    )
+    .expect("a bundle");
+    let wanted = WeightsOrigin::Published {
+        repository: REPOSITORY.to_owned(),
+        revision: Some(REVISION.to_owned()),
+    };
+    assert_eq!(bundle.manifest().weights, wanted);
+    assert_eq!(
+        bundle.manifest().weights_sha256,
+        Some(sha256_of_bytes(&hub.content))
     );
 }
 
