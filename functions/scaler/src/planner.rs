@@ -536,6 +536,8 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let eta = match instance.state {
+                // An agent that is away for long is not waited for.
+                State::Unusable { idle } if idle >= DISCONNECTED_SECONDS => continue,
                 State::Ready { .. } | State::Drained { .. } | State::Unusable { .. } => {
                     self.task_start()
                 }
@@ -970,7 +972,7 @@ impl<'a> Planner<'a> {
         add: u32,
         broken: &Broken,
     ) {
-        let additions = self.place(requests, add);
+        let additions = self.place(requests, add, broken);
         let placed: u32 = additions.iter().sum();
         if placed < add {
             let rests: Vec<String> = self
@@ -1055,7 +1057,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Spreads `add` instances over the options, in their order.
-    fn place(&self, requests: &[Request], add: u32) -> Vec<u32> {
+    fn place(&self, requests: &[Request], add: u32, broken: &Broken) -> Vec<u32> {
         let mut additions = vec![0; self.groups.len()];
         let mut left = add;
         let room = |index: usize| {
@@ -1067,7 +1069,8 @@ impl<'a> Planner<'a> {
             if left == 0 {
                 break;
             }
-            if history::rest(group, self.now).is_some() {
+            // An option found wanting in this run rests from this run on.
+            if history::rest(group, self.now).is_some() || broken.released(index) > 0 {
                 continue;
             }
             let given = left.min(room(index));

@@ -175,6 +175,9 @@ fn random_trace(rng: &mut fastrand::Rng) -> Trace {
             arrivals.push((at as Ms, images));
         }
     }
+    if arrivals.is_empty() {
+        arrivals.push((rng.i64(0..DAY), 1));
+    }
     arrivals.sort_unstable();
     Trace {
         name: "random day".to_owned(),

@@ -24,6 +24,8 @@ pub struct Stats {
     pub busy: Ms,
     /// Instances launched.
     pub instances_started: u32,
+    /// When each was.
+    pub instance_times: Vec<Ms>,
     /// Tasks launched.
     pub tasks_launched: u32,
     /// When each was.

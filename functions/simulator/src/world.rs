@@ -623,6 +623,7 @@ impl World {
         self.paid += 1;
         self.footprint += 1;
         self.stats.instances_started += 1;
+        self.stats.instance_times.push(self.now);
         self.stats.most_instances = self.stats.most_instances.max(self.footprint);
         let after = self.physics.register_after();
         let mut registers = true;
