@@ -2,9 +2,9 @@
 //! bottom-up and top-down. Written here because palettes have to stay palettes
 //! for the nearest-neighbour resize, and crates expand them.
 
+use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Sink, Spec, try_zeroed};
-use crate::Header;
 
 const BMP: Blame = Blame("BMP");
 
@@ -18,7 +18,9 @@ enum Packing {
     Nibble,
     Byte,
     /// Sixteen bits, five each, or six of green.
-    Words { green_bits: u32 },
+    Words {
+        green_bits: u32,
+    },
     /// Bytes of a pixel, and which of them are red, green, blue and perhaps alpha.
     Bytes {
         pixel: usize,
@@ -104,7 +106,11 @@ fn parse(bytes: &[u8]) -> Result<Parsed> {
             top_down = bytes[at + 7] == 0xff;
             width = long(at)?;
             let stored = long(at + 4)?;
-            height = if top_down { stored.wrapping_neg() } else { stored };
+            height = if top_down {
+                stored.wrapping_neg()
+            } else {
+                stored
+            };
             bits = short(at + 10)?;
             compression = long(at + 12)?;
             colours = long(at + 28)?;
@@ -162,9 +168,8 @@ fn parse(bytes: &[u8]) -> Result<Parsed> {
                 (16, [0xf800, 0x7e0, 0x1f, _]) => Packing::Words { green_bits: 6 },
                 (16, [0x7c00, 0x3e0, 0x1f, _]) => Packing::Words { green_bits: 5 },
                 _ => {
-                    return Err(BMP.unsupported(format!(
-                        "bit fields {masks:x?} with {bits} bits per pixel"
-                    )));
+                    return Err(BMP
+                        .unsupported(format!("bit fields {masks:x?} with {bits} bits per pixel")));
                 }
             };
             if matches!(packing, Packing::Bytes { alpha: Some(_), .. }) {
@@ -265,10 +270,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     }
     let needed = (parsed.height - 1) * parsed.stride + row_bytes;
     if data.len() < needed {
-        return Err(BMP.truncated(format!(
-            "{} bytes of pixels, wanted {needed}",
-            data.len()
-        )));
+        return Err(BMP.truncated(format!("{} bytes of pixels, wanted {needed}", data.len())));
     }
     sink.start(spec)?;
     let mut row = vec![0u8; parsed.width * parsed.mode.bytes()];
@@ -391,7 +393,7 @@ fn decode_runs(parsed: &Parsed, data: &[u8]) -> Result<Vec<u8>> {
                 x += count;
                 // Literals are padded to an even number of bytes of the file.
                 let position = parsed.offset + data.len() - input.len();
-                if position % 2 != 0 {
+                if !position.is_multiple_of(2) {
                     input.next();
                 }
             }

@@ -37,7 +37,8 @@ pub(crate) fn cmyk_to_rgb(cmyk: [u8; 4]) -> [u8; 3] {
 /// JPEG's YCbCr to RGB in Pillow's six-bit fixed point.
 pub(crate) fn ycbcr_to_rgb(ycbcr: [u8; 3]) -> [u8; 3] {
     // Truncation towards zero after adding a half is how the tables were made.
-    let scaled = |factor: f64, chroma: u8| (factor * (f64::from(chroma) - 128.0) * 64.0 + 0.5) as i32;
+    let scaled =
+        |factor: f64, chroma: u8| (factor * (f64::from(chroma) - 128.0) * 64.0 + 0.5) as i32;
     let luma = i32::from(ycbcr[0]);
     let (cb, cr) = (ycbcr[1], ycbcr[2]);
     let red = luma + (scaled(1.402, cr) >> 6);

@@ -48,7 +48,9 @@ fn find(tiff: &[u8]) -> Option<u8> {
             4 => long(at + 8)?,
             _ => return None,
         };
-        return u8::try_from(value).ok().filter(|value| (1..=8).contains(value));
+        return u8::try_from(value)
+            .ok()
+            .filter(|value| (1..=8).contains(value));
     }
     None
 }

@@ -1,9 +1,9 @@
 //! GIF, first frame. Container parsed here with the reference's rules for the
 //! canvas and its palette; the LZW stream by `weezl`.
 
+use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Raster, Sink, Spec, palette_from_rgb, try_zeroed};
-use crate::Header;
 use weezl::{BitOrder, LzwStatus, decode::Decoder};
 
 const GIF: Blame = Blame("GIF");
@@ -73,7 +73,8 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     }
     let mut reader = Reader { rest: bytes };
     let screen = reader.take(13, "screen descriptor")?;
-    let short = |bytes: &[u8], at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    let short =
+        |bytes: &[u8], at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let (mut width, mut height) = (short(screen, 6), short(screen, 8));
     let mut palette = None;
     if screen[10] & 0x80 != 0 {

@@ -33,6 +33,11 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Inflater<'a, I> {
         }
     }
 
+    /// The pieces that were not taken yet.
+    pub(crate) fn rest(&self) -> &I {
+        &self.pieces
+    }
+
     /// Fills `out` as far as it goes; gives the bytes written and why it stopped.
     pub(crate) fn read(&mut self, out: &mut [u8]) -> (usize, Ending) {
         let mut written = 0;

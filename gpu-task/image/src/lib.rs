@@ -38,6 +38,9 @@ pub const DEFAULT_SIZE: u32 = 224;
 /// Shorter side that `DecodeMode::Fast` keeps at least, in multiples of the crop's.
 const FAST_OVERSAMPLING: u32 = 3;
 
+/// Tables, windows and small buffers of a decoder, which no header tells of.
+const DECODER_BYTES: u64 = 2 * 1024 * 1024;
+
 /// What one image may cost. Checked from the header, before allocation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -195,7 +198,8 @@ fn examine(bytes: &[u8], kind: ImageType, options: &Options) -> Result<(Header, 
     } else {
         (header.width, header.height)
     };
-    let mut memory = header.memory + Crop::memory(width, height, header.mode, options.size);
+    let mut memory =
+        DECODER_BYTES + header.memory + Crop::memory(width, height, header.mode, options.size);
     if turn != 1 {
         // The image as it is stored, and turned.
         memory += 2 * pixels * header.mode.bytes() as u64;

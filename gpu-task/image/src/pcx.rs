@@ -2,9 +2,9 @@
 //! in planes; run-length coded. Written here because no maintained crate reads
 //! all of these and keeps the palette, which the nearest-neighbour resize needs.
 
+use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Sink, Spec, palette_from_rgb};
-use crate::Header;
 
 const PCX: Blame = Blame("PCX");
 
@@ -108,7 +108,11 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
 
 pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let parsed = parse(bytes)?;
-    let mut input = bytes.get(HEADER_BYTES..).unwrap_or_default().iter().copied();
+    let mut input = bytes
+        .get(HEADER_BYTES..)
+        .unwrap_or_default()
+        .iter()
+        .copied();
     let mut line = vec![0u8; parsed.line];
     let mut row = vec![0u8; parsed.width * parsed.mode.bytes()];
     let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.mode);

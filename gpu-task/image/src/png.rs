@@ -109,7 +109,11 @@ fn chunk(bytes: &[u8], at: usize, cut: bool) -> Result<Chunk<'_>> {
     let start = at + 8;
     let end = start.saturating_add(length as usize);
     if end > bytes.len() && !cut {
-        return Err(PNG.truncated(format!("chunk {} is cut at byte {}", show(name), bytes.len())));
+        return Err(PNG.truncated(format!(
+            "chunk {} is cut at byte {}",
+            show(name),
+            bytes.len()
+        )));
     }
     Ok(Chunk {
         name,
@@ -178,7 +182,10 @@ fn check_text(chunk: &Chunk<'_>) -> Result<()> {
         }
     };
     if method != 0 {
-        return Err(PNG.unsupported(format!("compression {method} in chunk {}", show(chunk.name))));
+        return Err(PNG.unsupported(format!(
+            "compression {method} in chunk {}",
+            show(chunk.name)
+        )));
     }
     // One byte more than is allowed tells, and so does input that is left over.
     let mut text = vec![0; MAX_TEXT_BYTES + 1];
@@ -335,23 +342,21 @@ fn needs_raster(parsed: &Parsed<'_>) -> bool {
 /// reference does not.
 struct Pieces<'a> {
     bytes: &'a [u8],
-    at: Option<usize>,
+    /// Where the next chunk begins.
+    at: usize,
 }
 
 impl<'a> Iterator for Pieces<'a> {
     type Item = &'a [u8];
 
     fn next(&mut self) -> Option<&'a [u8]> {
-        let chunk = chunk(self.bytes, self.at?, true).ok()?;
+        let chunk = chunk(self.bytes, self.at, true).ok()?;
         let data = match &chunk.name {
             b"IDAT" | b"DDAT" => chunk.data,
             b"fdAT" => chunk.data.get(4..).unwrap_or_default(),
-            _ => {
-                self.at = None;
-                return None;
-            }
+            _ => return None,
         };
-        self.at = Some(chunk.next);
+        self.at = chunk.next;
         Some(data)
     }
 }
@@ -360,10 +365,10 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let parsed = parse(bytes)?;
     let mut inflater = Inflater::new(Pieces {
         bytes,
-        at: Some(parsed.pixels),
+        at: parsed.pixels,
     });
-    let spec = Spec::new(parsed.width, parsed.height, parsed.mode)
-        .with_palette(parsed.palette.clone());
+    let spec =
+        Spec::new(parsed.width, parsed.height, parsed.mode).with_palette(parsed.palette.clone());
     if needs_raster(&parsed) {
         let mut raster = Raster::zeroed(spec)?;
         let [left, top, width, height] =
@@ -396,7 +401,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
                 }
             }
         }
-        check_rest(&parsed)?;
+        check_rest(&parsed, inflater.rest().at)?;
         return raster.feed(sink);
     }
     sink.start(spec)?;
@@ -416,7 +421,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
             sink.row(y, &row);
         }
     }
-    check_rest(&parsed)
+    check_rest(&parsed, inflater.rest().at)
 }
 
 /// First column and row, and the steps, of each pass of an interlaced image.
@@ -567,11 +572,8 @@ fn paeth_pixels<const N: usize>(line: &mut [u8], above: &[u8]) {
     let (mut left, mut corner) = ([0u8; N], [0u8; N]);
     for (pixel, up) in line.chunks_exact_mut(N).zip(above.chunks_exact(N)) {
         for channel in 0..N {
-            let value = pixel[channel].wrapping_add(predict(
-                left[channel],
-                up[channel],
-                corner[channel],
-            ));
+            let value =
+                pixel[channel].wrapping_add(predict(left[channel], up[channel], corner[channel]));
             pixel[channel] = value;
             left[channel] = value;
             corner[channel] = up[channel];
@@ -591,10 +593,10 @@ fn predict(left: u8, up: u8, corner: u8) -> u8 {
     }
 }
 
-/// The reference reads the chunks after the pixels, too, and refuses a file that
-/// is cut within one of them. A broken name or a missing end is let pass.
-fn check_rest(parsed: &Parsed<'_>) -> Result<()> {
-    let mut at = parsed.pixels;
+/// The reference reads the chunks from `at` on, after those whose pixels it
+/// needed, and refuses a file that is cut within one of them. A broken name or a
+/// missing end is let pass.
+fn check_rest(parsed: &Parsed<'_>, mut at: usize) -> Result<()> {
     let mut animation = parsed.animation;
     loop {
         let head = match chunk(parsed.bytes, at, true) {
@@ -604,12 +606,7 @@ fn check_rest(parsed: &Parsed<'_>) -> Result<()> {
         if &head.name == b"fcTL" && animation.is_moving() {
             return Ok(());
         }
-        match &head.name {
-            b"IDAT" | b"DDAT" => {}
-            b"fdAT" if at == parsed.pixels => {}
-            b"fdAT" => check_chunk(&head, &mut animation)?,
-            _ => check_chunk(&chunk(parsed.bytes, at, false)?, &mut animation)?,
-        }
+        check_chunk(&chunk(parsed.bytes, at, false)?, &mut animation)?;
         at = head.next;
     }
 }

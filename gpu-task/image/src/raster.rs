@@ -106,8 +106,9 @@ impl Spec {
 
     /// Size of the image before any reduction.
     pub(crate) fn full_size(&self) -> (u32, u32) {
-        self.reduced
-            .map_or((self.width, self.height), |reduced| (reduced.width, reduced.height))
+        self.reduced.map_or((self.width, self.height), |reduced| {
+            (reduced.width, reduced.height)
+        })
     }
 
     /// Width and height of what the decoded samples cover, in their own units.
@@ -190,7 +191,11 @@ impl Raster {
         let pixel = self.spec.mode.bytes();
         let mut turned = Self::zeroed(spec)?;
         let turned_width = turned.spec.width as usize;
-        for (row_index, row) in turned.data.chunks_exact_mut(turned_width * pixel).enumerate() {
+        for (row_index, row) in turned
+            .data
+            .chunks_exact_mut(turned_width * pixel)
+            .enumerate()
+        {
             for (column, target) in row.chunks_exact_mut(pixel).enumerate() {
                 let (x, y) = match orientation {
                     2 => (width - 1 - column, row_index),

@@ -77,7 +77,12 @@ impl Weights {
     /// The inputs that any output needs.
     fn span(&self) -> (usize, usize) {
         let first = self.bounds.iter().map(|&(low, _)| low).min().unwrap_or(0);
-        let end = self.bounds.iter().map(|&(low, taps)| low + taps).max().unwrap_or(0);
+        let end = self
+            .bounds
+            .iter()
+            .map(|&(low, taps)| low + taps)
+            .max()
+            .unwrap_or(0);
         (first, end)
     }
 
@@ -130,15 +135,16 @@ impl Fixed {
             // Inputs come in pairs; an odd start gets a weight of zero before it.
             let start = low - first;
             let lead = start % 2;
-            let tap = |index: usize| index.checked_sub(lead).map_or(0, |tap| taps[..count].get(tap).copied().unwrap_or(0));
+            let tap = |index: usize| {
+                index
+                    .checked_sub(lead)
+                    .map_or(0, |tap| taps[..count].get(tap).copied().unwrap_or(0))
+            };
             let from = halves.len();
             for pair in 0..(lead + count).div_ceil(2) {
                 let (a, b) = (tap(pair * 2), tap(pair * 2 + 1));
                 let mask = (1 << LOW_BITS) - 1;
-                halves.push([
-                    pack(a >> LOW_BITS, b >> LOW_BITS),
-                    pack(a & mask, b & mask),
-                ]);
+                halves.push([pack(a >> LOW_BITS, b >> LOW_BITS), pack(a & mask, b & mask)]);
             }
             pairs.push((start / 2, from..halves.len()));
         }
@@ -308,7 +314,10 @@ mod x86 {
         }
         let half = _mm256_set1_epi32(HALF);
         let [first, second] = std::array::from_fn(|part| {
-            let whole = _mm256_add_epi32(_mm256_slli_epi32::<{ LOW_BITS as i32 }>(high[part]), low[part]);
+            let whole = _mm256_add_epi32(
+                _mm256_slli_epi32::<{ LOW_BITS as i32 }>(high[part]),
+                low[part],
+            );
             _mm256_srai_epi32::<{ PRECISION_BITS as i32 }>(_mm256_add_epi32(whole, half))
         });
         // packs works within 128-bit halves; the permutation restores the order.
@@ -356,7 +365,12 @@ mod x86 {
 
     /// All outputs of one channel for as many rows as there are targets.
     #[target_feature(enable = "avx2")]
-    pub(super) fn horizontal_avx2(turned: &[u8], fixed: &Fixed, targets: &mut [&mut [u8]], size: usize) {
+    pub(super) fn horizontal_avx2(
+        turned: &[u8],
+        fixed: &Fixed,
+        targets: &mut [&mut [u8]],
+        size: usize,
+    ) {
         let mut columns = [[0u8; BATCH]; 16];
         for index in 0..size {
             let (start, range) = &fixed.pairs[index];
@@ -369,7 +383,12 @@ mod x86 {
 
     /// As [`horizontal_avx2`].
     #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vnni")]
-    pub(super) fn horizontal_avx512(turned: &[u8], fixed: &Fixed, targets: &mut [&mut [u8]], size: usize) {
+    pub(super) fn horizontal_avx512(
+        turned: &[u8],
+        fixed: &Fixed,
+        targets: &mut [&mut [u8]],
+        size: usize,
+    ) {
         let mut columns = [[0u8; BATCH]; 16];
         for index in 0..size {
             let (start, range) = &fixed.pairs[index];
@@ -432,7 +451,8 @@ mod x86 {
             let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(
                 rounded[0], rounded[1],
             ));
-            let bytes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(words, words));
+            let bytes =
+                _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(words, words));
             // SAFETY: `x + 16 <= out.len()`.
             unsafe {
                 _mm_storeu_si128(
@@ -499,7 +519,15 @@ impl Batch {
                     }
                 }
                 Some(fixed) => {
-                    horizontal(planes, self.first, self.stride, &mut self.turned, fixed, &mut targets, size);
+                    horizontal(
+                        planes,
+                        self.first,
+                        self.stride,
+                        &mut self.turned,
+                        fixed,
+                        &mut targets,
+                        size,
+                    );
                 }
             }
         }
@@ -595,7 +623,9 @@ fn nearest_positions(input: u32, output: u32, first: u32, count: u32) -> Vec<u32
     positions
 }
 
-/// What the passes need, by the kind of sample.
+/// What the passes need, by the kind of sample. There is one for each image, so
+/// its size is no matter.
+#[allow(clippy::large_enum_variant)]
 enum Work {
     /// Copies of source pixels.
     Nearest {
@@ -913,7 +943,11 @@ impl Sink for Crop {
         match work {
             Work::Nearest { columns, rows, out } => {
                 let first = rows.partition_point(|&row| row < y);
-                for (line, _) in rows.iter().enumerate().skip(first).take_while(|(_, row)| **row == y)
+                for (line, _) in rows
+                    .iter()
+                    .enumerate()
+                    .skip(first)
+                    .take_while(|(_, row)| **row == y)
                 {
                     let target = &mut out[line * size..][..size];
                     for (value, &column) in target.iter_mut().zip(columns.iter()) {
@@ -1015,7 +1049,8 @@ mod tests {
                 batch.lines.push(batch.lines.len());
             }
             let stride = batch.stride;
-            let run = |how: &dyn Fn(&mut [u8], &mut [&mut [u8]])| {
+            type How<'a> = &'a dyn Fn(&mut [u8], &mut [&mut [u8]]);
+            let run = |how: How<'_>| {
                 let mut out = vec![0; size_of * rows];
                 let mut targets: Vec<&mut [u8]> = out.chunks_exact_mut(size_of).collect();
                 how(&mut vec![0; BATCH * stride], &mut targets);

@@ -22,7 +22,12 @@ fn features(bytes: &[u8]) -> Option<ffi::WebPBitstreamFeatures> {
 
 /// The size of the canvas, as the first chunk declares it.
 fn canvas(bytes: &[u8]) -> Option<(u32, u32)> {
-    let short = |at: usize| Some(u32::from(u16::from_le_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])));
+    let short = |at: usize| {
+        Some(u32::from(u16::from_le_bytes([
+            *bytes.get(at)?,
+            *bytes.get(at + 1)?,
+        ])))
+    };
     match bytes.get(12..16)? {
         b"VP8 " if bytes.get(23..26)? == [0x9d, 0x01, 0x2a] => {
             Some((short(26)? & 0x3fff, short(28)? & 0x3fff))
@@ -129,7 +134,10 @@ pub(crate) fn orientation(bytes: &[u8]) -> u8 {
             return exif::orientation(&bytes[at + 8..end]);
         }
         // Chunks are padded to an even length.
-        at = at.saturating_add(8).saturating_add(length).saturating_add(length % 2);
+        at = at
+            .saturating_add(8)
+            .saturating_add(length)
+            .saturating_add(length % 2);
     }
     1
 }

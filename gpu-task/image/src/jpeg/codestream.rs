@@ -14,6 +14,9 @@ pub(super) struct Frame {
     pub(super) mode: Mode,
     /// Bytes that libjpeg will hold.
     pub(super) memory: u64,
+    /// Samples of all components for each pixel, after subsampling.
+    samples: f64,
+    is_progressive: bool,
     /// All EXIF segments, joined, without their identifiers but the first.
     pub(super) exif: Option<Vec<u8>>,
 }
@@ -76,12 +79,13 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
                     return Err(JPEG.corrupt("a scan before any frame header"));
                 };
                 let components_in_scan = data.first().copied().unwrap_or_default();
-                let planes = planes_of(frame.mode);
-                if frame.memory > 0 || u64::from(components_in_scan) < planes {
+                let planes = frame.mode.bytes() as u64;
+                if frame.is_progressive || u64::from(components_in_scan) < planes {
                     // Progressive, or one component after the other: libjpeg keeps
                     // all coefficients, two bytes each, padded to whole blocks.
-                    let padded = |side: u32| u64::from(side).next_multiple_of(32);
-                    frame.memory = padded(frame.width) * padded(frame.height) * planes * 2;
+                    let padded = |side: u32| f64::from(side.next_multiple_of(32));
+                    let pixels = padded(frame.width) * padded(frame.height);
+                    frame.memory = (pixels * frame.samples * 2.0) as u64;
                 }
                 frame.memory += u64::from(frame.width) * planes * BUFFERED_LINES;
                 frame.exif = exif;
@@ -90,10 +94,6 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
             _ => {}
         }
     }
-}
-
-fn planes_of(mode: Mode) -> u64 {
-    mode.bytes() as u64
 }
 
 fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
@@ -112,13 +112,21 @@ fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
     if !(data.len() - 6).is_multiple_of(3) {
         return Err(JPEG.corrupt("frame header does not hold whole components"));
     }
-    let is_progressive = matches!(code, 0xc2 | 0xc6 | 0xca | 0xce);
+    let factors = || data[6..].chunks_exact(3).map(|c| (c[1] >> 4, c[1] & 15));
+    let most_across = factors().map(|(across, _)| across).max().unwrap_or(1);
+    let most_down = factors().map(|(_, down)| down).max().unwrap_or(1);
+    let units: u32 = factors()
+        .map(|(across, down)| u32::from(across) * u32::from(down))
+        .sum();
+    let unit = u32::from(most_across.max(1)) * u32::from(most_down.max(1));
     Ok(Frame {
         width: u32::from(u16::from_be_bytes([fields[3], fields[4]])),
         height: u32::from(u16::from_be_bytes([fields[1], fields[2]])),
         mode,
-        // Filled in at the scan; here only whether it is progressive.
-        memory: u64::from(is_progressive),
+        // Counted at the scan, which tells whether it is kept.
+        memory: 0,
+        samples: f64::from(units) / f64::from(unit),
+        is_progressive: matches!(code, 0xc2 | 0xc6 | 0xca | 0xce),
         exif: None,
     })
 }

@@ -82,7 +82,10 @@ fn pass<const SHIFT: i32>(v: [__m128i; 8]) -> [__m128i; 8] {
     // SAFETY: SSE2 is part of x86-64.
     unsafe {
         // Even part.
-        let (low, high) = (_mm_unpacklo_epi16(v[2], v[6]), _mm_unpackhi_epi16(v[2], v[6]));
+        let (low, high) = (
+            _mm_unpacklo_epi16(v[2], v[6]),
+            _mm_unpackhi_epi16(v[2], v[6]),
+        );
         let tmp3 = products(low, high, F_0_541 + F_0_765, F_0_541);
         let tmp2 = products(low, high, F_0_541, F_0_541 - F_1_847);
         let tmp0 = widen(_mm_add_epi16(v[0], v[4]));
@@ -94,10 +97,16 @@ fn pass<const SHIFT: i32>(v: [__m128i; 8]) -> [__m128i; 8] {
         let (low, high) = (_mm_unpacklo_epi16(z3, z4), _mm_unpackhi_epi16(z3, z4));
         let z3 = products(low, high, F_1_175 - F_1_961, F_1_175);
         let z4 = products(low, high, F_1_175, F_1_175 - F_0_390);
-        let (low, high) = (_mm_unpacklo_epi16(v[7], v[1]), _mm_unpackhi_epi16(v[7], v[1]));
+        let (low, high) = (
+            _mm_unpacklo_epi16(v[7], v[1]),
+            _mm_unpackhi_epi16(v[7], v[1]),
+        );
         let tmp0 = add(products(low, high, F_0_298 - F_0_899, -F_0_899), z3);
         let tmp3 = add(products(low, high, -F_0_899, F_1_501 - F_0_899), z4);
-        let (low, high) = (_mm_unpacklo_epi16(v[5], v[3]), _mm_unpackhi_epi16(v[5], v[3]));
+        let (low, high) = (
+            _mm_unpacklo_epi16(v[5], v[3]),
+            _mm_unpackhi_epi16(v[5], v[3]),
+        );
         let tmp1 = add(products(low, high, F_2_053 - F_2_562, -F_2_562), z4);
         let tmp2 = add(products(low, high, -F_2_562, F_3_072 - F_2_562), z3);
         [
@@ -215,10 +224,11 @@ fn reduced_weights() -> &'static Reduced {
                 };
                 (wave * f64::from(1 << CONST_BITS)).round() as i32
             };
-            for output in 0..size {
-                for pair in 0..4 {
+            let table = &mut weights[size - REDUCED_SIZES.start()];
+            for (output, pairs) in table.iter_mut().enumerate().take(size) {
+                for (pair, packed) in pairs.iter_mut().enumerate() {
                     let (a, b) = (weight(output, pair * 2), weight(output, pair * 2 + 1));
-                    weights[size - REDUCED_SIZES.start()][output][pair] = (a & 0xffff) | b << 16;
+                    *packed = (a & 0xffff) | b << 16;
                 }
             }
         }

@@ -44,7 +44,10 @@ unsafe extern "C-unwind" fn on_fatal(cinfo: &mut ffi::jpeg_common_struct) {
             format(cinfo, &*buffer);
         }
     }
-    let length = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+    let length = text
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(text.len());
     let message = String::from_utf8_lossy(&text[..length]).into_owned();
     // Unwinds through the C frames, which are built for it, without the panic hook.
     resume_unwind(Box::new(Fatal(message)));
@@ -160,12 +163,7 @@ fn cut(row: u32, height: u32) -> ImageError {
 }
 
 /// Decodes a whole file at `eighths` of its resolution.
-pub(super) fn decode(
-    bytes: &[u8],
-    frame: &Frame,
-    eighths: u32,
-    sink: &mut dyn Sink,
-) -> Result<()> {
+pub(super) fn decode(bytes: &[u8], frame: &Frame, eighths: u32, sink: &mut dyn Sink) -> Result<()> {
     caught(|| {
         let mut decompress = Decompress::new();
         decompress.create();
@@ -243,7 +241,7 @@ unsafe extern "C-unwind" fn inverse_dct(
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if !(*component).quant_table.is_null() && size >= 5 && size <= 8 {
+        if !(*component).quant_table.is_null() && (5..=8).contains(&size) {
             let quantisers = &(*(*component).quant_table).quantval;
             let coefficients = &*coefficients.cast();
             let samples = match size {
@@ -308,7 +306,10 @@ fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
     let mut sizes = [(1, 1); 4];
     let mut planes = Vec::with_capacity(count);
     for (index, component) in components.iter().enumerate() {
-        let (across, down) = (component.h_samp_factor as usize, component.v_samp_factor as usize);
+        let (across, down) = (
+            component.h_samp_factor as usize,
+            component.v_samp_factor as usize,
+        );
         // Subsampled components are decoded at up to twice the scale, again and
         // again, as long as that does not make them larger than the image.
         let mut size = smallest;
@@ -471,14 +472,17 @@ fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Resu
             }
             if converts && let [luma, cb, cr, ..] = &mut rows[..] {
                 let range = columns.0..columns.1;
-                ycc_to_rgb(&mut luma[range.clone()], &mut cb[range.clone()], &mut cr[range]);
+                ycc_to_rgb(
+                    &mut luma[range.clone()],
+                    &mut cb[range.clone()],
+                    &mut cr[range],
+                );
             }
             if mode == Mode::Cmyk {
                 invert(converts, &mut rows, columns);
             }
-            let slices: [&[u8]; 4] = std::array::from_fn(|index| {
-                rows.get(index).map_or(&[][..], |row| &row[..])
-            });
+            let slices: [&[u8]; 4] =
+                std::array::from_fn(|index| rows.get(index).map_or(&[][..], |row| &row[..]));
             sink.row_planar(y as u32, &slices[..rows.len()]);
         }
         done = ready;

@@ -165,9 +165,7 @@ fn across<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(
         let before = &sums[low - 1..high - 1];
         let after = &sums[low + 1..high + 1];
         let targets = out[low * 2..high * 2].chunks_exact_mut(2);
-        for (((target, &here), &before), &after) in
-            targets.zip(here).zip(before).zip(after)
-        {
+        for (((target, &here), &before), &after) in targets.zip(here).zip(before).zip(after) {
             target[0] = ((here * 3 + before + LEFT) >> SHIFT) as u8;
             target[1] = ((here * 3 + after + RIGHT) >> SHIFT) as u8;
         }
@@ -175,7 +173,8 @@ fn across<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(
     if end > last * 2 {
         out[last * 2] = ((sums[last] * 3 + sums[last - 1] + LEFT) >> SHIFT) as u8;
         if last * 2 + 1 < out.len() {
-            out[last * 2 + 1] = ((sums[last] * 4 + if SHIFT == 2 { 0 } else { RIGHT }) >> SHIFT) as u8;
+            out[last * 2 + 1] =
+                ((sums[last] * 4 + if SHIFT == 2 { 0 } else { RIGHT }) >> SHIFT) as u8;
         }
     }
 }
@@ -305,7 +304,11 @@ mod tests {
             for (first, end) in [(0, 5), (1, 2), (7, 60), (40, width - 1), (90, width)] {
                 let mut part = vec![0; width];
                 how.row(&near, &far, 1, 97, (first, end), &mut sums, &mut part);
-                assert_eq!(part[first..end], whole[first..end], "{how:?} {first}..{end}");
+                assert_eq!(
+                    part[first..end],
+                    whole[first..end],
+                    "{how:?} {first}..{end}"
+                );
             }
         }
     }

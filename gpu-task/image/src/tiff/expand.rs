@@ -96,7 +96,9 @@ pub(super) fn expand(
         .map_or((row_bytes, rows), |blocks| (blocks.row_bytes, blocks.rows));
     let wanted = line * lines;
     let short = |got: usize| {
-        TIFF.truncated(format!("{what} {index} has {got} bytes of {wanted} after expansion"))
+        TIFF.truncated(format!(
+            "{what} {index} has {got} bytes of {wanted} after expansion"
+        ))
     };
     let broken = |reason: String| TIFF.corrupt(format!("{what} {index}: {reason}"));
     if matches!(parsed.codec, Codec::Jpeg | Codec::OldJpeg) {
@@ -104,7 +106,10 @@ pub(super) fn expand(
     }
     let reversed;
     let data = if parsed.fill_reversed {
-        reversed = data.iter().map(|byte| byte.reverse_bits()).collect::<Vec<u8>>();
+        reversed = data
+            .iter()
+            .map(|byte| byte.reverse_bits())
+            .collect::<Vec<u8>>();
         &reversed[..]
     } else {
         data
@@ -183,8 +188,9 @@ pub(super) fn expand(
         1 => {}
         2 => {
             for row in out.chunks_exact_mut(line) {
-                undo_differences(row, samples, parsed.depth)
-                    .ok_or_else(|| TIFF.unsupported(format!("predictor of {} bits", parsed.depth)))?;
+                undo_differences(row, samples, parsed.depth).ok_or_else(|| {
+                    TIFF.unsupported(format!("predictor of {} bits", parsed.depth))
+                })?;
             }
         }
         3 => {
@@ -225,14 +231,20 @@ fn undo_differences(row: &mut [u8], samples: usize, depth: usize) -> Option<()> 
         }
         16 => {
             for at in samples..row.len() / 2 {
-                let before = u16::from_le_bytes([row[(at - samples) * 2], row[(at - samples) * 2 + 1]]);
+                let before =
+                    u16::from_le_bytes([row[(at - samples) * 2], row[(at - samples) * 2 + 1]]);
                 let now = u16::from_le_bytes([row[at * 2], row[at * 2 + 1]]);
                 row[at * 2..at * 2 + 2].copy_from_slice(&now.wrapping_add(before).to_le_bytes());
             }
         }
         32 => {
             let word = |row: &[u8], at: usize| {
-                u32::from_le_bytes([row[at * 4], row[at * 4 + 1], row[at * 4 + 2], row[at * 4 + 3]])
+                u32::from_le_bytes([
+                    row[at * 4],
+                    row[at * 4 + 1],
+                    row[at * 4 + 2],
+                    row[at * 4 + 3],
+                ])
             };
             for at in samples..row.len() / 4 {
                 let sum = word(row, at).wrapping_add(word(row, at - samples));
@@ -268,7 +280,9 @@ fn packbits(mut data: &[u8], out: &mut [u8]) -> usize {
         match head as i8 {
             -128 => {}
             literal @ 0.. => {
-                let count = (literal as usize + 1).min(out.len() - filled).min(data.len());
+                let count = (literal as usize + 1)
+                    .min(out.len() - filled)
+                    .min(data.len());
                 out[filled..filled + count].copy_from_slice(&data[..count]);
                 filled += count;
                 data = &data[(literal as usize + 1).min(data.len())..];
@@ -361,13 +375,12 @@ fn xz(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
             _ => return Err(format!("XZ filter {filter}")),
         }
     }
-    let mut sink = Bounded {
-        out,
-        filled: 0,
-    };
+    let mut sink = Bounded { out, filled: 0 };
     let result = lzma_rs::lzma2_decompress(&mut &body[..], &mut sink);
     let got = sink.filled;
-    if got < out.len() && let Err(error) = result {
+    if got < out.len()
+        && let Err(error) = result
+    {
         return Err(format!("{error:?}"));
     }
     if distance > 0 {
@@ -411,7 +424,11 @@ fn thunder_scan(data: &[u8], width: usize, out: &mut [u8], row_bytes: usize) -> 
         let mut put = |x: &mut usize, value: u8| {
             let value = value & 15;
             if *x < width {
-                row[*x / 2] |= if *x % 2 == 0 { value << 4 } else { value };
+                row[*x / 2] |= if (*x).is_multiple_of(2) {
+                    value << 4
+                } else {
+                    value
+                };
             }
             *x += 1;
             value
@@ -428,7 +445,10 @@ fn thunder_scan(data: &[u8], width: usize, out: &mut [u8], row_bytes: usize) -> 
                     for shift in [4, 2, 0] {
                         let delta = code >> shift & 3;
                         if delta != 2 {
-                            last = put(&mut x, last.wrapping_add_signed(TWO_BIT[usize::from(delta)]));
+                            last = put(
+                                &mut x,
+                                last.wrapping_add_signed(TWO_BIT[usize::from(delta)]),
+                            );
                         }
                     }
                 }
@@ -436,7 +456,10 @@ fn thunder_scan(data: &[u8], width: usize, out: &mut [u8], row_bytes: usize) -> 
                     for shift in [3, 0] {
                         let delta = code >> shift & 7;
                         if delta != 4 {
-                            last = put(&mut x, last.wrapping_add_signed(THREE_BIT[usize::from(delta)]));
+                            last = put(
+                                &mut x,
+                                last.wrapping_add_signed(THREE_BIT[usize::from(delta)]),
+                            );
                         }
                     }
                 }
@@ -450,13 +473,7 @@ fn thunder_scan(data: &[u8], width: usize, out: &mut [u8], row_bytes: usize) -> 
     Some(())
 }
 
-fn jpeg(
-    file: &[u8],
-    data: &[u8],
-    parsed: &Parsed<'_>,
-    width: usize,
-    rows: usize,
-) -> Result<Strip> {
+fn jpeg(file: &[u8], data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize) -> Result<Strip> {
     let space = if parsed.photometric == 6 {
         Space::YCbCr
     } else {
@@ -500,7 +517,10 @@ fn jpeg(
     }
     let mut out = try_zeroed(row_bytes * rows)?;
     let stride = got_width * wanted;
-    for (target, source) in out.chunks_exact_mut(row_bytes).zip(samples.chunks_exact(stride)) {
+    for (target, source) in out
+        .chunks_exact_mut(row_bytes)
+        .zip(samples.chunks_exact(stride))
+    {
         let count = row_bytes.min(stride);
         target[..count].copy_from_slice(&source[..count]);
     }

@@ -202,7 +202,9 @@ pub(super) fn expand(data: &[u8], scheme: Scheme, width: usize, out: &mut [u8]) 
                 }
                 one_dimensional(&mut bits, width, &mut changes);
             }
-            Scheme::Group3 { two_dimensional: is_two } => {
+            Scheme::Group3 {
+                two_dimensional: is_two,
+            } => {
                 let mut ends = 0;
                 let mut is_one = true;
                 while skip_end_of_line(&mut bits) {

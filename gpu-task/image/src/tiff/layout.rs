@@ -135,9 +135,7 @@ pub(super) fn choose(
         (6, 3, []) if format == 1 && !reversed && first == 8 => {
             Layout::new(Mode::YCbCr, Unpack::Leading { stored: 3 })
         }
-        (8, 3, []) if format == 1 && !reversed && first == 8 => {
-            Layout::new(Mode::Lab, Unpack::Lab)
-        }
+        (8, 3, []) if format == 1 && !reversed && first == 8 => Layout::new(Mode::Lab, Unpack::Lab),
         _ => return None,
     };
     layout.reversed = reversed;

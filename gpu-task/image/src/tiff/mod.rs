@@ -98,11 +98,15 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     else {
         return Err(TIFF.corrupt("no width or height"));
     };
-    let mut format = directory.numbers(tag::SAMPLE_FORMAT).unwrap_or_else(|| vec![1]);
+    let mut format = directory
+        .numbers(tag::SAMPLE_FORMAT)
+        .unwrap_or_else(|| vec![1]);
     if format.windows(2).all(|pair| pair[0] == pair[1]) {
         format.truncate(1);
     }
-    let mut depths = directory.numbers(tag::BITS_PER_SAMPLE).unwrap_or_else(|| vec![1]);
+    let mut depths = directory
+        .numbers(tag::BITS_PER_SAMPLE)
+        .unwrap_or_else(|| vec![1]);
     let mut extra = directory.numbers(tag::EXTRA_SAMPLES).unwrap_or_default();
     let mut samples = directory
         .number(tag::SAMPLES_PER_PIXEL)
@@ -180,7 +184,11 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     } else {
         None
     };
-    let limit = |value: u64| usize::try_from(value).ok().filter(|&value| value <= u32::MAX as usize);
+    let limit = |value: u64| {
+        usize::try_from(value)
+            .ok()
+            .filter(|&value| value <= u32::MAX as usize)
+    };
     let (Some(width), Some(height)) = (limit(width), limit(height)) else {
         return Err(TIFF.corrupt(format!("size {width}×{height}")));
     };
@@ -224,10 +232,11 @@ fn tiles_of(
     };
     let (offsets, counts, tile_width, tile_height);
     if is_tiled {
-        offsets = directory
-            .numbers(tag::TILE_OFFSETS)
-            .or(strips)
-            .or_else(|| directory.number(tag::JPEG_STREAM).map(|offset| vec![offset]));
+        offsets = directory.numbers(tag::TILE_OFFSETS).or(strips).or_else(|| {
+            directory
+                .number(tag::JPEG_STREAM)
+                .map(|offset| vec![offset])
+        });
         counts = directory
             .numbers(tag::TILE_BYTE_COUNTS)
             .or_else(|| directory.numbers(tag::STRIP_BYTE_COUNTS));
@@ -318,8 +327,12 @@ fn needs_raster(parsed: &Parsed<'_>) -> bool {
 
 pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let parsed = parse(bytes)?;
-    let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.layout.mode)
-        .with_palette(parsed.palette.clone());
+    let spec = Spec::new(
+        parsed.width as u32,
+        parsed.height as u32,
+        parsed.layout.mode,
+    )
+    .with_palette(parsed.palette.clone());
     if parsed.layout.unpack == Unpack::Refused {
         return Err(TIFF.unsupported("premultiplied grey cannot become RGB in the reference"));
     }
@@ -406,13 +419,16 @@ fn read_tile(
 ) -> Result<Strip> {
     let tiles = &parsed.tiles;
     let what = if tiles.is_tiled { "tile" } else { "strip" };
-    let (Some(&offset), Some(&length)) = (tiles.offsets.get(index), tiles.lengths.get(index)) else {
+    let (Some(&offset), Some(&length)) = (tiles.offsets.get(index), tiles.lengths.get(index))
+    else {
         return Err(TIFF.truncated(format!("no {what} {index}")));
     };
     let samples = if parsed.planar { 1 } else { parsed.samples };
     let bits = samples * parsed.depth;
     let row_bytes = (width * bits).div_ceil(8);
-    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+    let start = usize::try_from(offset)
+        .unwrap_or(usize::MAX)
+        .min(bytes.len());
     let data = &bytes[start..];
     if parsed.codec == Codec::None {
         // The reference reads on past the length that the file gives.
@@ -432,6 +448,8 @@ fn read_tile(
             row_bytes,
         });
     }
-    let data = &data[..usize::try_from(length).unwrap_or(usize::MAX).min(data.len())];
+    let data = &data[..usize::try_from(length)
+        .unwrap_or(usize::MAX)
+        .min(data.len())];
     expand::expand(bytes, data, parsed, width, rows, row_bytes, what, index)
 }

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// A file's format as Pillow names it, and what Pillow made of it.
+type Seen = (Option<String>, Reference);
+
 /// A file that takes longer counts as a hang.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
@@ -145,10 +148,7 @@ fn kind_of(path: &Path, format: Option<&str>, reference: &Reference) -> Option<I
     type_of(path, &bytes)
 }
 
-fn references(
-    arguments: &Arguments,
-    candidates: &[PathBuf],
-) -> Result<Vec<(Option<String>, Reference)>, Box<dyn Error>> {
+fn references(arguments: &Arguments, candidates: &[PathBuf]) -> Result<Vec<Seen>, Box<dyn Error>> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/conformance.py");
     let mut child = Command::new(&arguments.python)
         .arg(script)
