@@ -16,7 +16,7 @@ use std::{
 use aws_config::SdkConfig;
 use aws_sdk_lambda::types::{DestinationConfig, Environment, FunctionCode, OnFailure, Runtime};
 use aws_sdk_s3::types::{Event, LambdaFunctionConfiguration, NotificationConfiguration};
-use aws_sdk_sqs::types::QueueAttributeName;
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, QueueAttributeName};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::task::JoinHandle;
@@ -892,23 +892,26 @@ impl Deployment {
             if answer.messages().is_empty() {
                 return Ok(taken);
             }
-            for message in answer.messages() {
-                let handle = message.receipt_handle().unwrap_or_default();
-                let deleted = self
-                    .sqs
-                    .delete_message()
-                    .queue_url(queue_url)
-                    .receipt_handle(handle)
-                    .send()
-                    .await;
-                deleted.map_err(|error| {
-                    call(
-                        format!("deleting from {queue_url}"),
-                        &error.into_service_error(),
-                    )
-                })?;
-                taken.push(message.clone());
+            let mut deletion = self.sqs.delete_message_batch().queue_url(queue_url);
+            for (index, message) in answer.messages().iter().enumerate() {
+                let entry = DeleteMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(message.receipt_handle().unwrap_or_default())
+                    .build()
+                    .map_err(|error| DeployError::Call {
+                        what: format!("deleting from {queue_url}"),
+                        problem: error.to_string(),
+                    })?;
+                deletion = deletion.entries(entry);
             }
+            let deleted = deletion.send().await;
+            deleted.map_err(|error| {
+                call(
+                    format!("deleting from {queue_url}"),
+                    &error.into_service_error(),
+                )
+            })?;
+            taken.extend(answer.messages().iter().cloned());
         }
     }
 
@@ -1004,9 +1007,21 @@ impl Deployment {
     /// # Errors
     /// When the emulator does not answer.
     pub async fn function_logs(&self, logical_id: &str) -> Result<Vec<LogLine>, DeployError> {
+        self.function_logs_since(logical_id, self.started_ms).await
+    }
+
+    /// The log lines of a function from an instant on (milliseconds since 1970).
+    ///
+    /// # Errors
+    /// When the emulator does not answer.
+    pub async fn function_logs_since(
+        &self,
+        logical_id: &str,
+        since_ms: i64,
+    ) -> Result<Vec<LogLine>, DeployError> {
         Ok(self
             .emulator
-            .function_logs(&Names::name(logical_id, ""), self.started_ms)
+            .function_logs(&Names::name(logical_id, ""), since_ms)
             .await?)
     }
 

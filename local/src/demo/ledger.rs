@@ -150,6 +150,8 @@ impl Ledger {
         let index = *self.by_url.get(line["url"].as_str()?)?;
         let declared = line["content_type"]
             .as_str()
+            .filter(|kind| *kind != "application/octet-stream");
+        let declared = declared
             .map(|kind| format!(", Content-Type {kind}"))
             .unwrap_or_default();
         self.reject(

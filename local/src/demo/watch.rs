@@ -1,7 +1,10 @@
 //! What happens in the cluster and in the functions, told as lines: each
 //! change once.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+};
 
 use serde_json::Value;
 
@@ -16,14 +19,54 @@ use crate::{
 /// Lines of a failed task's log that are shown.
 const LOG_TAIL: usize = 3;
 
+/// A log that is read as it grows: only its end is asked for again.
+#[derive(Default)]
+struct Tail {
+    newest_ms: i64,
+    /// Lines of the last moments, which may be answered again.
+    seen: HashSet<(i64, String)>,
+}
+
+impl Tail {
+    /// Lines may appear this much later than lines with a later timestamp.
+    const OVERLAP_MS: i64 = 5_000;
+
+    async fn read(
+        &mut self,
+        pipeline: &Deployment,
+        function: &str,
+    ) -> Result<Vec<LogLine>, DeployError> {
+        let lines = pipeline
+            .function_logs_since(function, self.newest_ms - Self::OVERLAP_MS)
+            .await?;
+        Ok(self.fresh(lines))
+    }
+
+    fn fresh(&mut self, lines: Vec<LogLine>) -> Vec<LogLine> {
+        let newest = lines.iter().map(|line| line.timestamp).max();
+        self.newest_ms = self.newest_ms.max(newest.unwrap_or_default());
+        let horizon = self.newest_ms - Self::OVERLAP_MS;
+        let mut fresh = Vec::new();
+        for line in lines {
+            if self.seen.insert((line.timestamp, line.message.clone())) {
+                fresh.push(line);
+            }
+        }
+        self.seen.retain(|(timestamp, _)| *timestamp >= horizon);
+        fresh
+    }
+}
+
 /// What was seen so far.
 pub(super) struct Watch<'a> {
     pipeline: &'a Deployment,
     tasks: BTreeMap<String, TaskStatus>,
     instances: BTreeMap<String, &'static str>,
     now: Snapshot,
-    intake_lines_seen: usize,
-    scaler_lines_seen: usize,
+    intake: Tail,
+    scaler: Tail,
+    /// Runs that were woken at the same time decide the same: told once.
+    last_decision: String,
 }
 
 impl<'a> Watch<'a> {
@@ -33,31 +76,27 @@ impl<'a> Watch<'a> {
             tasks: BTreeMap::new(),
             instances: BTreeMap::new(),
             now: Snapshot::default(),
-            intake_lines_seen: 0,
-            scaler_lines_seen: 0,
+            intake: Tail::default(),
+            scaler: Tail::default(),
+            last_decision: String::new(),
         }
     }
 
     /// Lines of intake's log that were not answered before.
     pub async fn intake_lines(&mut self) -> Result<Vec<LogLine>, DeployError> {
-        let lines = self.pipeline.function_logs("IntakeFunction").await?;
-        let fresh = lines
-            .get(self.intake_lines_seen..)
-            .unwrap_or_default()
-            .to_vec();
-        self.intake_lines_seen = lines.len();
-        Ok(fresh)
+        self.intake.read(self.pipeline, "IntakeFunction").await
     }
 
     /// Shows what the scaler decided, where it decided something.
     pub async fn show_scaler(&mut self, screen: &Screen) -> Result<(), DeployError> {
-        let lines = self.pipeline.function_logs("ScalerFunction").await?;
-        for line in lines.get(self.scaler_lines_seen..).unwrap_or_default() {
+        for line in self.scaler.read(self.pipeline, "ScalerFunction").await? {
             for decision in line.json().map(|run| decisions(&run)).unwrap_or_default() {
-                screen.line("scaler", &decision);
+                if decision != self.last_decision {
+                    screen.line("scaler", &decision);
+                    self.last_decision = decision;
+                }
             }
         }
-        self.scaler_lines_seen = lines.len();
         Ok(())
     }
 
@@ -186,18 +225,41 @@ fn decisions(run: &Value) -> Vec<String> {
 }
 
 fn decision_in_words(decision: &Value) -> String {
-    let why = decision["why"].as_str().unwrap_or_default();
-    let what: Vec<String> = decision
+    let text = |name: &str| match &decision[name] {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let what = match decision["do"].as_str() {
+        Some("setDesired") => {
+            format!(
+                "desired capacity of {} {} → {}",
+                text("group"),
+                text("from"),
+                text("to")
+            )
+        }
+        Some("runTasks") => format!("run {} task(s)", text("count")),
+        Some("release") => format!("give {} back", short(&text("instance"))),
+        Some("stopTask") => format!("stop task {}", last_segment(&text("task"))),
+        _ => members_in_words(decision),
+    };
+    format!("{what}: {}", decision["why"].as_str().unwrap_or_default())
+}
+
+fn last_segment(arn: &str) -> &str {
+    short(arn.rsplit('/').next().unwrap_or(arn))
+}
+
+/// For kinds of decisions that have no words here.
+fn members_in_words(decision: &Value) -> String {
+    let members: Vec<String> = decision
         .as_object()
         .into_iter()
         .flatten()
         .filter(|(name, _)| *name != "why")
-        .map(|(name, value)| match value {
-            Value::String(text) => format!("{name}={text}"),
-            other => format!("{name}={other}"),
-        })
+        .map(|(name, value)| format!("{name}={value}"))
         .collect();
-    format!("{} because {why}", what.join(" "))
+    members.join(" ")
 }
 
 #[cfg(test)]
@@ -210,6 +272,46 @@ mod tests {
     fn a_run_without_decisions_is_not_worth_a_line() {
         assert!(decisions(&json!({"message": "scaler run", "plan": {"decisions": []}})).is_empty());
         assert!(decisions(&json!({"message": "something else"})).is_empty());
+    }
+
+    #[test]
+    fn decisions_are_told_in_words() {
+        let run = json!({"message": "scaler run", "plan": {"decisions": [
+            {"do": "setDesired", "group": "clip-1", "from": 0, "to": 2, "why": "8 messages"},
+            {"do": "release", "instance": "i-0000000000000002a", "why": "idle"},
+            {"do": "somethingNew", "count": 3, "why": "so"},
+        ]}});
+        let told = decisions(&run);
+        assert_eq!(told[0], "desired capacity of clip-1 0 → 2: 8 messages");
+        assert_eq!(told[1], "give 0000002a back: idle");
+        assert_eq!(told[2], "count=3 do=\"somethingNew\": so");
+    }
+
+    #[test]
+    fn a_line_is_read_once() {
+        let line = |timestamp, message: &str| LogLine {
+            timestamp,
+            message: message.to_owned(),
+        };
+        let mut tail = Tail::default();
+        assert_eq!(
+            tail.fresh(vec![line(10_000, "a"), line(10_001, "b")]).len(),
+            2
+        );
+        let again = vec![
+            line(9_000, "late"),
+            line(10_000, "a"),
+            line(10_001, "b"),
+            line(10_001, "c"),
+        ];
+        let fresh: Vec<String> = tail
+            .fresh(again)
+            .into_iter()
+            .map(|line| line.message)
+            .collect();
+        assert_eq!(fresh, ["late", "c"]);
+        assert_eq!(tail.fresh(vec![line(99_000, "d")]).len(), 1);
+        assert_eq!(tail.seen.len(), 1, "what is long past is forgotten");
     }
 
     #[test]
