@@ -1,0 +1,311 @@
+//! The emulated AWS: started here, filled here, read here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
+use events::{CloudEvent, Document, EventType, S3Url};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+const SOURCE: &str = "bench-source";
+const REGION: &str = "us-east-1";
+
+/// The emulator and clients for it.
+pub struct Cloud {
+    process: Child,
+    pub port: u16,
+    pub endpoint: String,
+    s3: aws_sdk_s3::Client,
+    sqs: aws_sdk_sqs::Client,
+    sns: aws_sdk_sns::Client,
+    etags: std::sync::Mutex<BTreeMap<String, (String, u64)>>,
+    runs: std::sync::atomic::AtomicUsize,
+}
+
+/// Queues and buckets of one run, and what lies in them.
+pub struct Run {
+    pub input_queue: String,
+    pub dead_letters: String,
+    pub topic: String,
+    pub cache: String,
+    output_queue: String,
+    /// Document URL by ETag: the reference names its vectors by ETag alone.
+    by_etag: BTreeMap<String, String>,
+}
+
+impl Drop for Cloud {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Cloud {
+    /// Starts MiniStack on a free port.
+    pub async fn start(python: &Path, logs: &Path) -> Result<Self> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?
+            .local_addr()?
+            .port();
+        let endpoint = format!("http://127.0.0.1:{port}");
+        let log = std::fs::File::create(logs.join("ministack.log"))?;
+        let process = Command::new(python)
+            .args(["-m", "ministack"])
+            .env("GATEWAY_PORT", port.to_string())
+            .env("BIND_HOST", "127.0.0.1")
+            .env("MINISTACK_REGION", REGION)
+            .env("AWS_ENDPOINT_URL", &endpoint)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("starting MiniStack with {}", python.display()))?;
+        let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
+            .region(REGION)
+            .endpoint_url(&endpoint)
+            .http_client(
+                platform::aws_config()
+                    .await
+                    .http_client()
+                    .context("an HTTP client")?,
+            )
+            .test_credentials()
+            .load()
+            .await;
+        let cloud = Self {
+            process,
+            port,
+            s3: platform::s3_client(&config),
+            sqs: aws_sdk_sqs::Client::new(&config),
+            sns: aws_sdk_sns::Client::new(&config),
+            endpoint,
+            etags: std::sync::Mutex::default(),
+            runs: std::sync::atomic::AtomicUsize::new(0),
+        };
+        for _ in 0..100 {
+            if cloud.s3.create_bucket().bucket(SOURCE).send().await.is_ok() {
+                return Ok(cloud);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        bail!("MiniStack did not start; see ministack.log")
+    }
+
+    /// Puts the files of a set into the source bucket.
+    pub async fn upload(&self, set: &str, files: &[PathBuf]) -> Result<()> {
+        stream::iter(files)
+            .map(|path| async move {
+                let key = key(set, path);
+                let body = tokio::fs::read(path).await?;
+                let size = body.len() as u64;
+                let put = self
+                    .s3
+                    .put_object()
+                    .bucket(SOURCE)
+                    .key(&key)
+                    .content_type("image/jpeg")
+                    .body(body.into())
+                    .send()
+                    .await?;
+                let etag = put.e_tag().unwrap_or_default().trim_matches('"').to_owned();
+                self.etags.lock().unwrap().insert(key, (etag, size));
+                anyhow::Ok(())
+            })
+            .buffer_unordered(4)
+            .try_collect()
+            .await
+    }
+
+    /// Fresh queues and a fresh cache bucket, and one message per image.
+    pub async fn prepare(&self, set: &str, files: &[PathBuf], count: usize) -> Result<Run> {
+        let number = self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let dead_letters = self.queue(&format!("dead-{number}")).await?;
+        let input_queue = self.queue(&format!("input-{number}")).await?;
+        let output_queue = self.queue(&format!("output-{number}")).await?;
+        let topic = self
+            .sns
+            .create_topic()
+            .name(format!("topic-{number}"))
+            .send()
+            .await?;
+        let topic = topic.topic_arn().context("a topic ARN")?.to_owned();
+        let output_arn = self
+            .attribute(&output_queue, QueueAttributeName::QueueArn)
+            .await?;
+        self.sns
+            .subscribe()
+            .topic_arn(&topic)
+            .protocol("sqs")
+            .endpoint(output_arn)
+            .attributes("RawMessageDelivery", "true")
+            .send()
+            .await?;
+        let cache = format!("bench-cache-{number}");
+        self.s3.create_bucket().bucket(&cache).send().await?;
+        let etags = self.etags.lock().unwrap().clone();
+        let mut by_etag = BTreeMap::new();
+        let mut bodies = Vec::new();
+        for index in 0..count {
+            let key = key(set, &files[index % files.len()]);
+            let (etag, size) = &etags[&key];
+            let url = S3Url::new(SOURCE, &key).to_string();
+            by_etag.insert(etag.clone(), url.clone());
+            let event = CloudEvent::new(
+                EventType::DocumentCreated,
+                Document {
+                    url,
+                    mime_type: "image/jpeg".to_owned(),
+                    size: Some((*size).into()),
+                    etag: Some(etag.clone()),
+                },
+            );
+            bodies.push(event.to_json());
+        }
+        stream::iter(bodies.chunks(10))
+            .map(|chunk| self.send(&input_queue, chunk))
+            .buffer_unordered(4)
+            .try_collect::<()>()
+            .await?;
+        Ok(Run {
+            input_queue,
+            dead_letters,
+            topic,
+            cache,
+            output_queue,
+            by_etag,
+        })
+    }
+
+    async fn send(&self, queue: &str, bodies: &[String]) -> Result<()> {
+        let mut request = self.sqs.send_message_batch().queue_url(queue);
+        for (index, body) in bodies.iter().enumerate() {
+            let entry = SendMessageBatchRequestEntry::builder()
+                .id(index.to_string())
+                .message_body(body)
+                .build()?;
+            request = request.entries(entry);
+        }
+        let response = request.send().await?;
+        if !response.failed().is_empty() {
+            bail!("{} messages were not sent", response.failed().len());
+        }
+        Ok(())
+    }
+
+    async fn queue(&self, name: &str) -> Result<String> {
+        let created = self
+            .sqs
+            .create_queue()
+            .queue_name(name)
+            .attributes(QueueAttributeName::VisibilityTimeout, "60")
+            .send()
+            .await?;
+        Ok(created.queue_url().context("a queue URL")?.to_owned())
+    }
+
+    async fn attribute(&self, queue: &str, name: QueueAttributeName) -> Result<String> {
+        let response = self
+            .sqs
+            .get_queue_attributes()
+            .queue_url(queue)
+            .attribute_names(name.clone())
+            .send()
+            .await?;
+        let value = response.attributes().and_then(|all| all.get(&name));
+        Ok(value.context("the attribute")?.clone())
+    }
+
+    /// Messages that are visible or in flight.
+    pub async fn backlog(&self, queue: &str) -> Result<u64> {
+        let visible = QueueAttributeName::ApproximateNumberOfMessages;
+        let in_flight = QueueAttributeName::ApproximateNumberOfMessagesNotVisible;
+        let visible: u64 = self.attribute(queue, visible).await?.parse()?;
+        let in_flight: u64 = self.attribute(queue, in_flight).await?.parse()?;
+        Ok(visible + in_flight)
+    }
+
+    /// Whether any vector is there.
+    pub async fn has_vector(&self, run: &Run) -> Result<bool> {
+        let listed = self
+            .s3
+            .list_objects_v2()
+            .bucket(&run.cache)
+            .max_keys(1)
+            .send()
+            .await?;
+        Ok(!listed.contents().is_empty())
+    }
+
+    /// All vectors of a run, by the URL of their document.
+    pub async fn vectors(&self, run: &Run) -> Result<BTreeMap<String, Vec<f32>>> {
+        let mut keys = Vec::new();
+        let mut pages = self
+            .s3
+            .list_objects_v2()
+            .bucket(&run.cache)
+            .into_paginator()
+            .send();
+        while let Some(page) = pages.next().await {
+            keys.extend(page?.contents().iter().filter_map(|one| one.key.clone()));
+        }
+        stream::iter(keys)
+            .map(|key| async move {
+                let object = self
+                    .s3
+                    .get_object()
+                    .bucket(&run.cache)
+                    .key(&key)
+                    .send()
+                    .await?;
+                let owner = object
+                    .metadata()
+                    .and_then(|all| all.get(events::vector::DOCUMENT_METADATA))
+                    .cloned();
+                let name = key.rsplit('/').next().unwrap_or_default();
+                let url = owner
+                    .or_else(|| run.by_etag.get(name).cloned())
+                    .with_context(|| format!("{key} belongs to no image"))?;
+                let body = object.body.collect().await?.into_bytes();
+                anyhow::Ok((url, serde_json::from_slice(&body)?))
+            })
+            .buffer_unordered(8)
+            .try_collect()
+            .await
+    }
+
+    /// Events that reached the queue behind the topic; answers how many in
+    /// all, duplicates included.
+    pub async fn count_events(&self, run: &Run) -> Result<usize> {
+        let mut ids = BTreeSet::new();
+        let mut count = 0;
+        loop {
+            let received = self
+                .sqs
+                .receive_message()
+                .queue_url(&run.output_queue)
+                .max_number_of_messages(10)
+                .visibility_timeout(3600)
+                .send()
+                .await?;
+            if received.messages().is_empty() {
+                break;
+            }
+            for message in received.messages() {
+                let event = CloudEvent::parse(message.body().unwrap_or_default().as_bytes())?;
+                ids.insert(event.id);
+                count += 1;
+            }
+        }
+        if ids.len() != count {
+            println!("{} duplicate events", count - ids.len());
+        }
+        Ok(count)
+    }
+}
+
+fn key(set: &str, path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    format!("{set}/{name}")
+}
