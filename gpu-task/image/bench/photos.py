@@ -32,7 +32,8 @@ def photo(width: int, height: int) -> Image.Image:
         small = (max(2, width >> octave), max(2, height >> octave))
         noise = Image.frombytes("RGB", small, rng.randbytes(small[0] * small[1] * 3))
         image = Image.blend(image, noise.resize((width, height), Image.Resampling.BICUBIC), 0.12 + 0.03 * octave)
-    grain = Image.effect_noise((width, height), 10)
+    # As much grain as makes files of the size that cameras write.
+    grain = Image.effect_noise((width, height), 5)
     return ImageChops.overlay(image, Image.merge("RGB", (grain, grain, grain)))
 
 

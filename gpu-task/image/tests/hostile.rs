@@ -178,7 +178,8 @@ fn a_file_larger_than_allowed_is_not_looked_at() {
 fn a_thin_image_costs_only_its_crop() {
     let bytes = golden("png-thin.png");
     let needed = memory_needed(&bytes, ImageType::Png, &Options::default()).unwrap();
-    assert!(needed < 1024 * 1024, "{needed} bytes");
+    // Two mebibytes are the decoder's own in any case.
+    assert!(needed < 3 * 1024 * 1024, "{needed} bytes");
 }
 
 #[test]

@@ -19,6 +19,31 @@ pub(super) struct Frame {
     is_progressive: bool,
     /// All EXIF segments, joined, without their identifiers but the first.
     pub(super) exif: Option<Vec<u8>>,
+    /// Where there is but one scan with everything in it.
+    pub(super) scan: Option<Scan>,
+    /// Identifiers of the components, where the frame is sequential and Huffman-coded.
+    simple: Option<Vec<u8>>,
+}
+
+/// A Huffman table as the file has it.
+#[derive(Debug, Clone)]
+pub(super) struct Huffman {
+    /// How many codes there are of each length from one to sixteen.
+    pub(super) counts: [u8; 16],
+    pub(super) symbols: Vec<u8>,
+}
+
+/// A sequential, Huffman-coded scan of all components, and what it needs.
+#[derive(Debug)]
+pub(super) struct Scan {
+    /// Where its data begins.
+    pub(super) start: usize,
+    /// Units between restart markers, zero for none.
+    pub(super) restart_interval: u32,
+    pub(super) dc: [Option<Huffman>; 4],
+    pub(super) ac: [Option<Huffman>; 4],
+    /// Numbers of each component's tables.
+    pub(super) tables: Vec<(usize, usize)>,
 }
 
 /// Lines of buffers that libjpeg keeps for each component of a sequential image.
@@ -30,6 +55,9 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
     }
     let mut frame: Option<Frame> = None;
     let mut exif: Option<Vec<u8>> = None;
+    let mut restart_interval = 0;
+    let mut dc: [Option<Huffman>; 4] = [const { None }; 4];
+    let mut ac: [Option<Huffman>; 4] = [const { None }; 4];
     let mut at = 2;
     loop {
         // A marker is any number of 0xff and a code; anything else is skipped.
@@ -67,7 +95,12 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
         };
         at = end;
         match code {
-            0xc4 | 0xcc => {}
+            0xc4 => read_huffman(data, &mut dc, &mut ac),
+            0xcc => {}
+            0xdd => {
+                let [high, low, ..] = *data else { continue };
+                restart_interval = u32::from(u16::from_be_bytes([high, low]));
+            }
             0xc0..=0xcf | 0xde => frame = Some(read_frame(code, data)?),
             0xdb => check_quantisation(data)?,
             0xe1 if data.starts_with(b"Exif\0\0") => match &mut exif {
@@ -89,6 +122,17 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
                 }
                 frame.memory += u64::from(frame.width) * planes * BUFFERED_LINES;
                 frame.exif = exif;
+                frame.scan = frame
+                    .simple
+                    .as_deref()
+                    .and_then(|components| tables_of(data, components))
+                    .map(|tables| Scan {
+                        start: at,
+                        restart_interval,
+                        dc,
+                        ac,
+                        tables,
+                    });
                 return Ok(frame);
             }
             _ => {}
@@ -128,7 +172,54 @@ fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
         samples: f64::from(units) / f64::from(unit),
         is_progressive: matches!(code, 0xc2 | 0xc6 | 0xca | 0xce),
         exif: None,
+        scan: None,
+        simple: matches!(code, 0xc0 | 0xc1)
+            .then(|| data[6..].chunks_exact(3).map(|c| c[0]).collect()),
     })
+}
+
+/// Takes in the tables of a segment, as far as they are whole.
+fn read_huffman(mut data: &[u8], dc: &mut [Option<Huffman>; 4], ac: &mut [Option<Huffman>; 4]) {
+    while let Some((head, rest)) = data.split_at_checked(17) {
+        let mut counts = [0; 16];
+        counts.copy_from_slice(&head[1..]);
+        let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
+        let Some((symbols, rest)) = rest.split_at_checked(total) else {
+            return;
+        };
+        let class = if head[0] & 0x10 == 0 {
+            &mut *dc
+        } else {
+            &mut *ac
+        };
+        if let Some(table) = class.get_mut(usize::from(head[0] & 15)) {
+            *table = Some(Huffman {
+                counts,
+                symbols: symbols.to_vec(),
+            });
+        }
+        data = rest;
+    }
+}
+
+/// The tables of each component of a scan that has all components in the frame's
+/// order and every coefficient.
+fn tables_of(data: &[u8], components: &[u8]) -> Option<Vec<(usize, usize)>> {
+    let (&count, rest) = data.split_first()?;
+    if usize::from(count) != components.len() || rest.len() != components.len() * 2 + 3 {
+        return None;
+    }
+    let (pairs, spectrum) = rest.split_at(components.len() * 2);
+    if spectrum != [0, 63, 0] {
+        return None;
+    }
+    pairs
+        .chunks_exact(2)
+        .zip(components)
+        .map(|(pair, &component)| {
+            (pair[0] == component).then(|| (usize::from(pair[1] >> 4), usize::from(pair[1] & 15)))
+        })
+        .collect()
 }
 
 fn check_quantisation(mut data: &[u8]) -> Result<()> {

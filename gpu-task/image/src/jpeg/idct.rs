@@ -161,7 +161,7 @@ fn transpose(v: [__m128i; 8]) -> [__m128i; 8] {
 
 /// Transforms one block: `coefficients` times `quantisers`, both in natural
 /// order, to eight rows of eight samples.
-pub(super) fn block(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[u8; 8]; 8] {
+fn block(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[u8; 8]; 8] {
     // SAFETY: SSE2 is part of x86-64; the loads are of 16 bytes within the arrays.
     unsafe {
         let row = |index: usize| _mm_loadu_si128(coefficients.as_ptr().add(index * 8).cast());
@@ -200,17 +200,17 @@ pub(super) fn block(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[u8; 8
     }
 }
 
-/// Pairs of weights of the reduced transforms: for size 5 to 7, output and pair
+/// Pairs of weights of the reduced transforms: for size 1 to 7, output and pair
 /// of coefficients.
-type Reduced = [[[i32; 4]; 8]; 3];
+type Reduced = [[[i32; 4]; 8]; 7];
 
-/// Smallest and largest size of [`reduced_block`].
-pub(super) const REDUCED_SIZES: std::ops::RangeInclusive<usize> = 5..=7;
+/// Sizes of [`reduced_block`].
+const REDUCED_SIZES: std::ops::RangeInclusive<usize> = 1..=7;
 
 fn reduced_weights() -> &'static Reduced {
     static WEIGHTS: OnceLock<Reduced> = OnceLock::new();
     WEIGHTS.get_or_init(|| {
-        let mut weights = [[[0; 4]; 8]; 3];
+        let mut weights = [[[0; 4]; 8]; 7];
         for size in REDUCED_SIZES {
             let weight = |output: usize, order: usize| {
                 if order >= size {
@@ -268,10 +268,7 @@ fn reduced_pass<const N: usize, const SHIFT: i32>(
 
 /// As [`block`], to `N` by `N` samples, of the coefficients of the lowest orders.
 /// For the fast mode, where nothing has to be equal to the last bit.
-pub(super) fn reduced_block<const N: usize>(
-    coefficients: &[i16; 64],
-    quantisers: &[u16; 64],
-) -> [[u8; 8]; 8] {
+fn reduced_block<const N: usize>(coefficients: &[i16; 64], quantisers: &[u16; 64]) -> [[u8; 8]; 8] {
     let weights = &reduced_weights()[N - REDUCED_SIZES.start()];
     // SAFETY: SSE2 is part of x86-64; the loads are of 16 bytes within the arrays.
     unsafe {
@@ -295,6 +292,26 @@ pub(super) fn reduced_block<const N: usize>(
             _mm_storeu_si128(samples.as_mut_ptr().add(pair * 2).cast(), bytes);
         }
         samples
+    }
+}
+
+/// Transforms a block to `size` by `size` samples, 1 to 8; the rest of the result
+/// means nothing.
+#[inline]
+pub(super) fn sized_block(
+    size: usize,
+    coefficients: &[i16; 64],
+    quantisers: &[u16; 64],
+) -> [[u8; 8]; 8] {
+    match size {
+        1 => reduced_block::<1>(coefficients, quantisers),
+        2 => reduced_block::<2>(coefficients, quantisers),
+        3 => reduced_block::<3>(coefficients, quantisers),
+        4 => reduced_block::<4>(coefficients, quantisers),
+        5 => reduced_block::<5>(coefficients, quantisers),
+        6 => reduced_block::<6>(coefficients, quantisers),
+        7 => reduced_block::<7>(coefficients, quantisers),
+        _ => block(coefficients, quantisers),
     }
 }
 
@@ -347,11 +364,8 @@ mod tests {
             for (fast, exact) in fast.iter().flatten().zip(exact.iter().flatten()) {
                 prop_assert!((f64::from(*fast) - exact).abs() <= 1.0);
             }
-            for (size, reduced) in [
-                (5, reduced_block::<5>(&block_of, &quantisers)),
-                (6, reduced_block::<6>(&block_of, &quantisers)),
-                (7, reduced_block::<7>(&block_of, &quantisers)),
-            ] {
+            for size in REDUCED_SIZES {
+                let reduced = sized_block(size, &block_of, &quantisers);
                 let exact = by_definition(&block_of, &quantisers, size);
                 for (fast, exact) in reduced.iter().zip(&exact).take(size) {
                     for (fast, exact) in fast.iter().zip(exact).take(size) {

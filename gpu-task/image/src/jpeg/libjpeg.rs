@@ -1,12 +1,11 @@
 //! The C library: owning its state, its errors, and its rows.
 
+use super::assemble::{Assembly, Sampling};
 use super::codestream::{Frame, JPEG};
 #[cfg(target_arch = "x86_64")]
-use super::idct;
-use super::planes::{Upsampling, ycc_to_rgb};
+use super::{baseline, idct};
 use crate::error::{ImageError, Result};
-use crate::raster::{Mode, Reduced, Sink, Spec};
-use crate::resample::ROW_PADDING;
+use crate::raster::{Mode, Sink};
 use mozjpeg_sys as ffi;
 use std::ffi::{c_int, c_long};
 use std::mem::MaybeUninit;
@@ -187,7 +186,7 @@ pub(super) fn decode(bytes: &[u8], frame: &Frame, eighths: u32, sink: &mut dyn S
         };
         state.cinfo.scale_num = eighths;
         state.cinfo.scale_denom = 8;
-        run(state, frame.mode, eighths, sink)
+        run(bytes, state, frame, eighths, sink)
     })
 }
 
@@ -206,17 +205,23 @@ type Method = unsafe extern "C-unwind" fn(
     u32,
 );
 
+/// What the inverse DCT has to know of a component.
+#[derive(Clone, Copy, Default)]
+struct Target {
+    /// First column that matters, and one past the last.
+    columns: (u32, u32),
+    /// Samples across a block, as libjpeg counts and as they are written.
+    counted: u32,
+    size: u32,
+    /// The method that libjpeg chose.
+    method: Option<Method>,
+}
+
 /// What the inverse DCT may leave out.
 struct Needed {
     /// Whether any row of this line of blocks matters.
     rows: bool,
-    /// First column, and one past the last, of each component.
-    columns: [(u32, u32); 4],
-    /// The methods that libjpeg chose.
-    methods: [Option<Method>; 4],
-    /// Samples across a block of each component, as libjpeg counts and as they
-    /// are written.
-    sizes: [(u32, u32); 4],
+    targets: [Target; 4],
 }
 
 /// Takes the place of libjpeg's inverse DCT: leaves out blocks that the crop does
@@ -229,190 +234,48 @@ unsafe extern "C-unwind" fn inverse_dct(
     column: u32,
 ) {
     // SAFETY: libjpeg passes its own valid structures; `client_data` points to the
-    // `Needed` of the running decode; a block has 64 coefficients, and eight rows
+    // `Needed` of the running decode; a block has 64 coefficients, and the rows
     // have room for eight samples at `column`.
     unsafe {
         let needed = &*(*cinfo).common.client_data.cast::<Needed>();
-        let index = (*component).component_index as usize & 3;
-        let (first, end) = needed.columns[index];
-        let (counted, size) = needed.sizes[index];
-        let column = column / counted * size;
-        if !needed.rows || column + size <= first || column >= end {
+        let target = &needed.targets[(*component).component_index as usize & 3];
+        let column = column / target.counted * target.size;
+        let (first, end) = target.columns;
+        if !needed.rows || column + target.size <= first || column >= end {
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if !(*component).quant_table.is_null() && (5..=8).contains(&size) {
+        if !(*component).quant_table.is_null() && target.size <= 8 {
             let quantisers = &(*(*component).quant_table).quantval;
-            let coefficients = &*coefficients.cast();
-            let samples = match size {
-                5 => idct::reduced_block::<5>(coefficients, quantisers),
-                6 => idct::reduced_block::<6>(coefficients, quantisers),
-                7 => idct::reduced_block::<7>(coefficients, quantisers),
-                _ => idct::block(coefficients, quantisers),
-            };
-            for (line, samples) in samples.iter().enumerate().take(size as usize) {
+            let size = target.size as usize;
+            let samples = idct::sized_block(size, &*coefficients.cast(), quantisers);
+            for (line, samples) in samples.iter().enumerate().take(size) {
                 // Reduced blocks write past their end, where the next block or the
                 // padding of the row is.
-                let target = (*rows.add(line)).add(column as usize);
-                ptr::copy_nonoverlapping(samples.as_ptr(), target, 8);
+                let place = (*rows.add(line)).add(column as usize);
+                ptr::copy_nonoverlapping(samples.as_ptr(), place, 8);
             }
             return;
         }
-        if let Some(method) = needed.methods[index] {
+        if let Some(method) = target.method {
             method(cinfo, component, coefficients, rows, column);
         }
     }
 }
 
-/// One component's last two lines of blocks.
-struct Plane {
-    samples: Vec<u8>,
-    stride: usize,
-    /// Rows that one line of blocks has.
-    band: usize,
-    /// Size of the component.
-    width: usize,
-    height: usize,
-    upsampling: Upsampling,
-}
-
-impl Plane {
-    fn row(&self, y: usize) -> &[u8] {
-        &self.samples[y % (2 * self.band) * self.stride..][..self.stride]
-    }
-}
-
-/// What libjpeg computed when it started.
-struct Shape {
-    width: usize,
-    height: usize,
-    /// Rows of the image in a line of blocks.
-    band: usize,
-    planes: Vec<Plane>,
-    /// As [`Needed::sizes`].
-    sizes: [(u32, u32); 4],
-}
-
-/// Sizes of the component planes, by libjpeg's own rules.
-fn shape(cinfo: &ffi::jpeg_decompress_struct, eighths: u32) -> Result<Shape> {
-    let count = cinfo.num_components.max(0) as usize;
-    // SAFETY: after the header there are `num_components` components.
-    let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, count) };
-    let most = |factor: fn(&ffi::jpeg_component_info) -> c_int| {
-        components.iter().map(factor).max().unwrap_or(1).max(1) as usize
-    };
-    let (most_across, most_down) = (most(|c| c.h_samp_factor), most(|c| c.v_samp_factor));
-    let smallest = eighths as usize;
-    let mut sizes = [(1, 1); 4];
-    let mut planes = Vec::with_capacity(count);
-    for (index, component) in components.iter().enumerate() {
-        let (across, down) = (
-            component.h_samp_factor as usize,
-            component.v_samp_factor as usize,
-        );
-        // Subsampled components are decoded at up to twice the scale, again and
-        // again, as long as that does not make them larger than the image.
-        let mut size = smallest;
-        while size < 8
-            && (most_across * smallest).is_multiple_of(across * size * 2)
-            && (most_down * smallest).is_multiple_of(down * size * 2)
-        {
-            size *= 2;
-        }
-        let counted = size;
-        #[cfg(target_arch = "x86_64")]
-        if idct::REDUCED_SIZES.contains(&smallest) && down == 1 {
-            // The library has no vector code for such blocks, and this has it for
-            // the smallest size only; upsampling does the rest. With one block from
-            // top to bottom the library's row pointers fit all the same.
-            size = smallest;
-        }
-        let (reach, depth) = (most_across * smallest, most_down * smallest);
-        if !reach.is_multiple_of(across * size) || !depth.is_multiple_of(down * size) {
-            return Err(JPEG.unsupported("sampling factors that are not whole multiples"));
-        }
-        let width = (cinfo.image_width as usize * across * size).div_ceil(most_across * 8);
-        let height = (cinfo.image_height as usize * down * size).div_ceil(most_down * 8);
-        let blocks = (component.width_in_blocks as usize).next_multiple_of(across);
-        // Eight more than the blocks take: a scaled block writes what it has, and
-        // the readers may look a little past the end.
-        let stride = blocks * size + 64;
-        let band = down * size;
-        sizes[index & 3] = (counted as u32, size as u32);
-        planes.push(Plane {
-            samples: vec![0; stride * band * 2],
-            stride,
-            band,
-            width,
-            height,
-            upsampling: Upsampling::choose(
-                reach / (across * size),
-                depth / (down * size),
-                width,
-                smallest > 1,
-            ),
-        });
-    }
-    Ok(Shape {
-        width: cinfo.output_width as usize,
-        height: cinfo.output_height as usize,
-        band: most_down * smallest,
-        planes,
-        sizes,
-    })
-}
-
-/// Starts the decompressor and hands on its rows. CMYK is inverted, because the
-/// reference takes it to be stored as Adobe does.
-fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Result<()> {
+/// Decodes what the header described and hands on its rows.
+fn run(
+    bytes: &[u8],
+    state: &mut State,
+    frame: &Frame,
+    eighths: u32,
+    sink: &mut dyn Sink,
+) -> Result<()> {
     let cinfo = &mut state.cinfo;
-    cinfo.raw_data_out = 1;
-    // SAFETY: the header was read.
-    if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
-        return Err(JPEG.truncated("the scans end early"));
-    }
-    let Shape {
-        width,
-        height,
-        band,
-        mut planes,
-        sizes,
-    } = shape(cinfo, eighths)?;
-    if planes.len() != mode.bytes() {
+    let mode = frame.mode;
+    let count = cinfo.num_components.max(0) as usize;
+    if count != mode.bytes() {
         return Err(JPEG.corrupt("the number of components changes"));
-    }
-    let mut spec = Spec::new(width as u32, height as u32, mode);
-    spec.reduced = (eighths != 8).then_some(Reduced {
-        width: cinfo.image_width,
-        height: cinfo.image_height,
-        eighths,
-    });
-    sink.start(spec)?;
-    let columns = sink.columns();
-    let mut needed = Needed {
-        rows: true,
-        columns: [(0, u32::MAX); 4],
-        methods: [None; 4],
-        sizes,
-    };
-    for (index, plane) in planes.iter().enumerate() {
-        // Filters look one sample further.
-        let (across, _) = plane.upsampling.factors();
-        let first = (columns.0 / across).saturating_sub(2);
-        let end = columns.1 / across + 3;
-        needed.columns[index] = (first as u32, end as u32);
-    }
-    // SAFETY: the structure ends with the pointers to its modules for the inverse
-    // DCT, upsampling, colour conversion and quantisation, which the binding keeps
-    // private; the exact version is pinned, and every decode in the tests goes
-    // through here. libjpeg has set the module up when it started.
-    unsafe {
-        let end = ptr::from_mut(cinfo).add(1).cast::<*mut InverseDct>();
-        let module = end.sub(4).read();
-        for index in 0..planes.len() {
-            needed.methods[index] = (*module).methods[index];
-            (*module).methods[index] = Some(inverse_dct);
-        }
     }
     let converts = match (cinfo.jpeg_color_space, mode) {
         (ffi::J_COLOR_SPACE::JCS_YCbCr, Mode::Rgb) | (ffi::J_COLOR_SPACE::JCS_YCCK, _) => true,
@@ -420,24 +283,63 @@ fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Resu
         (_, Mode::Grey) => false,
         (other, _) => return Err(JPEG.unsupported(format!("colour space {}", other as i32))),
     };
-    let holds_back = planes.iter().any(|plane| plane.upsampling.needs_context());
-    let widest = planes.iter().map(|plane| plane.stride).max().unwrap_or(0);
-    let mut sums = vec![0u16; widest];
-    // Upsampling writes whole pairs, and the resize reads past the end.
-    let mut rows = vec![vec![0u8; width + ROW_PADDING]; planes.len()];
-    let bands = height.div_ceil(band);
-    let mut done = 0;
-    for index in 0..bands {
-        let ready = if index + 1 == bands {
-            height
-        } else {
-            (index + 1) * band - usize::from(holds_back)
-        };
-        // Blocks matter if any row does that they or their neighbours reach.
-        let reach = (index * band).saturating_sub(2)..((index + 1) * band + 2).min(height);
-        needed.rows = reach.into_iter().any(|y| sink.wants(y as u32));
+    // SAFETY: after the header there are `num_components` components.
+    let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, count) };
+    let samplings: Vec<Sampling> = components
+        .iter()
+        .map(|component| Sampling {
+            across: component.h_samp_factor.max(0) as usize,
+            down: component.v_samp_factor.max(0) as usize,
+        })
+        .collect();
+    let full = (cinfo.image_width, cinfo.image_height);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(scan) = &frame.scan
+        && state.source.next_input_byte == bytes[scan.start..].as_ptr()
+        && let Some(quantisers) = quantisers(cinfo, components)
+        && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
+    {
+        let mut assembly = Assembly::start(full, eighths, mode, converts, &samplings, sink)?;
+        let data = &bytes[scan.start..];
+        if baseline::decode(data, scan, &quantisers, &samplings, &mut assembly, sink) {
+            return Ok(());
+        }
+    }
+    let _ = bytes;
+    cinfo.raw_data_out = 1;
+    // SAFETY: the header was read.
+    if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
+        return Err(JPEG.truncated("the scans end early"));
+    }
+    let mut assembly = Assembly::start(full, eighths, mode, converts, &samplings, sink)?;
+    let mut needed = Needed {
+        rows: true,
+        targets: [Target::default(); 4],
+    };
+    // SAFETY: the structure ends with the pointers to its modules for the inverse
+    // DCT, upsampling, colour conversion and quantisation, which the binding keeps
+    // private; the exact version is pinned, and progressive files in the tests go
+    // through here. libjpeg has set the module up when it started.
+    unsafe {
+        let end = ptr::from_mut(cinfo).add(1).cast::<*mut InverseDct>();
+        let module = end.sub(4).read();
+        for (index, plane) in assembly.planes.iter().enumerate() {
+            let (first, end) = plane.needed_columns();
+            needed.targets[index] = Target {
+                columns: (first as u32, u32::try_from(end).unwrap_or(u32::MAX)),
+                counted: plane.counted as u32,
+                size: plane.size as u32,
+                method: (*module).methods[index],
+            };
+            (*module).methods[index] = Some(inverse_dct);
+        }
+    }
+    let band = assembly.rows_in_band();
+    for index in 0..assembly.bands() {
+        needed.rows = assembly.needs(index, sink);
         cinfo.common.client_data = ptr::from_ref(&needed).cast_mut().cast();
-        let mut lines: Vec<Vec<*mut u8>> = planes
+        let mut lines: Vec<Vec<*mut u8>> = assembly
+            .planes
             .iter_mut()
             .map(|plane| {
                 let start = index % 2 * plane.band * plane.stride;
@@ -452,53 +354,29 @@ fn run(state: &mut State, mode: Mode, eighths: u32, sink: &mut dyn Sink) -> Resu
         // wide as its blocks padded to whole units of a scan.
         let got = unsafe { ffi::jpeg_read_raw_data(cinfo, components.as_mut_ptr(), band as u32) };
         if got == 0 {
-            return Err(cut((index * band) as u32, height as u32));
+            return Err(cut((index * band) as u32, assembly.height() as u32));
         }
-        for y in done..ready {
-            if !sink.wants(y as u32) {
-                continue;
-            }
-            for (plane, out) in planes.iter().zip(&mut rows) {
-                let (near, far) = plane.upsampling.sources(y, plane.height);
-                plane.upsampling.row(
-                    plane.row(near),
-                    plane.row(far),
-                    y,
-                    plane.width,
-                    columns,
-                    &mut sums,
-                    out,
-                );
-            }
-            if converts && let [luma, cb, cr, ..] = &mut rows[..] {
-                let range = columns.0..columns.1;
-                ycc_to_rgb(
-                    &mut luma[range.clone()],
-                    &mut cb[range.clone()],
-                    &mut cr[range],
-                );
-            }
-            if mode == Mode::Cmyk {
-                invert(converts, &mut rows, columns);
-            }
-            let slices: [&[u8]; 4] =
-                std::array::from_fn(|index| rows.get(index).map_or(&[][..], |row| &row[..]));
-            sink.row_planar(y as u32, &slices[..rows.len()]);
-        }
-        done = ready;
+        assembly.emit(index, sink);
     }
     Ok(())
 }
 
-/// Inverts what is to be inverted of CMYK. YCCK becomes CMY by an inversion of
-/// its own after its conversion to RGB, so only black is left to invert.
-fn invert(was_converted: bool, rows: &mut [Vec<u8>], columns: (usize, usize)) {
-    let skip = if was_converted { 3 } else { 0 };
-    for row in &mut rows[skip..] {
-        for sample in &mut row[columns.0..columns.1] {
-            *sample = 255 - *sample;
-        }
-    }
+/// The quantisation tables of the components; `None` where one is missing.
+#[cfg(target_arch = "x86_64")]
+fn quantisers(
+    cinfo: &ffi::jpeg_decompress_struct,
+    components: &[ffi::jpeg_component_info],
+) -> Option<Vec<[u16; 64]>> {
+    components
+        .iter()
+        .map(|component| {
+            let table = cinfo
+                .quant_tbl_ptrs
+                .get(usize::try_from(component.quant_tbl_no).ok()?)?;
+            // SAFETY: the library's tables live as long as its state.
+            unsafe { table.as_ref() }.map(|table| table.quantval)
+        })
+        .collect()
 }
 
 /// Colour space of the data in a TIFF's strip or tile.

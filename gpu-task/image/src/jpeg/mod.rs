@@ -2,6 +2,9 @@
 //! alone), with the accurate integer DCT and fancy upsampling: the reference's
 //! own decoder and settings, so its pixels bit for bit.
 
+mod assemble;
+#[cfg(target_arch = "x86_64")]
+mod baseline;
 mod codestream;
 #[cfg(target_arch = "x86_64")]
 mod idct;
