@@ -70,6 +70,8 @@ impl Default for BuildOptions {
             labels: Some(parse_list(DEFAULT_LABELS)),
             engine: EngineOptions {
                 max_batch: LABEL_BATCH,
+                // A build shares its machine with whatever waits for it.
+                spinning: false,
                 ..EngineOptions::default()
             },
         }

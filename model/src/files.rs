@@ -28,6 +28,16 @@ pub fn sha256_of_file(path: &Path) -> io::Result<String> {
     }
 }
 
+/// Floats as little-endian bytes. Written into a buffer of known size: the compiler makes a copy of
+/// it, where collecting byte by byte would cost seconds for a model.
+pub fn little_endian(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; size_of_val(values)];
+    for (word, value) in bytes.chunks_exact_mut(size_of::<f32>()).zip(values) {
+        word.copy_from_slice(&value.to_le_bytes());
+    }
+    bytes
+}
+
 /// Bytes as lower-case hexadecimal.
 pub fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write;

@@ -10,6 +10,7 @@ use std::path::Path;
 use half::f16;
 use prost::Message;
 
+use crate::files::little_endian;
 use crate::precision::Precision;
 
 /// `ModelProto`.
@@ -322,14 +323,14 @@ impl GraphBuilder {
     pub fn weight(&mut self, name: &str, shape: &[usize], values: &[f32]) -> io::Result<String> {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}");
         let bytes: Vec<u8> = match self.precision {
-            Precision::Fp32 | Precision::Int8 => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-            Precision::Fp16 => values
-                .iter()
-                .flat_map(|&value| f16::from_f32(value).to_le_bytes())
-                .collect(),
+            Precision::Fp32 | Precision::Int8 => little_endian(values),
+            Precision::Fp16 => {
+                let mut bytes = vec![0; values.len() * size_of::<f16>()];
+                for (word, &value) in bytes.chunks_exact_mut(size_of::<f16>()).zip(values) {
+                    word.copy_from_slice(&f16::from_f32(value).to_le_bytes());
+                }
+                bytes
+            }
         };
         self.constant(name, self.float(), shape, bytes)
     }

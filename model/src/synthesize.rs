@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::architecture::{Architecture, Transformer};
 use crate::checkpoint::CheckpointError;
+use crate::files::little_endian;
 
 /// Key of the file metadata that marks synthesised weights; its value is a [`Mark`] as JSON. It is
 /// the only key, because the order of several would change from run to run and the file's digest
@@ -112,12 +113,7 @@ impl SynthesizedWeights {
                 self.written
                     .set(self.written.get() + self.data_len() as u64);
                 (self.progress)(self.written.get());
-                Cow::Owned(
-                    values
-                        .iter()
-                        .flat_map(|value| value.to_le_bytes())
-                        .collect(),
-                )
+                Cow::Owned(little_endian(&values))
             }
             fn data_len(&self) -> usize {
                 self.shape.iter().product::<usize>() * size_of::<f32>()
