@@ -64,6 +64,8 @@ pub struct Project {
     pub programs: Programs,
     /// `gpu-task/Dockerfile`.
     pub dockerfile: String,
+    /// `infra/README.md`, which lists the parameters.
+    pub readme: String,
     /// `events/filters/subscription.json`, the wire contract's filter.
     pub subscription_filter: serde_json::Value,
 }
@@ -80,6 +82,7 @@ impl Project {
             template: Template::parse(&text("infra/template.yaml")?)?,
             programs: Programs::read(root)?,
             dockerfile: text("gpu-task/Dockerfile")?,
+            readme: text("infra/README.md")?,
             subscription_filter: serde_json::from_str(&filter)
                 .context("events/filters/subscription.json is no JSON")?,
         })

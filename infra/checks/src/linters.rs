@@ -49,7 +49,7 @@ const SEEDS: &[Seed] = &[
         from: "Action: sqs:GetQueueAttributes\n",
         to: "Action: sqs:GetQueueAttribute\n",
         linter: Linter::CfnLint,
-        says: "GetQueueAttribute'",
+        says: "'getqueueattribute' is not one of",
     },
     Seed {
         name: "a Lambda time-out of 1000 s",
@@ -63,7 +63,7 @@ const SEEDS: &[Seed] = &[
         from: "rate(1 minute)",
         to: "rate(1 minutes)",
         linter: Linter::CfnLint,
-        says: "rate(1 minutes)",
+        says: "'minutes' is not one of",
     },
     Seed {
         name: "a property that does not exist",

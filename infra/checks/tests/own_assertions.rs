@@ -526,3 +526,36 @@ fn an_image_that_is_not_hardened() {
         "gpu-task reads ORT_DYLIB_PATH",
     );
 }
+
+#[test]
+fn a_health_check_that_cannot_run() {
+    template_mistake(
+        "gpu-task, --check-config]",
+        "gpu-task, --healthy]",
+        "gpu-task knows no --healthy",
+    );
+    template_mistake(
+        "[CMD, /usr/local/bin/gpu-task",
+        "[CMD-SHELL, curl",
+        "the image has no shell",
+    );
+}
+
+#[test]
+fn a_parameter_that_nobody_explains() {
+    template_mistake(
+        "Parameters: [VpcId, PrivateSubnet1,",
+        "Parameters: [PrivateSubnet1,",
+        "VpcId: is in no group",
+    );
+    template_mistake(
+        "The VPC in which",
+        "The network in which",
+        "infra/README.md does not list it",
+    );
+    template_mistake(
+        "    Description: The CLIP model.",
+        "    Comment: The CLIP model.",
+        "ModelName: has no description",
+    );
+}

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::Value;
+
+use crate::template::list;
 use crate::{Finding, Project};
 
 /// Names of the variables that the Dockerfile's `ENV` instructions set.
@@ -14,6 +17,35 @@ pub fn variables(dockerfile: &str) -> BTreeSet<String> {
         .filter_map(|pair| pair.split_once('='))
         .map(|(name, _)| name.to_owned())
         .collect()
+}
+
+/// The health check runs the image's own program with a flag that it knows:
+/// the image has no shell and no other program.
+pub fn health_check(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "health check";
+    let container = project
+        .template
+        .part("/Resources/TaskDefinition/Properties/ContainerDefinitions/0");
+    let command: Vec<&str> = list(&container["HealthCheck"]["Command"])
+        .into_iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let known = project.programs.of("gpu-task").literals;
+    let mut findings = Vec::new();
+    let entry_point = "/usr/local/bin/gpu-task";
+    if command.first() != Some(&"CMD") || command.get(1) != Some(&entry_point) {
+        let problem = format!("{command:?} must be CMD and {entry_point}: the image has no shell");
+        findings.push(Finding::new(CHECK, "TaskDefinition", problem));
+    }
+    for flag in command
+        .iter()
+        .skip(2)
+        .filter(|flag| !known.contains(**flag))
+    {
+        let problem = format!("gpu-task knows no {flag}");
+        findings.push(Finding::new(CHECK, "TaskDefinition", problem));
+    }
+    findings
 }
 
 /// The images run as a fixed, unprivileged user, without a shell, from pinned

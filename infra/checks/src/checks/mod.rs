@@ -25,6 +25,8 @@ pub const ALL: &[Check] = &[
     operation::alarms_and_dashboard,
     operation::functions,
     operation::log_groups,
+    operation::parameters,
+    container::health_check,
     permissions::api_calls,
     permissions::literals,
     permissions::wildcards,

@@ -210,3 +210,36 @@ fn function_findings(stack: &Stack) -> Vec<Finding> {
     }
     findings
 }
+
+/// Every parameter is explained in the README and grouped for the console.
+pub fn parameters(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "parameters";
+    let groups = project
+        .template
+        .part("/Metadata/AWS::CloudFormation::Interface/ParameterGroups");
+    let grouped: BTreeSet<&str> = list(groups)
+        .into_iter()
+        .flat_map(|group| list(&group["Parameters"]))
+        .filter_map(Value::as_str)
+        .collect();
+    let mut findings = Vec::new();
+    let parameters = project.template.part("/Parameters").as_object();
+    for (name, parameter) in parameters.into_iter().flatten() {
+        let description = parameter["Description"].as_str().unwrap_or_default().trim();
+        let mut fail = |problem: &str| findings.push(Finding::new(CHECK, name.as_str(), problem));
+        if description.is_empty() {
+            fail("has no description");
+        }
+        if !grouped.contains(name.as_str()) {
+            fail("is in no group of Metadata: the console would show it last");
+        }
+        let is_explained = project
+            .readme
+            .lines()
+            .any(|line| line.starts_with(&format!("| `{name}` |")) && line.contains(description));
+        if !is_explained {
+            fail("infra/README.md does not list it with its description");
+        }
+    }
+    findings
+}

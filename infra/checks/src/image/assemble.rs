@@ -82,6 +82,8 @@ fn base(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
             eprintln!("downloading Debian's {name} …");
             run(Command::new("apt-get").current_dir(&packages).args([
                 "--quiet=2",
+                "--option",
+                "APT::Sandbox::User=root",
                 "download",
                 name,
             ]))

@@ -79,22 +79,17 @@ pub fn resolve(root: &Path) -> anyhow::Result<Summary> {
         }
         let object = read(&path)?;
         for library in &object.needed {
-            if FORBIDDEN_LIBRARIES
-                .iter()
-                .any(|forbidden| library.starts_with(forbidden))
-            {
-                summary
-                    .problems
-                    .push(format!("{name} needs {library}, which must not be needed"));
-            } else if DRIVER_LIBRARIES.contains(&library.as_str()) {
-                driver.insert(library.clone());
-            } else {
-                match find(root, library) {
-                    Some(found) => waiting.push(found),
-                    None => summary
-                        .problems
-                        .push(format!("{name} needs {library}, which is not in the image")),
+            match fate(root, library) {
+                Fate::Found(found) => waiting.push(found),
+                Fate::TheDrivers => {
+                    driver.insert(library.clone());
                 }
+                Fate::Forbidden => summary
+                    .problems
+                    .push(format!("{name} needs {library}, which must not be needed")),
+                Fate::Missing => summary
+                    .problems
+                    .push(format!("{name} needs {library}, which is not in the image")),
             }
         }
         objects.insert(name, object);
@@ -106,11 +101,31 @@ pub fn resolve(root: &Path) -> anyhow::Result<Summary> {
     Ok(summary)
 }
 
-fn find(root: &Path, library: &str) -> Option<PathBuf> {
+/// What becomes of a needed library.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    Found(PathBuf),
+    /// NVIDIA's container toolkit mounts it from the host.
+    TheDrivers,
+    Forbidden,
+    Missing,
+}
+
+fn fate(root: &Path, library: &str) -> Fate {
+    if FORBIDDEN_LIBRARIES
+        .iter()
+        .any(|forbidden| library.starts_with(forbidden))
+    {
+        return Fate::Forbidden;
+    }
+    if DRIVER_LIBRARIES.contains(&library) {
+        return Fate::TheDrivers;
+    }
     SEARCH_PATH
         .iter()
         .map(|folder| root.join(folder).join(library))
         .find(|path| path.exists())
+        .map_or(Fate::Missing, Fate::Found)
 }
 
 fn missing_versions(objects: &BTreeMap<String, Object>) -> Vec<String> {
@@ -285,6 +300,22 @@ mod tests {
         let objects =
             BTreeMap::from([("p".to_owned(), program), ("libc.so.6".to_owned(), library)]);
         assert_eq!(missing_versions(&objects).len(), 1);
+    }
+
+    #[test]
+    fn cudnn_and_cufft_are_forbidden_even_where_they_are_there() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("opt/clip");
+        fs::create_dir_all(&folder).unwrap();
+        for library in ["libcudnn.so.9", "libcufft.so.12", "libcublas.so.13"] {
+            fs::write(folder.join(library), b"").unwrap();
+        }
+        assert_eq!(fate(root.path(), "libcudnn.so.9"), Fate::Forbidden);
+        assert_eq!(fate(root.path(), "libcufft.so.12"), Fate::Forbidden);
+        assert_eq!(fate(root.path(), "libcuda.so.1"), Fate::TheDrivers);
+        assert_eq!(fate(root.path(), "libcurand.so.10"), Fate::Missing);
+        let found = Fate::Found(folder.join("libcublas.so.13"));
+        assert_eq!(fate(root.path(), "libcublas.so.13"), found);
     }
 
     #[test]
