@@ -34,7 +34,11 @@ class AutoScaling:
                 assert instance["LifecycleState"] == "InService", "only instances in service can be changed"
                 instance["ProtectedFromScaleIn"] = False
         self.calls.append(["unprotect", AutoScalingGroupName, len(InstanceIds)])
+    refusals = 0
     def suspend_processes(self, AutoScalingGroupName, ScalingProcesses):
+        if AutoScaling.refusals > 0:
+            AutoScaling.refusals -= 1
+            raise PermissionError("AccessDenied")
         self.calls.append(["suspend", AutoScalingGroupName, ScalingProcesses])
 
 answers = []
@@ -93,6 +97,21 @@ fn a_new_stack_suspends_rebalancing() {
     assert_eq!(
         seen,
         r#"[[["suspend", "a", ["AZRebalance"]]], [["SUCCESS", "group-guard", null]]]"#
+    );
+}
+
+#[test]
+fn a_role_that_is_not_in_force_yet_is_waited_for() {
+    let event = r#"{"RequestType": "Create", "ResourceProperties": {"Groups": ["a"]}}"#;
+    let seen = run("{'a': group()}; AutoScaling.refusals = 3", event);
+    assert!(
+        seen.contains(r#"["SUCCESS", "group-guard", null]"#),
+        "{seen}"
+    );
+    let seen = run("{'a': group()}; AutoScaling.refusals = 4", event);
+    assert!(
+        seen.contains(r#"["FAILED", "group-guard", "AccessDenied"]"#),
+        "{seen}"
     );
 }
 
