@@ -1123,6 +1123,7 @@ fn group_of(logical_id: &str, cluster: &str, group: &Resource) -> GroupConfig {
             .map(|letter| format!("{}{letter}", sdk::REGION))
             .collect(),
         protect_new_instances: properties["NewInstancesProtectedFromScaleIn"] == json!(true),
+        newest_first: properties["TerminationPolicies"][0] == json!("NewestInstance"),
         ..GroupConfig::new(&Names::name(logical_id, ""), cluster, &instance_type, 0)
     }
 }

@@ -82,12 +82,20 @@ pub(crate) fn reconcile(cloud: &Cloud, name: &str) {
             }
         } else if live.len() > desired && !is_suspended(group, "Terminate") {
             let surplus = live.len() - desired;
-            let unprotected: Vec<String> = live
-                .into_iter()
-                .filter(|id| !state.instances[id].protected)
-                .take(surplus)
-                .collect();
-            for id in unprotected {
+            let newest_first = group.config.newest_first;
+            // Protection begins when an instance is InService: one that still
+            // boots can be withdrawn.
+            let is_protected = |id: &String| {
+                let instance = &state.instances[id];
+                instance.protected && instance.lifecycle == Lifecycle::InService
+            };
+            let mut candidates: Vec<String> =
+                live.into_iter().filter(|id| !is_protected(id)).collect();
+            if newest_first {
+                candidates.reverse();
+            }
+            candidates.truncate(surplus);
+            for id in candidates {
                 let cause = format!(
                     "At {} an instance was taken out of service in response to a difference between desired and actual capacity, shrinking the capacity from {} to {}.",
                     iso(),

@@ -119,6 +119,8 @@ pub struct GroupConfig {
     pub zones: Vec<String>,
     /// New instances are protected from scale-in.
     pub protect_new_instances: bool,
+    /// Scale-in takes the newest instance first (`NewestInstance`), not the oldest.
+    pub newest_first: bool,
 }
 
 impl GroupConfig {
@@ -135,6 +137,7 @@ impl GroupConfig {
             desired: 0,
             zones: vec!["us-east-1a".to_owned()],
             protect_new_instances: false,
+            newest_first: false,
         }
     }
 }

@@ -167,7 +167,7 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
 
     let mut deployment = DeploymentOptions::new(&bundle.folder, &logs)?
         .parameter("MaxInstances", options.max_instances)
-        .parameter("ModelName", &options.model);
+        .parameter("ModelName", model_parameter(&bundle, options));
     deployment.parameters.extend(options.parameters.clone());
     screen.note("starting an emulated AWS and deploying infra/template.yaml into it");
     let pipeline = Deployment::start(&deployment).await?;
@@ -233,6 +233,18 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     } else {
         DemoEnd::SomeFailed
     })
+}
+
+/// The template's models; another bundle (a tiny one for trials) passes as the
+/// one asked for, since the task reads the model's name from the bundle.
+fn model_parameter(bundle: &ReadyBundle, options: &DemoOptions) -> String {
+    const MODELS: [&str; 3] = ["ViT-B/32", "ViT-B/16", "ViT-L/14"];
+    let known = MODELS.contains(&bundle.model.as_str());
+    if known {
+        bundle.model.clone()
+    } else {
+        options.model.clone()
+    }
 }
 
 fn synthesized_warning(bundle: &ReadyBundle, work_dir: &Path) -> Vec<String> {

@@ -5,7 +5,7 @@ use aws_sdk_autoscaling::{
     error::ProvideErrorMetadata,
     types::{Filter, LifecycleState, ScalingActivityStatusCode, Tag},
 };
-use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, Lifecycle};
+use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, Lifecycle, Timings};
 
 async fn set(
     world: &World,
@@ -275,6 +275,61 @@ async fn protected_instances_survive_scale_in() {
         left.instances
             .iter()
             .any(|one| one.id == oldest && one.lifecycle == Lifecycle::InService)
+    );
+}
+
+#[tokio::test]
+async fn a_protected_instance_that_still_boots_can_be_withdrawn() {
+    let world = world(3, "exit 0").await;
+    let slow = Timings {
+        instance_launch: std::time::Duration::from_millis(400),
+        ..Timings::fast()
+    };
+    world.cloud.set_timings(slow);
+    let update = world
+        .autoscaling
+        .update_auto_scaling_group()
+        .auto_scaling_group_name(GROUP);
+    update
+        .new_instances_protected_from_scale_in(true)
+        .send()
+        .await
+        .expect("protection");
+    set(&world, 1).await.expect("capacity");
+    set(&world, 0).await.expect("capacity");
+    let now = world
+        .until("it is gone", |now| now.live_instances() == 0)
+        .await;
+    assert_eq!(now.instances.len(), 1);
+}
+
+#[tokio::test]
+async fn scale_in_takes_the_newest_where_the_group_says_so() {
+    let world = world(3, "exit 0").await;
+    let newest = GroupConfig {
+        newest_first: true,
+        ..GroupConfig::new("newest", crate::common::CLUSTER, "g5.xlarge", 3)
+    };
+    world.cloud.create_group(newest);
+    let set = |desired| {
+        world
+            .autoscaling
+            .set_desired_capacity()
+            .auto_scaling_group_name("newest")
+            .desired_capacity(desired)
+            .send()
+    };
+    set(1).await.expect("capacity");
+    let first = world.cloud.snapshot().instances[0].id.clone();
+    set(2).await.expect("capacity");
+    set(1).await.expect("capacity");
+    let now = world
+        .until("one is left", |now| now.live_instances() == 1)
+        .await;
+    assert!(
+        now.instances
+            .iter()
+            .any(|one| one.id == first && one.lifecycle.is_live())
     );
 }
 

@@ -1,0 +1,209 @@
+//! `local demo`, as a user runs it, with a model that is small enough for a
+//! test: needs `LOCAL_MINISTACK`, `ORT_DYLIB_PATH` and the pipeline's programs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A bundle of the tiny model, made by `clip-model` as a user makes one.
+fn tiny_bundle(folder: &TempDir) -> PathBuf {
+    let clip_model = local::process::sibling("clip-model");
+    let weights = folder.path().join("tiny.safetensors");
+    let bundle = folder.path().join("tiny");
+    let run = |arguments: &[&str]| {
+        let output = Command::new(&clip_model).args(arguments).output();
+        let output = output.unwrap_or_else(|error| {
+            panic!(
+                "{}: {error} (cargo build -p clip-model)",
+                clip_model.display()
+            )
+        });
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    let (weights_text, bundle_text) = (weights.display().to_string(), bundle.display().to_string());
+    run(&["synthesize", "tiny", "--output", &weights_text]);
+    run(&[
+        "build",
+        "--no-labels",
+        "--weights",
+        &weights_text,
+        "--output",
+        &bundle_text,
+    ]);
+    bundle
+}
+
+fn demo(folder: &TempDir, arguments: &[&Path]) -> Command {
+    for variable in ["LOCAL_MINISTACK", "ORT_DYLIB_PATH"] {
+        assert!(
+            std::env::var_os(variable).is_some(),
+            "{variable} must be set; `cargo xtask test` does that"
+        );
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+    command
+        .arg("demo")
+        .arg("--bundle")
+        .arg(tiny_bundle(folder))
+        .arg("--work-dir")
+        .arg(folder.path().join("work"))
+        .args(arguments)
+        .stdin(Stdio::null());
+    command
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+fn samples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("samples")
+}
+
+#[test]
+fn the_samples_come_out_as_vectors_and_events_and_the_cluster_is_at_zero_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = demo(&folder, &[]).output().expect("it runs");
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("8 of 8 files embedded, 0 not"), "{said}");
+    assert!(said.contains("SYNTHESISED WEIGHTS"), "{said}");
+    assert_eq!(
+        said.lines().last(),
+        Some("the cluster is back at 0 tasks and 0 instances")
+    );
+
+    let results = folder.path().join("work/demo");
+    let events = fs::read_to_string(results.join("events.jsonl")).expect("events");
+    assert_eq!(events.lines().count(), 8);
+    for line in events.lines() {
+        let event: Value = serde_json::from_str(line).expect("JSON");
+        let dimensions =
+            &event["data"]["metadata"]["properties"]["attrs"]["embeddings"]["dimensions"];
+        let url = event["data"]["document"]["url"].as_str().expect("a URL");
+        let name = url
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .replace("%20", " ");
+        let vector = fs::read_to_string(results.join("vectors").join(format!("{name}.json")))
+            .expect("a vector");
+        let vector: Vec<f64> = serde_json::from_str(&vector).expect("an array of numbers");
+        assert_eq!(dimensions.as_u64(), Some(vector.len() as u64));
+    }
+}
+
+#[test]
+fn a_mixed_folder_loses_nothing_and_each_bad_file_has_its_reason() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mixed = folder.path().join("my mixed + é folder");
+    fs::create_dir_all(mixed.join("deep")).expect("folders");
+    fs::copy(
+        samples().join("mountains.jpg"),
+        mixed.join("deep/photo + é&(1).jpg"),
+    )
+    .expect("a copy");
+    fs::copy(samples().join("flower.gif"), mixed.join("flower 100%.gif")).expect("a copy");
+    let whole = fs::read(samples().join("city at night.jpg")).expect("a sample");
+    fs::write(mixed.join("half.jpg"), &whole[..whole.len() / 2]).expect("a file");
+    fs::write(mixed.join("text.jpg"), "no image at all").expect("a file");
+    fs::write(mixed.join("empty.png"), "").expect("a file");
+    fs::write(mixed.join("notes.txt"), "just notes").expect("a file");
+    let output = demo(&folder, &[&mixed]).output().expect("it runs");
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("2 of 6 files embedded, 4 not"), "{said}");
+    for (name, reason) in [
+        ("half.jpg", "truncated"),
+        ("text.jpg", "claims to be image/jpeg"),
+        ("empty.png", "empty"),
+        ("notes.txt", "none of the seven image types"),
+    ] {
+        let row = said
+            .lines()
+            .rev()
+            .find(|line| line.starts_with("my mixed + é folder/") && line.contains(name));
+        assert!(
+            row.is_some_and(|row| row.contains(reason)),
+            "{name}: {row:?} in\n{said}"
+        );
+    }
+    assert_eq!(
+        said.lines().last(),
+        Some("the cluster is back at 0 tasks and 0 instances")
+    );
+}
+
+#[test]
+fn an_interrupt_stops_everything_that_was_started() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut running = demo(&folder, &[])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it runs");
+    let started = Instant::now();
+    while processes_in(folder.path()).len() < 3 {
+        assert!(
+            started.elapsed() < Duration::from_secs(60),
+            "emulator, functions and a task are not up"
+        );
+        assert_eq!(
+            running.try_wait().expect("its state"),
+            None,
+            "it ended too early"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = rustix::process::Pid::from_child(&running);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
+    assert_eq!(running.wait().expect("its end").code(), Some(130));
+    let stopped = Instant::now();
+    while !processes_in(folder.path()).is_empty() {
+        assert!(
+            stopped.elapsed() < Duration::from_secs(5),
+            "left: {:?}",
+            processes_in(folder.path())
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_is_not_there_is_said_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = demo(&folder, &[Path::new("/no/such/photo.jpg")])
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        text(&output).contains("/no/such/photo.jpg: "),
+        "{}",
+        text(&output)
+    );
+}
+
+/// Processes that work in `folder`: the emulator, its functions, the tasks.
+fn processes_in(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        if fs::read_link(entry.path().join("cwd")).is_ok_and(|path| path.starts_with(folder)) {
+            found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
+        }
+    }
+    found
+}
