@@ -10,7 +10,7 @@ use crate::memory::{OPTION_KEY, TASKS_KEY};
 use crate::observation::{ContainerInstance, Group, Observation, Task};
 use crate::policy::Policy;
 
-/// Time that all reads together may take. The Lambda's time-out (30 s) leaves
+/// Time that all reads together may take. The Lambda's time-out (60 s) leaves
 /// room for the writes.
 pub const OBSERVE_TIMEOUT: Duration = Duration::from_secs(12);
 

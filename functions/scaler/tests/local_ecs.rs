@@ -326,8 +326,12 @@ async fn a_decision_over_a_hundred_tasks_and_instances_is_fast() {
             .await
             .expect("a free GPU");
     }
+    // The machine may be busy with other things: the best of many counts.
     let mut best = Duration::MAX;
-    for _ in 0..10 {
+    for _ in 0..40 {
+        if best < DECISION_LIMIT / 2 {
+            break;
+        }
         let began = Instant::now();
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -32,7 +32,9 @@ pub struct Stats {
     pub launch_times: Vec<Ms>,
     /// Most instances at once, those on their way out included.
     pub most_instances: u32,
-    /// When the first image was done, after its arrival.
+    /// When the first message arrived.
+    pub first_arrival: Option<Ms>,
+    /// From the first arrival to the first image done, whichever it was.
     pub first_vector: Option<Ms>,
     /// When the last image was done.
     pub last_done: Ms,
@@ -54,9 +56,11 @@ impl Stats {
         per_image: f64,
     ) {
         let at = |number: u64| began + ((done_before + number) as f64 * per_image).round() as Ms;
-        if self.first_vector.is_none() {
-            self.first_vector = Some(at(1) - arrived);
-        }
+        let first_done = at(1) - self.first_arrival.unwrap_or(arrived);
+        let earliest = self
+            .first_vector
+            .map_or(first_done, |known| known.min(first_done));
+        self.first_vector = Some(earliest);
         self.done += count;
         let samples = count.min(SAMPLES_PER_PIECE);
         let mut counted = 0;

@@ -406,6 +406,7 @@ impl World {
         self.visible += count;
         self.arrived = index + 1;
         self.stats.arrived += count;
+        self.stats.first_arrival.get_or_insert(at);
         let minute = at.div_euclid(60_000);
         match self.sent.back_mut() {
             Some((known, sum)) if *known == minute => *sum += count,
