@@ -13,13 +13,10 @@ use crate::queue::BATCH_MAX;
 /// keeps that the exception.
 const SHARE_OF_VISIBILITY: f64 = 0.5;
 
-/// How many messages may be held. `rate` is the measured throughput in images
-/// per second, if there is one yet; `least` keeps the stages busy until then.
-pub fn limit(rate: Option<f64>, visibility: Duration, least: usize, most: usize) -> usize {
-    let finishable = match rate {
-        None => return least.min(most).max(1),
-        Some(rate) => rate * visibility.as_secs_f64() * SHARE_OF_VISIBILITY,
-    };
+/// How many messages may be held at `rate` images per second. `least` keeps
+/// the stages busy however slow the task is.
+pub fn limit(rate: f64, visibility: Duration, least: usize, most: usize) -> usize {
+    let finishable = rate * visibility.as_secs_f64() * SHARE_OF_VISIBILITY;
     (finishable as usize).clamp(least.min(most).max(1), most.max(1))
 }
 
@@ -99,17 +96,12 @@ mod tests {
             rate in 0.01f64..5000.0, visibility in 10u64..3600
         ) {
             let visibility = Duration::from_secs(visibility);
-            let held = limit(Some(rate), visibility, 16, 512);
+            let held = limit(rate, visibility, 16, 512);
             prop_assert!((16..=512).contains(&held));
             if held > 16 {
                 prop_assert!(held as f64 / rate <= visibility.as_secs_f64());
             }
         }
-    }
-
-    #[test]
-    fn without_a_measurement_it_is_the_least() {
-        assert_eq!(limit(None, Duration::from_secs(60), 16, 512), 16);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,7 +1,7 @@
 //! Who owns a message when. `design.md` beside this crate tells the whole
 //! protocol; this is its bookkeeping, without any I/O.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ pub enum Ownership {
     /// This task; the work has not reached the model yet, so a stop hands the
     /// message back. Entered by receiving.
     Held,
-    /// This task; an image of it is in a batch or behind it, so a stop
-    /// finishes it. Entered from `Held` by the batcher.
+    /// This task; an image of it is in the model or behind it, so a stop
+    /// finishes it. Entered from `Held` when the model begins with its batch.
     Committed,
     /// Somebody else, or soon: the visibility ended. Entered from `Held` or
     /// `Committed` by the heartbeat.
@@ -96,7 +96,7 @@ impl Message {
         self.state().receipt.clone()
     }
 
-    /// Marks it as being in a batch. False when it is not ours any more.
+    /// Marks it as having reached the model. False when it is not ours any more.
     fn commit(&self) -> bool {
         let mut state = self.state();
         if state.ownership == Ownership::Held {
@@ -149,7 +149,7 @@ impl Ticket {
         self.message.ownership().is_ours()
     }
 
-    /// Marks the message as being in a batch. False when it is not ours.
+    /// Marks the message as having reached the model. False when it is not ours.
     pub fn commit(&self) -> bool {
         self.message.commit()
     }
@@ -206,7 +206,12 @@ impl Drop for Ticket {
 pub struct Ledger {
     messages: Mutex<HashMap<String, Arc<Message>>>,
     emptied: Notify,
+    /// Messages that were done but could not be deleted, the latest of them.
+    done: Mutex<VecDeque<String>>,
 }
+
+/// Messages that are remembered as done. Only those are whose deletion failed.
+const MAX_DONE: usize = 1000;
 
 /// What [`Ledger::take`] made of a delivery.
 pub enum Taken {
@@ -214,6 +219,9 @@ pub enum Taken {
     New(Arc<Message>),
     /// The message is in work here already; its lease is the new one now.
     Duplicate,
+    /// The message was done here already and only has to be deleted, with
+    /// this receipt.
+    Done(String),
 }
 
 impl Default for Ledger {
@@ -228,6 +236,7 @@ impl Ledger {
         Self {
             messages: Mutex::new(HashMap::new()),
             emptied: Notify::new(),
+            done: Mutex::new(VecDeque::new()),
         }
     }
 
@@ -248,6 +257,9 @@ impl Ledger {
                 return Taken::Duplicate;
             }
         }
+        if self.is_done(&received.message_id) {
+            return Taken::Done(received.receipt);
+        }
         let message = Arc::new(Message {
             message_id: received.message_id,
             body: received.body,
@@ -264,6 +276,24 @@ impl Ledger {
         });
         messages.insert(message.message_id.clone(), message.clone());
         Taken::New(message)
+    }
+
+    fn done(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_done(&self, message_id: &str) -> bool {
+        self.done().iter().any(|done| done == message_id)
+    }
+
+    /// The message is done, but could not be deleted: when it is delivered
+    /// again, that is all that is left to do.
+    pub fn remember_done(&self, message: &Message) {
+        let mut done = self.done();
+        if done.len() == MAX_DONE {
+            done.pop_front();
+        }
+        done.push_back(message.message_id.clone());
     }
 
     /// Tickets for the items of a message that was just taken. The message
@@ -405,7 +435,7 @@ mod tests {
     fn take(ledger: &Ledger, id: &str) -> Arc<Message> {
         match ledger.take(received(id, "r1"), Instant::now(), VISIBILITY) {
             Taken::New(message) => message,
-            Taken::Duplicate => panic!("{id} is new"),
+            Taken::Duplicate | Taken::Done(_) => panic!("{id} is new"),
         }
     }
 
@@ -474,6 +504,17 @@ mod tests {
         assert!(ledger.remove(&old), "it took room at the gate");
         assert!(!ledger.remove(&old));
         assert_eq!(ledger.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_message_that_was_done_but_not_deleted_is_only_deleted_when_it_comes_back() {
+        let ledger = Ledger::new();
+        let message = take(&ledger, "a");
+        ledger.remember_done(&message);
+        ledger.remove(&message);
+        let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
+        assert!(matches!(again, Taken::Done(receipt) if receipt == "r2"));
+        assert!(ledger.is_empty());
     }
 
     #[tokio::test]

@@ -40,9 +40,16 @@ const MAX_ACCESS_REFUSALS: usize = 20;
 /// Kept free at the end of the stop timeout to hand back what is left.
 const STOP_MARGIN: Duration = Duration::from_secs(2);
 
-/// Messages held at least, however slow the task is: four batches keep every
-/// stage busy.
-const LEAST_BATCHES_HELD: usize = 4;
+/// Batches of messages held before the rate is known: enough for a model that
+/// is as fast as it gets behind a storage that answers after 100 ms.
+const BATCHES_HELD_AT_FIRST: usize = 8;
+
+/// Batches of messages held at least, however slow the task turns out to be:
+/// one in the model, one in front of it, one on its way.
+const LEAST_BATCHES_HELD: usize = 3;
+
+/// How often the number of messages held is set anew.
+const LIMIT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How the pipeline runs.
 #[derive(Clone, Debug)]
@@ -118,6 +125,8 @@ struct Shared {
     gate: Gate,
     /// Cancelled when the task stops, for whatever reason.
     stop: CancellationToken,
+    /// Cancelled when no receiver polls any more.
+    receivers_ended: CancellationToken,
     /// Cancelled by the idle rule, so that the reason is known.
     is_idle: CancellationToken,
     fatal: OnceLock<Fatal>,
@@ -375,15 +384,14 @@ pub async fn run(
     let (model_sender, model) = watch::channel(None);
     let (desk, desk_arrivals) = mpsc::unbounded_channel();
     let documents_bytes = (settings.memory_budget as f64 * DOCUMENTS_SHARE) as u64;
-    let least_held = LEAST_BATCHES_HELD * settings.batch_size;
-    let initial_limit =
-        holding::limit(None, settings.visibility, least_held, settings.max_messages);
+    let first_limit = BATCHES_HELD_AT_FIRST * settings.batch_size;
     let shared = Arc::new(Shared {
         services,
         stats,
         ledger: Ledger::new(),
-        gate: Gate::new(initial_limit),
+        gate: Gate::new(first_limit.min(settings.max_messages)),
         stop,
+        receivers_ended: CancellationToken::new(),
         is_idle: CancellationToken::new(),
         fatal: OnceLock::new(),
         facts: OnceLock::new(),
@@ -416,7 +424,8 @@ pub async fn run(
     tokio::spawn(store::publish(shared.clone(), publishes));
     tokio::spawn(desk::run(shared.clone(), desk_arrivals));
     let heartbeat = tokio::spawn(desk::heartbeat(shared.clone()));
-    let metrics = tokio::spawn(report(shared.clone(), least_held));
+    let metrics = tokio::spawn(report(shared.clone()));
+    let limit = tokio::spawn(set_limit(shared.clone()));
     tokio::spawn(load(shared.clone(), facts, loading, model_sender, to_model));
     let receivers: Vec<_> = receive::spawn(&shared, &to_download, &to_store);
     drop((to_download, to_store));
@@ -425,6 +434,7 @@ pub async fn run(
     let handed_back = drain(&shared, receivers).await;
     heartbeat.abort();
     metrics.abort();
+    limit.abort();
     shared.stats.emit();
     if let Some(fatal) = shared.fatal.get() {
         return Err(fatal.clone());
@@ -475,21 +485,34 @@ async fn load(
     tokio::join!(facts, info, embedders);
 }
 
-/// Writes the metrics every interval, and lets the measured throughput set
-/// how many messages may be held.
-async fn report(shared: Arc<Shared>, least_held: usize) {
-    let settings = &shared.settings;
-    let mut ticks = tokio::time::interval(settings.metrics_interval);
+/// Writes the metrics every interval.
+async fn report(shared: Arc<Shared>) {
+    let mut ticks = tokio::time::interval(shared.settings.metrics_interval);
     ticks.tick().await;
     loop {
         ticks.tick().await;
         shared.stats.emit();
-        shared.gate.set_limit(holding::limit(
-            shared.stats.rate(),
-            settings.visibility,
-            least_held,
-            settings.max_messages,
-        ));
+    }
+}
+
+/// Lets the throughput of the last second of full work set how many messages
+/// may be held.
+async fn set_limit(shared: Arc<Shared>) {
+    let settings = &shared.settings;
+    let least = LEAST_BATCHES_HELD * settings.batch_size;
+    let mut ticks = tokio::time::interval(LIMIT_INTERVAL);
+    let mut before = shared.stats.work_done();
+    loop {
+        ticks.tick().await;
+        let now = shared.stats.work_done();
+        let busy = now.0 - before.0;
+        if busy < LIMIT_INTERVAL / 2 {
+            continue;
+        }
+        let rate = (now.1 - before.1) as f64 / busy.as_secs_f64();
+        before = now;
+        let limit = holding::limit(rate, settings.visibility, least, settings.max_messages);
+        shared.gate.set_limit(limit);
     }
 }
 
@@ -500,11 +523,13 @@ async fn drain(shared: &Arc<Shared>, receivers: Vec<tokio::task::JoinHandle<()>>
     let margin = STOP_MARGIN.min(shared.settings.stop_timeout / 4);
     let deadline = Instant::now() + shared.settings.stop_timeout - margin;
     let is_fatal = shared.fatal.get().is_some();
-    let mut handed_back = desk::hand_back(shared, shared.ledger.give_up(is_fatal)).await;
+    // The receivers first: one that still polls would be given at once what
+    // is handed back here.
     for receiver in receivers {
         let _ = tokio::time::timeout_at(deadline, receiver).await;
     }
-    handed_back += desk::hand_back(shared, shared.ledger.give_up(is_fatal)).await;
+    shared.receivers_ended.cancel();
+    let mut handed_back = desk::hand_back(shared, shared.ledger.give_up(is_fatal)).await;
     let _ = tokio::time::timeout_at(deadline, shared.ledger.wait_until_empty()).await;
     handed_back += desk::hand_back(shared, shared.ledger.give_up(true)).await;
     if handed_back > 0 {

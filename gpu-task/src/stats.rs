@@ -47,10 +47,14 @@ impl Samples {
     }
 }
 
-/// Time during which a condition held.
-struct Held {
-    since: Option<Instant>,
-    total: Duration,
+/// The images in the pipeline, and how long there were enough of them.
+#[derive(Default)]
+struct InWork {
+    images: usize,
+    /// Since when there are at least `saturation` of them.
+    saturated_since: Option<Instant>,
+    /// How long there were, before that.
+    saturated: Duration,
 }
 
 /// The task's figures.
@@ -60,16 +64,15 @@ pub struct Stats {
     cluster: Option<String>,
     started: Instant,
     stages: [StageStats; Stage::ALL.len()],
-    images: AtomicU64,
     images_total: AtomicU64,
     failed_total: AtomicU64,
     bytes: AtomicU64,
     batches: Mutex<Samples>,
     failures: Mutex<BTreeMap<(Stage, Cause, &'static str), u64>>,
-    in_work: AtomicUsize,
+    in_work: Mutex<InWork>,
     saturation: usize,
-    saturated: Mutex<Held>,
-    rate: Mutex<Option<f64>>,
+    /// `saturated` and the images done when the metrics were last written.
+    written: Mutex<(Duration, u64)>,
     first_vector: OnceLock<Duration>,
     first_vector_told: AtomicBool,
     lines: Mutex<(u64, u32)>,
@@ -95,19 +98,14 @@ impl Stats {
             cluster: cluster.map(str::to_owned),
             started: Instant::now(),
             stages: Default::default(),
-            images: AtomicU64::new(0),
             images_total: AtomicU64::new(0),
             failed_total: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             batches: Mutex::default(),
             failures: Mutex::default(),
-            in_work: AtomicUsize::new(0),
+            in_work: Mutex::default(),
             saturation: saturation.max(1),
-            saturated: Mutex::new(Held {
-                since: None,
-                total: Duration::ZERO,
-            }),
-            rate: Mutex::new(None),
+            written: Mutex::default(),
             first_vector: OnceLock::new(),
             first_vector_told: AtomicBool::new(false),
             lines: Mutex::new((0, 0)),
@@ -150,26 +148,27 @@ impl Stats {
 
     /// An image entered the pipeline.
     pub fn image_enters(&self) {
-        let before = self.in_work.fetch_add(1, Ordering::Relaxed);
-        if before + 1 == self.saturation {
-            lock(&self.saturated).since = Some(Instant::now());
+        let mut in_work = lock(&self.in_work);
+        in_work.images += 1;
+        if in_work.images == self.saturation {
+            in_work.saturated_since = Some(Instant::now());
         }
     }
 
     /// An image left the pipeline, however it ended.
     pub fn image_leaves(&self) {
-        let before = self.in_work.fetch_sub(1, Ordering::Relaxed);
-        if before == self.saturation {
-            let mut saturated = lock(&self.saturated);
-            if let Some(since) = saturated.since.take() {
-                saturated.total += since.elapsed();
-            }
+        let mut in_work = lock(&self.in_work);
+        if in_work.images == self.saturation
+            && let Some(since) = in_work.saturated_since.take()
+        {
+            in_work.saturated += since.elapsed();
         }
+        in_work.images -= 1;
     }
 
     /// Images in the pipeline.
     pub fn images_in_work(&self) -> usize {
-        self.in_work.load(Ordering::Relaxed)
+        lock(&self.in_work).images
     }
 
     /// A vector was stored.
@@ -179,7 +178,6 @@ impl Stats {
 
     /// An image is done: stored and published.
     pub fn image_done(&self) {
-        self.images.fetch_add(1, Ordering::Relaxed);
         self.images_total.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -201,9 +199,13 @@ impl Stats {
         self.first_vector.get().copied()
     }
 
-    /// The last measured throughput in images per second.
-    pub fn rate(&self) -> Option<f64> {
-        *lock(&self.rate)
+    /// How long the task had at least a batch of work at hand, and how many
+    /// images it has done, both since the start: what a throughput is made of.
+    pub fn work_done(&self) -> (Duration, u64) {
+        let in_work = lock(&self.in_work);
+        let current = in_work.saturated_since.map(|since| since.elapsed());
+        let images = self.images_total.load(Ordering::Relaxed);
+        (in_work.saturated + current.unwrap_or_default(), images)
     }
 
     /// Images done and images rejected since the start.
@@ -229,17 +231,11 @@ impl Stats {
     /// that of the time in which the task had at least a batch of work at
     /// hand: an idle task is not a slow one.
     pub fn take_lines(&self) -> Vec<MetricLine> {
-        let saturated = {
-            let mut saturated = lock(&self.saturated);
-            let mut total = std::mem::take(&mut saturated.total);
-            if let Some(since) = &mut saturated.since {
-                let now = Instant::now();
-                total += now - *since;
-                *since = now;
-            }
-            total
+        let (saturated, images) = {
+            let now = self.work_done();
+            let before = std::mem::replace(&mut *lock(&self.written), now);
+            (now.0 - before.0, now.1 - before.1)
         };
-        let images = self.images.swap(0, Ordering::Relaxed);
         let mut main = self
             .line()
             .metric("Images", Unit::Count, images as f64)
@@ -256,7 +252,6 @@ impl Stats {
             );
         if saturated >= MIN_SATURATED && images > 0 {
             let rate = images as f64 / saturated.as_secs_f64();
-            *lock(&self.rate) = Some(rate);
             main = main.metric("ImagesPerSecond", Unit::CountPerSecond, rate);
         }
         if let Some(first) = self.first_vector.get()
@@ -336,10 +331,9 @@ mod tests {
         stats.image_done();
         stats.image_leaves();
         assert!(json(&stats)[0].get("ImagesPerSecond").is_none());
-        assert_eq!(stats.rate(), None);
         stats.image_enters();
         stats.image_enters();
-        lock(&stats.saturated).since = Instant::now().checked_sub(Duration::from_secs(4));
+        lock(&stats.in_work).saturated_since = Instant::now().checked_sub(Duration::from_secs(4));
         stats.image_leaves();
         for _ in 0..40 {
             stats.image_done();

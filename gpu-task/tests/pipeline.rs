@@ -197,7 +197,7 @@ async fn a_message_that_is_delivered_twice_is_worked_on_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_finishes_what_is_in_batches_and_hands_the_rest_back_at_once() {
+async fn a_stop_finishes_what_the_model_has_and_hands_the_rest_back_at_once() {
     let mut world = World::new();
     world.time_per_image = Duration::from_millis(30);
     world.images(200);
@@ -220,8 +220,8 @@ async fn a_stop_finishes_what_is_in_batches_and_hands_the_rest_back_at_once() {
         "{:?}",
         stopped.elapsed()
     );
-    // What is still in flight after a second is in the model's two batches.
-    assert!(in_flight <= 24, "{in_flight}");
+    // What is still in flight after a second is in the model or behind it.
+    assert!(in_flight <= 8, "{in_flight}");
     assert!(summary.handed_back > 0);
     for message in world.queue.all() {
         assert!(message.is_deleted || message.is_visible(), "{message:?}");
@@ -471,8 +471,9 @@ async fn latency_of_the_storage_does_not_cost_throughput() {
     };
     let quick = time_with(Duration::ZERO).await;
     let slow = time_with(Duration::from_millis(100)).await;
-    // 3 s of model time; filling and emptying the pipeline takes six calls.
-    assert!(slow < quick * 1.05 + 0.9, "{slow} s instead of {quick} s");
+    // 3 s of model time; filling and emptying the pipeline takes six calls,
+    // and a second passes before the rate is known that lets more in.
+    assert!(slow < quick * 1.05 + 1.5, "{slow} s instead of {quick} s");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,14 +45,13 @@ impl Drop for Cloud {
 
 impl Cloud {
     /// Starts MiniStack on a free port.
-    pub async fn start(python: &Path, logs: &Path) -> Result<Self> {
+    pub async fn start(ministack: &Path, logs: &Path) -> Result<Self> {
         let port = std::net::TcpListener::bind("127.0.0.1:0")?
             .local_addr()?
             .port();
         let endpoint = format!("http://127.0.0.1:{port}");
         let log = std::fs::File::create(logs.join("ministack.log"))?;
-        let process = Command::new(python)
-            .args(["-m", "ministack"])
+        let process = Command::new(ministack)
             .env("GATEWAY_PORT", port.to_string())
             .env("BIND_HOST", "127.0.0.1")
             .env("MINISTACK_REGION", REGION)
@@ -61,7 +60,7 @@ impl Cloud {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .with_context(|| format!("starting MiniStack with {}", python.display()))?;
+            .with_context(|| format!("starting {}", ministack.display()))?;
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .region(REGION)
             .endpoint_url(&endpoint)

@@ -8,6 +8,7 @@ mod worker;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,35 +18,37 @@ use serde::Serialize;
 use cloud::{Cloud, Run};
 use worker::{Finished, Kind, Worker};
 
-/// Measures the worker end to end beside a reference worker.
+/// Measures the worker end to end beside a reference worker, and the model
+/// beside this machine's matrix-product ceiling.
+///
+/// What is not given is made: weights from a seed, a bundle from them, and
+/// images from gradients and noise, all kept in the work folder.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
     /// A set of images, NAME=FOLDER; each folder's files are one workload.
-    #[arg(long = "set", required = true)]
+    /// Without any: photos of 0.3 to 20 megapixels and web-sized ones, made here.
+    #[arg(long = "set")]
     sets: Vec<String>,
     /// Images per workload; a smaller folder is used again and again.
     #[arg(long)]
     images: Option<usize>,
-    /// The worker's program.
+    /// The worker's program; by default the one beside this program.
     #[arg(long)]
-    gpu_task: PathBuf,
-    /// The model bundle.
+    gpu_task: Option<PathBuf>,
+    /// The model compiler; by default the one beside this program.
     #[arg(long)]
-    bundle: PathBuf,
-    /// A Python with ministack in it; it is started and stopped here.
+    clip_model: Option<PathBuf>,
+    /// Weights in safetensors form, for both workers; synthesised by default.
     #[arg(long)]
+    weights: Option<PathBuf>,
+    /// The program `ministack`; it is started and stopped here.
+    #[arg(long, env = "LOCAL_MINISTACK")]
     ministack: PathBuf,
     /// A Python with torch, openai-clip, boto3 and Pillow: the reference
-    /// worker. Without it the reference is left out, and the table says so.
-    #[arg(long)]
+    /// worker. Without it the reference is left out, and the output says so.
+    #[arg(long, env = "REFERENCE_PYTHON")]
     reference: Option<PathBuf>,
-    /// The weights of the bundle, for the reference worker.
-    #[arg(long, requires = "reference")]
-    weights: Option<PathBuf>,
-    /// The labels of the bundle, for the reference worker.
-    #[arg(long)]
-    labels: Option<PathBuf>,
     /// Latency added to each S3 request, in milliseconds.
     #[arg(long, default_value_t = 0)]
     s3_latency_ms: u64,
@@ -56,15 +59,21 @@ struct Arguments {
     /// Variables for the worker, NAME=VALUE.
     #[arg(long = "env")]
     variables: Vec<String>,
-    /// Where the figures go as JSON.
+    /// Where the figures go as JSON; by default bench.json in the work folder.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Where the worker's logs and metrics go.
-    #[arg(long, default_value = ".")]
-    logs: PathBuf,
+    /// Where everything made here is kept, logs included.
+    #[arg(long, default_value = "target/bench")]
+    work: PathBuf,
     /// Seconds that one run may take.
     #[arg(long, default_value_t = 600)]
     limit: u64,
+    /// Leaves out the model's own benchmark.
+    #[arg(long)]
+    no_model: bool,
+    /// Leaves out the reference worker.
+    #[arg(long)]
+    no_reference: bool,
 }
 
 /// The figures of one run.
@@ -92,39 +101,41 @@ struct Figures {
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    std::fs::create_dir_all(&arguments.logs)?;
-    let cloud = Cloud::start(&arguments.ministack, &arguments.logs).await?;
+    std::fs::create_dir_all(&arguments.work)?;
+    let reference = arguments
+        .reference
+        .as_ref()
+        .filter(|python| !arguments.no_reference && python.exists());
+    let clip_model = beside(&arguments.clip_model, "clip-model")?;
+    let (weights, bundle) = model(&arguments, &clip_model)?;
+    let sets = sets(&arguments)?;
+    let mut report = Report::default();
+    if !arguments.no_model {
+        report.model = Some(model_figures(&clip_model, &bundle)?);
+    }
+    let cloud = Cloud::start(&arguments.ministack, &arguments.work).await?;
     let mut workers = Vec::new();
-    if let (Some(python), Some(weights)) = (&arguments.reference, &arguments.weights) {
-        workers.push(Worker {
+    match reference {
+        Some(python) => workers.push(Worker {
             kind: Kind::Reference,
             program: python.clone(),
             variables: vec![
-                ("WEIGHTS".to_owned(), path_text(weights)),
-                (
-                    "LABELS".to_owned(),
-                    arguments
-                        .labels
-                        .as_deref()
-                        .map(path_text)
-                        .unwrap_or_default(),
-                ),
+                ("WEIGHTS".to_owned(), path_text(&weights)),
+                ("LABELS".to_owned(), path_text(&labels(&arguments.work)?)),
             ],
-        });
-    } else {
-        println!("reference worker: left out (no --reference and --weights given)");
+        }),
+        None => {
+            println!("reference worker: LEFT OUT (REFERENCE_PYTHON names no Python with PyTorch)")
+        }
     }
     workers.push(Worker {
         kind: Kind::Task,
-        program: arguments.gpu_task.clone(),
-        variables: task_variables(&arguments)?,
+        program: beside(&arguments.gpu_task, "gpu-task")?,
+        variables: task_variables(&arguments, &bundle)?,
     });
     let mut all = Vec::new();
-    for set in &arguments.sets {
-        let (name, folder) = set
-            .split_once('=')
-            .with_context(|| format!("--set {set:?} is not NAME=FOLDER"))?;
-        let files = files(Path::new(folder))?;
+    for (name, folder) in &sets {
+        let files = files(folder)?;
         let count = arguments.images.unwrap_or(files.len());
         cloud.upload(name, &files).await?;
         for round in 1..=arguments.rounds {
@@ -134,7 +145,7 @@ async fn main() -> Result<()> {
                 let finished = measure(&arguments, &cloud, &run, worker).await?;
                 let vectors = cloud.vectors(&run).await?;
                 let figures = Figures {
-                    set: name.to_owned(),
+                    set: name.clone(),
                     worker: worker.kind.name(),
                     round,
                     s3_latency_ms: arguments.s3_latency_ms,
@@ -160,10 +171,126 @@ async fn main() -> Result<()> {
         }
     }
     print_table(&all);
-    if let Some(path) = &arguments.json {
-        std::fs::write(path, serde_json::to_string_pretty(&all)?)?;
+    report.end_to_end = all;
+    let path = arguments
+        .json
+        .clone()
+        .unwrap_or_else(|| arguments.work.join("bench.json"));
+    std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
+    println!("\nfigures: {}", path.display());
+    Ok(())
+}
+
+/// Everything that was measured.
+#[derive(Default, Serialize)]
+struct Report {
+    end_to_end: Vec<Figures>,
+    /// What `clip-model bench --json` says.
+    model: Option<serde_json::Value>,
+}
+
+/// A program: the one that is given, or the one beside this one.
+fn beside(given: &Option<PathBuf>, name: &str) -> Result<PathBuf> {
+    let path = match given {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()?.with_file_name(name),
+    };
+    if !path.exists() {
+        bail!(
+            "{} is not there; build it with the same profile",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// Runs a program to its end and fails if it does.
+fn run_program(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("starting {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?} ended with {status}");
     }
     Ok(())
+}
+
+/// The weights and the bundle made of them.
+fn model(arguments: &Arguments, clip_model: &Path) -> Result<(PathBuf, PathBuf)> {
+    let weights = match &arguments.weights {
+        Some(weights) => weights.clone(),
+        None => {
+            let weights = arguments.work.join("vit-b-32.safetensors");
+            if !weights.exists() {
+                let mut command = Command::new(clip_model);
+                command.args(["synthesize", "ViT-B/32", "--seed", "0", "--output"]);
+                run_program(command.arg(&weights))?;
+            }
+            weights
+        }
+    };
+    let name = weights.file_stem().unwrap_or_default().to_string_lossy();
+    let bundle = arguments.work.join(format!("bundle-{name}"));
+    if !bundle.join("manifest.json").exists() {
+        let mut command = Command::new(clip_model);
+        command.arg("build").arg("--weights").arg(&weights);
+        run_program(command.arg("--output").arg(&bundle))?;
+    }
+    Ok((weights, bundle))
+}
+
+/// The sets of images, by name.
+fn sets(arguments: &Arguments) -> Result<Vec<(String, PathBuf)>> {
+    let mut sets = Vec::new();
+    for set in &arguments.sets {
+        let (name, folder) = set
+            .split_once('=')
+            .with_context(|| format!("--set {set:?} is not NAME=FOLDER"))?;
+        sets.push((name.to_owned(), PathBuf::from(folder)));
+    }
+    if !sets.is_empty() {
+        return Ok(sets);
+    }
+    let python = arguments
+        .reference
+        .as_ref()
+        .context("without --set, images are made with REFERENCE_PYTHON, which is not set")?;
+    let script = arguments.work.join("photos.py");
+    std::fs::write(&script, include_str!("../photos.py"))?;
+    for kind in ["mixed", "web"] {
+        let folder = arguments.work.join(kind);
+        let mut command = Command::new(python);
+        command.arg(&script).arg(&folder);
+        run_program(command.args([kind, PHOTOS]))?;
+        sets.push((kind.to_owned(), folder));
+    }
+    Ok(sets)
+}
+
+/// Photos in each set that is made here, as many as the first measurement of
+/// the original had.
+const PHOTOS: &str = "43";
+
+/// The built-in labels, for the reference worker.
+fn labels(work: &Path) -> Result<PathBuf> {
+    let path = work.join("labels.txt");
+    std::fs::write(&path, include_str!("../../../model/labels.txt"))?;
+    Ok(path)
+}
+
+/// The model's own benchmark beside the machine's ceiling.
+fn model_figures(clip_model: &Path, bundle: &Path) -> Result<serde_json::Value> {
+    let output = Command::new(clip_model)
+        .args(["bench", "--json"])
+        .arg(bundle)
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        bail!("clip-model bench ended with {}", output.status);
+    }
+    let figures: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    println!("{}", serde_json::to_string_pretty(&figures)?);
+    Ok(figures)
 }
 
 /// Vectors by the URL of their document.
@@ -173,9 +300,9 @@ fn path_text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn task_variables(arguments: &Arguments) -> Result<Vec<(String, String)>> {
+fn task_variables(arguments: &Arguments, bundle: &Path) -> Result<Vec<(String, String)>> {
     let mut variables = vec![
-        ("MODEL_PATH".to_owned(), path_text(&arguments.bundle)),
+        ("MODEL_PATH".to_owned(), path_text(bundle)),
         ("METRICS_INTERVAL_SECONDS".to_owned(), "5".to_owned()),
     ];
     for pair in &arguments.variables {
@@ -220,7 +347,7 @@ async fn measure(
     };
     let limit = Duration::from_secs(arguments.limit);
     worker
-        .run(cloud, run, &s3_endpoint, &arguments.logs, limit)
+        .run(cloud, run, &s3_endpoint, &arguments.work, limit)
         .await
 }
 

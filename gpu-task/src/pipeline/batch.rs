@@ -83,8 +83,7 @@ async fn gather(
                         Some(mut arrival) => {
                             shared.stats.leaves(Stage::Batch);
                             arrival.image.presence.reaches_batch();
-                            // From here on a stop finishes the image.
-                            if arrival.image.ticket.commit() {
+                            if arrival.image.ticket.is_ours() {
                                 images.push(arrival);
                             }
                         }
@@ -154,6 +153,35 @@ impl Models {
     }
 }
 
+/// From here on a stop finishes the images; those that it has handed back
+/// already, or whose lease is lost, leave the batch.
+fn commit(batch: Batch) -> Batch {
+    let Batch { images, pixels } = batch;
+    let count = images.len();
+    let each = pixels.len() / count.max(1);
+    let mut kept = Vec::with_capacity(count);
+    let mut kept_pixels = Vec::new();
+    let mut dropped = 0;
+    for (position, decoded) in images.into_iter().enumerate() {
+        if decoded.image.ticket.commit() {
+            kept.push((position, decoded));
+        } else {
+            dropped += 1;
+        }
+    }
+    if dropped == 0 {
+        kept_pixels = pixels;
+    } else {
+        for (position, _) in &kept {
+            kept_pixels.extend_from_slice(&pixels[position * each..(position + 1) * each]);
+        }
+    }
+    Batch {
+        images: kept.into_iter().map(|(_, decoded)| decoded).collect(),
+        pixels: kept_pixels,
+    }
+}
+
 /// One model on its thread.
 struct Runner {
     shared: Arc<Shared>,
@@ -164,16 +192,23 @@ struct Runner {
 
 impl Runner {
     fn run(&mut self, batch: Batch) {
-        let Batch { images, pixels } = batch;
+        let Batch { images, pixels } = commit(batch);
         let started = Instant::now();
-        let result = self.embed(&pixels, images.len());
-        let time = started.elapsed();
-        self.shared.stats.did(Stage::Infer, time);
-        self.shared.stats.batch(images.len());
+        let result = if images.is_empty() {
+            Ok(Vec::new())
+        } else {
+            let result = self.embed(&pixels, images.len());
+            self.shared.stats.did(Stage::Infer, started.elapsed());
+            self.shared.stats.batch(images.len());
+            result
+        };
         // Told before the results go on: the next batch must not wait for a
         // full queue behind this one.
         self.shared.batches_at_model.fetch_sub(1, Ordering::AcqRel);
         self.shared.batch_news.notify_one();
+        if images.is_empty() {
+            return;
+        }
         match result {
             Ok(values) => {
                 self.failed_runs.store(0, Ordering::Relaxed);

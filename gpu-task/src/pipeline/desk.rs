@@ -63,6 +63,7 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
     let mut done = Vec::new();
     let mut returned = Vec::new();
     let mut rejected = Vec::new();
+    let mut cut_short = Vec::new();
     for message in ended {
         let ownership = message.ownership();
         match (ownership, message.verdict()) {
@@ -81,6 +82,12 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
                 forget(shared, &message);
             }
             (_, Verdict::Done) => done.push(message),
+            // A stop cut the work short: nothing is wrong with the message.
+            (_, Verdict::Retry(error))
+                if error.cause == Cause::Internal && shared.stop.is_cancelled() =>
+            {
+                cut_short.push(message);
+            }
             (_, Verdict::Retry(error)) => match give_up_reason(shared, &message, &error) {
                 None => returned.push(message),
                 Some(reason) => {
@@ -98,7 +105,18 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
     let (rejected, failed) = reject(shared, rejected).await;
     done.extend(rejected);
     returned.extend(failed);
-    tokio::join!(acknowledge(shared, done), hand_in(shared, returned));
+    let hand_back_later = async {
+        if !cut_short.is_empty() {
+            // A receiver that still polls would be given them at once.
+            shared.receivers_ended.cancelled().await;
+            hand_back(shared, cut_short).await;
+        }
+    };
+    tokio::join!(
+        acknowledge(shared, done),
+        hand_in(shared, returned),
+        hand_back_later
+    );
     for _ in 0..count {
         shared.stats.did(Stage::Acknowledge, started.elapsed());
     }
@@ -179,9 +197,11 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
         let receipts: Vec<String> = left.iter().map(|message| message.receipt()).collect();
         let results = shared.services.queue.acknowledge(&receipts).await;
         let mut failed = Vec::new();
-        for (message, result) in left.into_iter().zip(results) {
+        for ((message, receipt), result) in left.into_iter().zip(receipts).zip(results) {
             match result {
                 Ok(()) => forget(shared, &message),
+                // Delivered again meanwhile: the new receipt is the one.
+                Err(LeaseError::Lost(_)) if message.receipt() != receipt => failed.push(message),
                 Err(LeaseError::Lost(reason)) => {
                     let cause = Cause::LeaseLost;
                     let error = TaskError::transient(Stage::Acknowledge, cause, reason);
@@ -189,8 +209,9 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
                     tracing::warn!(
                         message_id = message.message_id,
                         reason = error.message,
-                        "finished, but the lease was lost: the message will be worked on again"
+                        "finished, but the lease was lost: the message may be worked on again"
                     );
+                    shared.ledger.remember_done(&message);
                     forget(shared, &message);
                 }
                 Err(LeaseError::Failed(reason)) => {
@@ -207,8 +228,9 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
     for message in left {
         tracing::warn!(
             message_id = message.message_id,
-            "finished, but cannot be deleted: the message will be worked on again"
+            "finished, but cannot be deleted: the message may be worked on again"
         );
+        shared.ledger.remember_done(&message);
         forget(shared, &message);
     }
 }

@@ -10,14 +10,14 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::store::{Deletion, ToStore};
-use super::{Image, Shared, Subject, Times, desk, fail};
+use super::{Image, Shared, Subject, Times, fail};
 use crate::failure::{Cause, Fatal, Stage, TaskError};
 use crate::ledger::{Ledger, Message, Taken, Ticket};
 use crate::queue::{LONG_POLL_MAX, Received};
 
 /// After a stop, a receive that has something to bring brings it at once; one
 /// that is still quiet then waits at an empty queue and may be cut off.
-const STOP_GRACE: Duration = Duration::from_millis(300);
+const STOP_GRACE: Duration = Duration::from_millis(200);
 
 /// Between receives that fail.
 const RECEIVE_BACKOFF: Backoff = Backoff {
@@ -169,11 +169,14 @@ impl Receiver {
                     tracing::debug!("delivered again while in work");
                     shared.gate.release(1);
                 }
+                Taken::Done(receipt) => {
+                    tracing::debug!("delivered again after it was done");
+                    shared.gate.release(1);
+                    // Should this fail too, the message comes once more.
+                    shared.services.queue.acknowledge(&[receipt]).await;
+                }
                 Taken::New(message) => self.parse(message).await,
             }
-        }
-        if shared.stop.is_cancelled() {
-            desk::hand_back(shared, shared.ledger.give_up(false)).await;
         }
     }
 
