@@ -144,6 +144,11 @@ def jpeg() -> None:
     corrupt = bytearray(whole)
     corrupt[len(whole) // 2 : len(whole) // 2 + 4] = b"\x5a\xa5\x5a\xa5"
     put("jpeg-corrupt-data.jpg", bytes(corrupt))
+    at = whole.index(b"\xff\0")
+    put("jpeg-stray-marker.jpg", whole[: at + 1] + b"\x61" + whole[at + 2 :])
+    put("jpeg-stray-restart.jpg", whole[: at + 1] + b"\xd3" + whole[at + 2 :])
+    put("jpeg-wrong-end-marker.jpg", whole[:-1] + b"\x83")
+    put("jpeg-comment-after-scan.jpg", whole[:-2] + b"\xff\xfe\0\7hello" + whole[-2:])
     put("jpeg-text.jpg", b"this is not an image\n")
     put("jpeg-empty.jpg", b"")
     big = photo(700, 467, 7)
@@ -561,7 +566,7 @@ def tiff() -> None:
     put("tiff-ycbcr.tif", saved(image.convert("YCbCr"), "TIFF"))
     put("tiff-ycbcr-jpeg.tif", saved(image.convert("YCbCr"), "TIFF", compression="jpeg"))
     # Pillow converts this mode by colour profiles and tables of its own.
-    put("tiff-lab.tif", saved(image.convert("LAB"), "TIFF"))
+    put("tiff-lab.tif", saved(image.convert("LAB"), "TIFF", icc_profile=None))
     cases[-1]["tolerance"] = [0.5, 25]
     put("tiff-i16.tif", saved(deep, "TIFF"))
     put("tiff-i16-lzw.tif", saved(deep, "TIFF", compression="tiff_lzw"))

@@ -430,10 +430,21 @@ pub(super) fn decode(
         }
         assembly.emit(band, sink);
     }
-    // libjpeg wants to see the end, or enough more bytes not to miss it.
+    is_end(&data[bits.at.min(data.len())..])
+}
+
+/// Whether a scan may end where `rest` begins: the end of the image is the next
+/// marker. libjpeg reads on to it, and takes offence at others; without any it
+/// wants enough bytes not to miss one.
+fn is_end(rest: &[u8]) -> bool {
     const CERTAINTY: usize = 64;
-    let rest = &data[bits.at.min(data.len())..];
-    rest.len() >= CERTAINTY || (rest.len() >= 2 && rest[0] == 0xff && rest[1] != 0)
+    let marker = rest
+        .windows(2)
+        .find(|pair| pair[0] == 0xff && !matches!(pair[1], 0 | 0xff));
+    match marker {
+        Some(marker) => marker[1] == 0xd9,
+        None => rest.len() >= CERTAINTY,
+    }
 }
 
 /// [`read_unit`] with shifts that do not wait for flags.

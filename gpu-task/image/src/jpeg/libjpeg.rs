@@ -358,6 +358,10 @@ fn run(
         }
         assembly.emit(index, sink);
     }
+    // What comes after the pixels may still be a fatal error, and then the
+    // reference refuses the file. That it may be missing is not one.
+    // SAFETY: all rows were read.
+    unsafe { ffi::jpeg_finish_decompress(cinfo) };
     Ok(())
 }
 
