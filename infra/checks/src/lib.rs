@@ -62,12 +62,16 @@ pub struct Project {
     pub template: Template,
     /// What the programs read and call.
     pub programs: Programs,
+    /// `infra/examples/existing-bucket.yaml`.
+    pub example: Template,
     /// `gpu-task/Dockerfile`.
     pub dockerfile: String,
     /// `infra/README.md`, which lists the parameters.
     pub readme: String,
     /// `events/filters/subscription.json`, the wire contract's filter.
     pub subscription_filter: serde_json::Value,
+    /// `events/filters/vector-store.json`, the next middleware's filter.
+    pub vector_store_filter: serde_json::Value,
 }
 
 impl Project {
@@ -77,14 +81,18 @@ impl Project {
             std::fs::read_to_string(root.join(path))
                 .with_context(|| format!("{path} cannot be read"))
         };
-        let filter = text("events/filters/subscription.json")?;
+        let filter = |name: &str| -> anyhow::Result<serde_json::Value> {
+            let path = format!("events/filters/{name}.json");
+            serde_json::from_str(&text(&path)?).with_context(|| format!("{path} is no JSON"))
+        };
         Ok(Self {
             template: Template::parse(&text("infra/template.yaml")?)?,
             programs: Programs::read(root)?,
             dockerfile: text("gpu-task/Dockerfile")?,
             readme: text("infra/README.md")?,
-            subscription_filter: serde_json::from_str(&filter)
-                .context("events/filters/subscription.json is no JSON")?,
+            example: Template::parse(&text("infra/examples/existing-bucket.yaml")?)?,
+            subscription_filter: filter("subscription")?,
+            vector_store_filter: filter("vector-store")?,
         })
     }
 

@@ -263,6 +263,8 @@ fn a_filter_that_is_not_the_wire_contracts() {
         "RawMessageDelivery must be true",
     );
     let mut project = project();
+    project.vector_store_filter["type"] = serde_json::json!(["document-deleted"]);
+    expect(&project, "differs from events/filters/vector-store.json");
     project.subscription_filter["data"]["document"]["type"] = serde_json::json!(["image/png"]);
     expect(
         &project,

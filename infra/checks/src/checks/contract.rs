@@ -35,6 +35,16 @@ pub fn subscription(project: &Project) -> Vec<Finding> {
         }
         findings
     });
+    let example = project
+        .example
+        .part("/Resources/EmbeddedSubscription/Properties");
+    if example["FilterPolicy"] != project.vector_store_filter {
+        findings.push(Finding::new(
+            CHECK,
+            "infra/examples/existing-bucket.yaml",
+            "FilterPolicy differs from events/filters/vector-store.json",
+        ));
+    }
     let types: BTreeSet<&str> = ImageType::ALL.iter().map(|kind| kind.mime()).collect();
     let filter = &project.subscription_filter;
     let listed: BTreeSet<&str> = list(&filter["data"]["document"]["type"])
