@@ -3,6 +3,7 @@
 //! Every command installs what it needs into `.tools/` of this workspace, once,
 //! and works offline from then on.
 
+mod conformance;
 mod test_run;
 mod tools;
 
@@ -59,6 +60,20 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Lint the template, its translation, the Dockerfile, and what they must agree on with the code
+    #[command(disable_help_flag = true)]
+    LintInfra {
+        /// Options; `cargo xtask lint-infra --help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Assemble the container image's root filesystem without Docker, check it, run the task in it
+    #[command(disable_help_flag = true)]
+    Image {
+        /// `--cpu` or `--cuda` and more; `cargo xtask image --help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Run a program of the workspace with its environment set up, such as `run clip-model --help`
     Run {
         /// The program (clip-model, gpu-task, local, scaler, …)
@@ -105,15 +120,27 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Simulate { arguments } => {
             tools.build(&["simulator"], Profile::Release)?;
             let mut simulate = tools.program("simulator", Profile::Release, &[]);
+            if asks_for_traces(&arguments) {
+                simulate.arg("run");
+            }
             simulate.args(arguments);
             replace_this_process(simulate)
         }
-        Task::Conformance { arguments } => {
-            let environment = tools.install(Environment::Reference)?;
-            tools.build(&["conformance", "clip-model"], Profile::Release)?;
-            let mut conformance = tools.program("conformance", Profile::Release, &environment);
-            conformance.args(arguments);
-            replace_this_process(conformance)
+        Task::Conformance { arguments } => conformance::run_command(&tools, &arguments),
+        Task::LintInfra { arguments } => {
+            let environment = tools.install(Environment::Infra)?;
+            tools.build(&["infra-checks"], Profile::Debug)?;
+            let mut lint = tools.program("infra-checks", Profile::Debug, &environment);
+            lint.current_dir(&tools.root).arg("lint").args(arguments);
+            replace_this_process(lint)
+        }
+        Task::Image { arguments } => {
+            let environment = tools.install(Environment::Local)?;
+            tools.build(&["infra-checks"], Profile::Debug)?;
+            tools.build(&["gpu-task"], Profile::Release)?;
+            let mut image = tools.program("infra-checks", Profile::Debug, &environment);
+            image.current_dir(&tools.root).arg("image").args(arguments);
+            replace_this_process(image)
         }
         Task::Run { program, arguments } => {
             let environment = tools.install(Environment::Local)?;
@@ -141,6 +168,18 @@ impl Profile {
             Profile::Release => "release",
         }
     }
+}
+
+/// Whether the arguments are traces to compare the scalers on, which is the
+/// simulator's main job, and not one of its other commands.
+fn asks_for_traces(arguments: &[OsString]) -> bool {
+    let first = arguments.first().and_then(|first| first.to_str());
+    let is_command = matches!(
+        first,
+        Some("run" | "days" | "check" | "help" | "-h" | "--help" | "--version")
+    );
+    !is_command
+}
 }
 
 /// Lets the program take this one's place, so that a Ctrl-C reaches it alone

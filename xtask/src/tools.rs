@@ -18,6 +18,8 @@ pub enum Environment {
     Local,
     /// PyTorch, CLIP and Pillow: benchmarks and comparisons.
     Reference,
+    /// SAM, linters and cargo-lambda: checks of the deployment.
+    Infra,
 }
 
 impl Environment {
@@ -25,6 +27,7 @@ impl Environment {
         match self {
             Environment::Local => "venv",
             Environment::Reference => "venv-reference",
+            Environment::Infra => "venv-infra",
         }
     }
 
@@ -32,6 +35,7 @@ impl Environment {
         match self {
             Environment::Local => "xtask/requirements/local.txt",
             Environment::Reference => "xtask/requirements/reference.txt",
+            Environment::Infra => "infra/requirements.txt",
         }
     }
 
@@ -39,6 +43,7 @@ impl Environment {
         match self {
             Environment::Local => "the AWS emulator and ONNX Runtime (about 130 MB)",
             Environment::Reference => "PyTorch, CLIP and Pillow (several GB)",
+            Environment::Infra => "SAM, cfn-lint, checkov, hadolint and cargo-lambda (about 1 GB)",
         }
     }
 }
@@ -64,6 +69,10 @@ impl Tools {
         &self,
         environment: Environment,
     ) -> anyhow::Result<Vec<(&'static str, OsString)>> {
+        if environment == Environment::Infra {
+            let infra = self.install_environment(environment)?;
+            return Ok(vec![("INFRA_TOOLS", infra.into())]);
+        }
         let mut variables = self.local_variables()?;
         if environment == Environment::Reference {
             let reference = self.install_environment(environment)?;

@@ -1,0 +1,107 @@
+//! `cargo xtask conformance`: decoder and model beside Pillow and PyTorch CLIP
+//! over any folder of images.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::Context;
+use clap::Parser;
+
+use crate::Profile;
+use crate::tools::{Environment, Tools, run};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask conformance",
+    about = "Compare decoder and model with Pillow and PyTorch CLIP on a folder of images"
+)]
+struct Arguments {
+    /// Folder to search, with all below it
+    folder: PathBuf,
+    /// Weights for both sides; without, weights are made from a seed
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// Compare the crops only, which needs no weights
+    #[arg(long)]
+    crops_only: bool,
+    /// Where crops and report.json go
+    #[arg(long, default_value = "target/conformance")]
+    out: PathBuf,
+}
+
+/// Compares the crops, then the embeddings. Fails when either disagrees.
+pub fn run_command(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    let name = OsString::from("conformance");
+    let arguments = Arguments::parse_from(std::iter::once(&name).chain(arguments));
+    let environment = tools.install(Environment::Reference)?;
+    let python = environment
+        .iter()
+        .find(|(name, _)| *name == "REFERENCE_PYTHON")
+        .map(|(_, python)| python.clone())
+        .context("the reference environment names no Python")?;
+    tools.build(&["clip-image", "clip-model"], Profile::Release)?;
+    let mut crops = tools.program("clip-image", Profile::Release, &environment);
+    crops
+        .arg("conformance")
+        .arg(&arguments.folder)
+        .arg("--python")
+        .arg(&python)
+        .arg("--out")
+        .arg(&arguments.out);
+    let crops_agree = crops
+        .status()
+        .context("clip-image cannot be started")?
+        .success();
+    if arguments.crops_only {
+        return Ok(exit_code(crops_agree));
+    }
+
+    let clip_model = || tools.program("clip-model", Profile::Release, &environment);
+    let models = tools.root.join(".local/models");
+    std::fs::create_dir_all(&models)?;
+    let weights = match arguments.weights {
+        Some(weights) => weights,
+        None => {
+            let made = models.join("conformance.safetensors");
+            if !made.is_file() {
+                let mut synthesize = clip_model();
+                synthesize
+                    .args(["synthesize", "ViT-B/32", "--output"])
+                    .arg(&made);
+                run(&mut synthesize)?;
+            }
+            made
+        }
+    };
+    let bundle = models.join("conformance");
+    let mut build = clip_model();
+    build.arg("build").arg("--weights").arg(&weights);
+    build.arg("--output").arg(&bundle).arg("--vision-only");
+    run(&mut build)?;
+    let mut embeddings = Command::new(&python);
+    embeddings
+        .arg(tools.root.join("tests/conformance/embeddings.py"))
+        .arg("--crops")
+        .arg(&arguments.out)
+        .arg("--weights")
+        .arg(&weights)
+        .arg("--bundle")
+        .arg(&bundle)
+        .arg("--clip-model")
+        .arg(clip_model().get_program())
+        .envs(environment);
+    let embeddings_agree = embeddings
+        .status()
+        .context("Python cannot be started")?
+        .success();
+    Ok(exit_code(crops_agree && embeddings_agree))
+}
+
+fn exit_code(success: bool) -> ExitCode {
+    if success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
