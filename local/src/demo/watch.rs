@@ -213,7 +213,7 @@ fn short(id: &str) -> &str {
 
 /// The decisions in a line of the scaler's log, each with its reason.
 fn decisions(run: &Value) -> Vec<String> {
-    if run["message"] != Value::from("scaler run") {
+    if run["message"].as_str() != Some("scaler run") {
         return Vec::new();
     }
     run["plan"]["decisions"]
