@@ -45,7 +45,7 @@ def ours(program, bundle, crops, folder):
     rows = []
     for line in output.splitlines():
         value = json.loads(line)
-        rows.append(value["vector"] if isinstance(value, dict) else value)
+        rows.append(value["embedding"])
     return numpy.array(rows, dtype=numpy.float32)
 
 

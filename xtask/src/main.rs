@@ -180,7 +180,6 @@ fn asks_for_traces(arguments: &[OsString]) -> bool {
     );
     !is_command
 }
-}
 
 /// Lets the program take this one's place, so that a Ctrl-C reaches it alone
 /// and its exit code is the command's.
