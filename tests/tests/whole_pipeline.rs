@@ -5,7 +5,6 @@
 //! `cargo xtask test` installs both and sets them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use local::cloud::TaskStatus;
 use local::deployment::{SOURCE_BUCKET, WayIn};

@@ -32,9 +32,15 @@ pub const RETIRED_REASON: &str = "scaler: retired";
 /// no fault of the task.
 pub const RECALLED_REASON: &str = "scaler: recalled";
 
-/// Wait after the first, second, … failed launch in a row, in minutes. The
-/// first four add up to 47 minutes, so a launch at a time makes 5 in the first
-/// hour; the fifth failure closes the hour.
+/// Wait after the first, second, … failed launch in a row, in minutes. A first
+/// failure is tried again at once: it is as likely a task that was killed
+/// while it worked, whose images should not wait. The first four add up to
+/// 46 minutes, so a launch at a time makes 5 in the first hour; the fifth
+/// failure closes the hour.
+const LAUNCH_BACKOFF_MINUTES: [i64; 8] = [0, 4, 12, 30, 60, 120, 240, 360];
+
+/// Rest of an option after the first, second, … instance in a row that never
+/// became useful, in minutes: each costs its boot, so the first rests too.
 const FAILURE_BACKOFF_MINUTES: [i64; 8] = [1, 4, 12, 30, 60, 120, 240, 360];
 
 /// Rest of an option after the first, second, … launch in a row for which
@@ -194,7 +200,7 @@ impl Launches {
             .count() as u32;
 
         let failures = memory.failures;
-        let retry_at = memory.at + minutes_after(&FAILURE_BACKOFF_MINUTES, failures);
+        let retry_at = memory.at + minutes_after(&LAUNCH_BACKOFF_MINUTES, failures);
         let allowed = if failures > 0 {
             let one_try = if now < retry_at { 0 } else { 1 };
             Some(u32::saturating_sub(one_try, unproven))
@@ -323,7 +329,7 @@ mod tests {
     #[test]
     fn failures_in_a_row_wait_longer_each_time() {
         let mut tasks = Vec::new();
-        for (number, wait) in [(1, 60), (2, 240), (3, 720), (4, 1800), (5, 3600)] {
+        for (number, wait) in [(1, 0), (2, 240), (3, 720), (4, 1800), (5, 3600)] {
             tasks.push(stopped(number * 10, 5, 1));
             let launches = Launches::from_observation(&seen(100, tasks.clone(), None));
             assert_eq!(launches.failures, number as u32);
