@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 
 use crate::Profile;
-use crate::tools::{Environment, Tools, run};
+use crate::tools::{Environment, Tools};
 
 #[derive(Parser)]
 #[command(
@@ -57,28 +57,15 @@ pub fn run_command(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<Exit
         return Ok(exit_code(crops_agree));
     }
 
-    let clip_model = || tools.program("clip-model", Profile::Release, &environment);
-    let models = tools.root.join(".local/models");
-    std::fs::create_dir_all(&models)?;
-    let weights = match arguments.weights {
-        Some(weights) => weights,
-        None => {
-            let made = models.join("conformance.safetensors");
-            if !made.is_file() {
-                let mut synthesize = clip_model();
-                synthesize
-                    .args(["synthesize", "ViT-B/32", "--output"])
-                    .arg(&made);
-                run(&mut synthesize)?;
-            }
-            made
+    let (weights, bundle) = match arguments.weights {
+        Some(weights) => {
+            let bundle = tools.root.join(".local/models/conformance");
+            tools.build_bundle(&weights, &bundle, &environment)?;
+            (weights, bundle)
         }
+        None => tools.synthesized_model(&environment)?,
     };
-    let bundle = models.join("conformance");
-    let mut build = clip_model();
-    build.arg("build").arg("--weights").arg(&weights);
-    build.arg("--output").arg(&bundle).arg("--vision-only");
-    run(&mut build)?;
+    let clip_model = tools.program("clip-model", Profile::Release, &[]);
     let mut embeddings = Command::new(&python);
     embeddings
         .arg(tools.root.join("tests/conformance/embeddings.py"))
@@ -89,7 +76,7 @@ pub fn run_command(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<Exit
         .arg("--bundle")
         .arg(&bundle)
         .arg("--clip-model")
-        .arg(clip_model().get_program())
+        .arg(clip_model.get_program())
         .envs(environment);
     let embeddings_agree = embeddings
         .status()

@@ -106,7 +106,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             demo.arg("demo").args(arguments);
             replace_this_process(demo)
         }
-        Task::Test { arguments } => test_run::run(&tools, &arguments),
+        Task::Test { arguments } => test_run::run_tests(&tools, &arguments),
         Task::Bench { arguments } => {
             let environment = tools.install(Environment::Reference)?;
             tools.build(
@@ -137,9 +137,15 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Image { arguments } => {
             let environment = tools.install(Environment::Local)?;
             tools.build(&["infra-checks"], Profile::Debug)?;
-            tools.build(&["gpu-task"], Profile::Release)?;
+            tools.build(&["gpu-task", "clip-model"], Profile::Release)?;
             let mut image = tools.program("infra-checks", Profile::Debug, &environment);
-            image.current_dir(&tools.root).arg("image").args(arguments);
+            image.current_dir(&tools.root).arg("image");
+            let wants_help = arguments.iter().any(|argument| argument == "--help");
+            if !wants_help && !arguments.iter().any(|argument| argument == "--model") {
+                let (_, bundle) = tools.synthesized_model(&environment)?;
+                image.arg("--model").arg(bundle);
+            }
+            image.args(arguments);
             replace_this_process(image)
         }
         Task::Run { program, arguments } => {

@@ -6,15 +6,17 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::Context;
 
-use crate::Profile;
-use crate::tools::{Environment, Tools, set_unless_set};
+use crate::tools::{Environment, Tools, run, set_unless_set};
 
 /// Runs `cargo test` on the workspace. The whole-pipeline tests start real
-/// programs, so those are built first.
-pub fn run(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+/// programs, so those are built first, in one go with the tests: building
+/// them apart would build the dependencies twice, with and without what the
+/// tests alone need of them.
+pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
     let variables = tools.install(Environment::Local)?;
-    let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];
-    tools.build(&programs, Profile::Debug)?;
+    eprintln!("building programs and tests …");
+    let mut build = tools.cargo("build");
+    run(build.args(["--quiet", "--workspace", "--bins", "--tests"]))?;
     let mut cargo = tools.cargo("test");
     if !arguments
         .iter()

@@ -152,6 +152,39 @@ impl Tools {
         command
     }
 
+    /// Weights of ViT-B/32's shape from a seed, and a bundle of their vision
+    /// tower, for checks that need some model; made once. `clip-model` must be
+    /// built for release.
+    pub fn synthesized_model(&self, variables: &Variables) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let models = self.root.join(".local/models");
+        fs::create_dir_all(&models)?;
+        let weights = models.join("synthesized.safetensors");
+        if !weights.is_file() {
+            let mut synthesize = self.program("clip-model", Profile::Release, variables);
+            synthesize
+                .args(["synthesize", "ViT-B/32", "--output"])
+                .arg(&weights);
+            run(&mut synthesize)?;
+        }
+        let bundle = models.join("synthesized");
+        if !bundle.join("manifest.json").is_file() {
+            self.build_bundle(&weights, &bundle, variables)?;
+        }
+        Ok((weights, bundle))
+    }
+
+    /// Builds a bundle of the vision tower with the release `clip-model`.
+    pub fn build_bundle(
+        &self,
+        weights: &Path,
+        bundle: &Path,
+        variables: &Variables,
+    ) -> anyhow::Result<()> {
+        let mut build = self.program("clip-model", Profile::Release, variables);
+        build.arg("build").arg("--weights").arg(weights);
+        run(build.arg("--output").arg(bundle).arg("--vision-only"))
+    }
+
     fn target(&self) -> PathBuf {
         match std::env::var_os("CARGO_TARGET_DIR") {
             Some(target) => PathBuf::from(target),
