@@ -73,16 +73,17 @@ async fn images_put_into_s3_come_out_as_events_with_vectors_and_the_cluster_is_b
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_killed_in_mid_batch_loses_nothing() {
     const IMAGES: u32 = 60;
-    let pipeline = Pipeline::start(|options| {
+    let pipeline = Pipeline::start(|mut options| {
+        // The template's least visibility timeout is minutes, and this test is
+        // about what comes back, not about how long that takes.
+        let seconds = "10".to_owned();
         options
-            .parameter("MaxInstances", 1)
-            .parameter("VisibilityTimeoutSeconds", 130)
+            .task_environment
+            .insert("VISIBILITY_TIMEOUT_SECONDS".to_owned(), seconds);
+        options.parameter("MaxInstances", 1)
     })
     .await
     .unwrap();
-    // The template's least visibility timeout is minutes, and this test is
-    // about what comes back, not about how long that takes.
-    set_visibility_timeout(&pipeline, 4).await;
     for seed in 0..IMAGES {
         let key = format!("image-{seed:03}.bmp");
         pipeline
@@ -487,17 +488,6 @@ async fn many_images_start_no_more_tasks_than_allowed_and_each_decision_is_expla
         "no decision to give an instance back among {reasons:?}"
     );
     pipeline.stop().await;
-}
-
-async fn set_visibility_timeout(pipeline: &Pipeline, seconds: u32) {
-    let name = aws_sdk_sqs::types::QueueAttributeName::VisibilityTimeout;
-    let request = pipeline.deployment.sqs.set_queue_attributes();
-    let request = request.queue_url(pipeline.deployment.input_queue_url());
-    request
-        .attributes(name, seconds.to_string())
-        .send()
-        .await
-        .unwrap();
 }
 
 async fn new_queue(pipeline: &Pipeline, name: &str) -> (String, String) {
