@@ -49,7 +49,10 @@ pub struct Worker {
 pub struct Finished {
     pub first_vector: Duration,
     pub done: Duration,
+    /// Processor time in all, start and stop included.
     pub cpu: Duration,
+    /// Processor time between the first vector and the last deletion.
+    pub working_cpu: Duration,
     pub peak_bytes: u64,
     pub exit_code: Option<i32>,
     pub stop: Duration,
@@ -98,12 +101,13 @@ impl Worker {
         let watched = self.watch(cloud, run, started, limit, &mut child).await;
         let asked_to_stop = Instant::now();
         let ended = end(child.id())?;
-        let (first_vector, done) = watched.with_context(|| {
+        let watched = watched.with_context(|| {
             format!("{name} ended with {:?}; see {name}.stderr", ended.exit_code)
         })?;
         Ok(Finished {
-            first_vector,
-            done,
+            first_vector: watched.first_vector,
+            done: watched.done,
+            working_cpu: watched.working_cpu,
             stop: asked_to_stop.elapsed(),
             ..ended
         })
@@ -116,7 +120,7 @@ impl Worker {
         started: Instant,
         limit: Duration,
         child: &mut std::process::Child,
-    ) -> Result<(Duration, Duration)> {
+    ) -> Result<Watched> {
         let is_alive = |child: &mut std::process::Child| -> Result<()> {
             // Looked at without reaping: the exit status is read with the
             // costs at the end.
@@ -138,12 +142,43 @@ impl Worker {
             tokio::time::sleep(FIRST_POLL).await;
         }
         let first_vector = started.elapsed();
+        let cpu_before = cpu_so_far(child.id())?;
         while cloud.backlog(&run.input_queue).await? > 0 {
             is_alive(child)?;
             tokio::time::sleep(POLL).await;
         }
-        Ok((first_vector, started.elapsed()))
+        Ok(Watched {
+            first_vector,
+            done: started.elapsed(),
+            working_cpu: cpu_so_far(child.id())?.saturating_sub(cpu_before),
+        })
     }
+}
+
+/// What was seen of a worker while it ran.
+struct Watched {
+    first_vector: Duration,
+    done: Duration,
+    working_cpu: Duration,
+}
+
+/// Processor time that a running process has taken so far, from
+/// `/proc/PID/stat`: fields 14 and 15, in ticks.
+fn cpu_so_far(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name in the second field may hold anything but ends at the last ')'.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let mut fields = fields.split_whitespace().skip(11);
+    let mut ticks = 0u64;
+    for _ in 0..2 {
+        ticks += fields
+            .next()
+            .context("a field of /proc/PID/stat")?
+            .parse::<u64>()?;
+    }
+    // SAFETY: `sysconf` only reads a constant of the system.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
 }
 
 /// Asks the process to stop, waits for it and reads what it cost.
@@ -167,6 +202,7 @@ fn end(pid: u32) -> Result<Finished> {
     Ok(Finished {
         first_vector: Duration::ZERO,
         done: Duration::ZERO,
+        working_cpu: Duration::ZERO,
         cpu: time(usage.ru_utime) + time(usage.ru_stime),
         // Linux counts it in kilobytes.
         peak_bytes: usage.ru_maxrss as u64 * 1024,
