@@ -4,14 +4,16 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-/// Starts logging for the program. `RUST_LOG` filters (default `info`),
+/// Starts logging for the program. `RUST_LOG` filters (default `info`, and of
+/// ONNX Runtime warnings only, which tells of every optimisation otherwise),
 /// `LOG_FORMAT=json|text` chooses the form; without it a terminal gets text
 /// and everything else (CloudWatch Logs, files) gets one JSON object a line.
 ///
 /// Log lines go to standard error; standard output belongs to the metrics,
 /// which CloudWatch only recognises when a line is nothing but their JSON.
 pub fn init_logs(program: &'static str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,ort=warn"));
     let wants_text = match std::env::var("LOG_FORMAT").as_deref() {
         Ok("text") => true,
         Ok("json") => false,

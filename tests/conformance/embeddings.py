@@ -4,6 +4,8 @@ Ours: our crop through our graph (`clip-model embed`). The reference: Pillow's
 crop through OpenAI's own CLIP code in PyTorch, on the same weights. Prints a
 row per image type with the worst and the median relative L2 distance, lists
 what is over the limit, and fails if less than the given share is within it.
+Where the bundle has labels, the five best of each image are compared, too:
+ours as the task would write them, the reference's from its own text tower.
 """
 
 import argparse
@@ -19,11 +21,13 @@ warnings.filterwarnings("ignore")
 import numpy
 import safetensors.torch
 import torch
+from clip import tokenize
 from clip.model import build_model
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 BATCH = 16
+SHOWN_LABELS = 5
 
 
 def reference(model, crops):
@@ -42,11 +46,22 @@ def ours(program, bundle, crops, folder):
     raw.write_bytes(crops.tobytes())
     command = [program, "embed", bundle, "--pixels", raw]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    rows = []
-    for line in output.splitlines():
-        value = json.loads(line)
-        rows.append(value["embedding"])
-    return numpy.array(rows, dtype=numpy.float32)
+    rows = [json.loads(line) for line in output.splitlines()]
+    labels = [[label for label, _ in row["labels"] or []] for row in rows]
+    return numpy.array([row["embedding"] for row in rows], dtype=numpy.float32), labels
+
+
+def reference_labels(model, embeddings, names):
+    """The five best labels of each embedding by the reference's text tower."""
+    texts = []
+    for start in range(0, len(names), BATCH):
+        prompts = [f"a photo of a {name}" for name in names[start : start + BATCH]]
+        with torch.no_grad():
+            texts.append(model.encode_text(tokenize(prompts)).float().numpy())
+    texts = numpy.concatenate(texts)
+    texts /= numpy.linalg.norm(texts, axis=1, keepdims=True)
+    best = numpy.argsort(-(embeddings @ texts.T), axis=1, kind="stable")[:, :SHOWN_LABELS]
+    return [[names[index] for index in row] for row in best]
 
 
 def main():
@@ -71,9 +86,13 @@ def main():
     mine, theirs = (
         numpy.stack([pair[side] for pair in pairs]).reshape(-1, size, size, 3) for side in (2, 3)
     )
-    model = build_model(safetensors.torch.load_file(arguments.weights)).float().eval()
+    weights = safetensors.torch.load_file(arguments.weights)
+    model = build_model(dict(weights)).float().eval()
+    # build_model has rounded them to half precision, which is no loss for
+    # weights that were published so; others are loaded again as they are.
+    model.load_state_dict(weights, strict=False)
     want = reference(model, theirs)
-    have = ours(arguments.clip_model, arguments.bundle, mine, arguments.crops)
+    have, labels = ours(arguments.clip_model, arguments.bundle, mine, arguments.crops)
     distances = numpy.linalg.norm(have - want, axis=1) / numpy.linalg.norm(want, axis=1)
 
     print(f"\n{'type':<12} {'files':>6} {'over limit':>10} {'median rel. L2':>15} {'worst rel. L2':>14}")
@@ -87,6 +106,12 @@ def main():
             print(f"  {distance:.3e}  {pair[0]}")
     within = sum(bool(d <= arguments.limit) for d in distances) / len(distances)
     print(f"{within:.2%} of {len(distances)} embeddings are within {arguments.limit:g} of the reference's")
+    manifest = json.loads((arguments.bundle / "manifest.json").read_text())
+    if manifest.get("labels"):
+        names = safetensors.safe_open(arguments.bundle / "labels.safetensors", "np").metadata()["labels"]
+        want_labels = reference_labels(model, want, json.loads(names))
+        same = sum(a == b for a, b in zip(labels, want_labels))
+        print(f"the five best labels are the same, in the same order, for {same} of {len(labels)} images")
     return 0 if within >= arguments.share else 1
 
 

@@ -394,6 +394,50 @@ async fn eventbridge_sqs_sns_and_pipes_are_ways_in_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn both_functions_answer_every_sample_under_a_real_runtime() {
+    let pipeline = Pipeline::start(|options| options).await.unwrap();
+    // The objects that the samples speak of.
+    for (bucket, key) in [
+        ("source-bucket", "holiday/my photo+é&(1).png"),
+        ("bucket", "image.png"),
+    ] {
+        let create = pipeline.deployment.s3.create_bucket().bucket(bucket);
+        create.send().await.unwrap();
+        let put = pipeline.deployment.s3.put_object().bucket(bucket).key(key);
+        put.body(bmp(7, 64).into()).send().await.unwrap();
+    }
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../events/samples");
+    let mut answered = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let sample: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        let is_output = name.starts_with("output-");
+        if !is_output {
+            let answer = pipeline.deployment.invoke("IntakeFunction", &sample).await;
+            let answer = answer.unwrap_or_else(|error| panic!("intake, {name}: {error}"));
+            let is_batch = name.ends_with("sqs") && name != "pipe-sqs" || name.ends_with("-raw");
+            if is_batch {
+                assert_eq!(answer, json!({"batchItemFailures": []}), "{name}");
+            } else {
+                assert_eq!(answer["failed"], 0, "{name}: {answer}");
+            }
+        }
+        // The scaler looks at the world whatever wakes it.
+        let answer = pipeline.deployment.invoke("ScalerFunction", &sample).await;
+        answer.unwrap_or_else(|error| panic!("scaler, {name}: {error}"));
+        answered += 1;
+    }
+    assert!(answered >= 15, "{answered} samples");
+    let events = pipeline.events_of(2).await.unwrap();
+    assert!(by_document(&events).contains_key("s3://bucket/image.png"));
+    let rejections = pipeline.rejections(1).await.unwrap();
+    assert!(rejections.iter().all(|one| one.body == "not JSON at all"));
+    pipeline.back_at_zero().await.unwrap();
+    pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn topic_bus_and_queue_are_ways_out_and_all_get_every_event() {
     let pipeline =
         Pipeline::start(|options| options.parameter("OutputKind", "topic+event-bus+queue"))

@@ -152,9 +152,8 @@ impl Tools {
         command
     }
 
-    /// Weights of ViT-B/32's shape from a seed, and a bundle of their vision
-    /// tower, for checks that need some model; made once. `clip-model` must be
-    /// built for release.
+    /// Weights of ViT-B/32's shape from a seed, and a bundle of them, for checks
+    /// that need some model; made once. `clip-model` must be built for release.
     pub fn synthesized_model(&self, variables: &Variables) -> anyhow::Result<(PathBuf, PathBuf)> {
         let models = self.root.join(".local/models");
         fs::create_dir_all(&models)?;
@@ -173,7 +172,7 @@ impl Tools {
         Ok((weights, bundle))
     }
 
-    /// Builds a bundle of the vision tower with the release `clip-model`.
+    /// Builds a bundle with the release `clip-model`.
     pub fn build_bundle(
         &self,
         weights: &Path,
@@ -182,7 +181,7 @@ impl Tools {
     ) -> anyhow::Result<()> {
         let mut build = self.program("clip-model", Profile::Release, variables);
         build.arg("build").arg("--weights").arg(weights);
-        run(build.arg("--output").arg(bundle).arg("--vision-only"))
+        run(build.arg("--output").arg(bundle))
     }
 
     fn target(&self) -> PathBuf {
