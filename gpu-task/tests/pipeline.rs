@@ -181,7 +181,8 @@ async fn a_lost_lease_ends_the_work_on_it_before_it_is_published() {
 async fn a_message_that_is_delivered_twice_is_worked_on_once() {
     let mut world = World::new();
     world.queue_mut().delivers_twice = true;
-    world.time_per_image = Duration::from_millis(10);
+    // Long enough for every second delivery to find the first in work.
+    world.time_per_image = Duration::from_millis(100);
     let urls = world.images(24);
     world.run_until_empty(LONG).await;
     assert_eq!(world.output.urls(), urls);
