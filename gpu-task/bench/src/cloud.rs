@@ -6,12 +6,21 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
+use aws_sdk_sns::types::PublishBatchRequestEntry;
+use aws_sdk_sqs::types::{
+    DeleteMessageBatchRequestEntry, QueueAttributeName, SendMessageBatchRequestEntry,
+};
 use events::{CloudEvent, Document, EventType, S3Url};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 const SOURCE: &str = "bench-source";
 const REGION: &str = "us-east-1";
+
+/// Requests at the same time while the emulator's own ceiling is measured.
+const CEILING_LOOPS: usize = 4;
+
+/// Bytes of the vectors written meanwhile: those of 512 numbers as JSON.
+const CEILING_VECTOR_BYTES: usize = 6_000;
 
 /// The emulator and clients for it.
 pub struct Cloud {
@@ -32,8 +41,24 @@ pub struct Run {
     pub topic: String,
     pub cache: String,
     output_queue: String,
+    documents: usize,
     /// Document URL by ETag: the reference names its vectors by ETag alone.
     by_etag: BTreeMap<String, String>,
+}
+
+/// What reached the queue behind the topic.
+pub struct Published {
+    /// Events, duplicates included.
+    pub events: usize,
+    /// Events whose message had one before.
+    pub duplicates: usize,
+}
+
+impl Run {
+    /// Different documents among the messages.
+    pub fn documents(&self) -> usize {
+        self.documents
+    }
 }
 
 impl Drop for Cloud {
@@ -173,6 +198,7 @@ impl Cloud {
             topic,
             cache,
             output_queue,
+            documents: count.min(files.len()),
             by_etag,
         })
     }
@@ -274,33 +300,96 @@ impl Cloud {
             .await
     }
 
-    /// Events that reached the queue behind the topic; answers how many in
-    /// all, duplicates included.
-    pub async fn count_events(&self, run: &Run) -> Result<usize> {
+    /// Counts the events that reached the queue behind the topic.
+    pub async fn published(&self, run: &Run) -> Result<Published> {
         let mut ids = BTreeSet::new();
-        let mut count = 0;
+        let mut events = 0;
         loop {
-            let received = self
-                .sqs
-                .receive_message()
-                .queue_url(&run.output_queue)
-                .max_number_of_messages(10)
-                .visibility_timeout(3600)
-                .send()
-                .await?;
-            if received.messages().is_empty() {
+            let received = self.receive(&run.output_queue).await?;
+            if received.is_empty() {
                 break;
             }
-            for message in received.messages() {
+            for message in received {
                 let event = CloudEvent::parse(message.body().unwrap_or_default().as_bytes())?;
                 ids.insert(event.id);
-                count += 1;
+                events += 1;
             }
         }
-        if ids.len() != count {
-            println!("{} duplicate events", count - ids.len());
+        Ok(Published {
+            events,
+            duplicates: events - ids.len(),
+        })
+    }
+
+    async fn receive(&self, queue: &str) -> Result<Vec<aws_sdk_sqs::types::Message>> {
+        let received = self
+            .sqs
+            .receive_message()
+            .queue_url(queue)
+            .max_number_of_messages(10)
+            .visibility_timeout(3600)
+            .send()
+            .await?;
+        Ok(received.messages.unwrap_or_default())
+    }
+
+    /// Images per second that the emulator serves to a worker that computes
+    /// nothing: receive, get the image, put a vector, publish, delete.
+    pub async fn ceiling(&self, run: &Run, images: usize) -> Result<f64> {
+        let started = std::time::Instant::now();
+        futures_util::future::try_join_all((0..CEILING_LOOPS).map(|_| self.pass_through(run)))
+            .await?;
+        Ok(images as f64 / started.elapsed().as_secs_f64())
+    }
+
+    async fn pass_through(&self, run: &Run) -> Result<()> {
+        loop {
+            let messages = self.receive(&run.input_queue).await?;
+            if messages.is_empty() {
+                return Ok(());
+            }
+            let copies = messages.iter().map(|message| self.copy_one(run, message));
+            futures_util::future::try_join_all(copies).await?;
+            let mut publish = self.sns.publish_batch().topic_arn(&run.topic);
+            let mut delete = self.sqs.delete_message_batch().queue_url(&run.input_queue);
+            for (index, message) in messages.iter().enumerate() {
+                publish = publish.publish_batch_request_entries(
+                    PublishBatchRequestEntry::builder()
+                        .id(index.to_string())
+                        .message(message.body().unwrap_or_default())
+                        .build()?,
+                );
+                delete = delete.entries(
+                    DeleteMessageBatchRequestEntry::builder()
+                        .id(index.to_string())
+                        .receipt_handle(message.receipt_handle().unwrap_or_default())
+                        .build()?,
+                );
+            }
+            publish.send().await?;
+            delete.send().await?;
         }
-        Ok(count)
+    }
+
+    async fn copy_one(&self, run: &Run, message: &aws_sdk_sqs::types::Message) -> Result<()> {
+        let event = CloudEvent::parse(message.body().unwrap_or_default().as_bytes())?;
+        let url: S3Url = event.data.document.url.parse()?;
+        let object = self
+            .s3
+            .get_object()
+            .bucket(&url.bucket)
+            .key(&url.key)
+            .send()
+            .await?;
+        object.body.collect().await?;
+        self.s3
+            .put_object()
+            .bucket(&run.cache)
+            .key(&url.key)
+            .body(vec![b' '; CEILING_VECTOR_BYTES].into())
+            .send()
+            .await?;
+        Ok(())
     }
 }
 

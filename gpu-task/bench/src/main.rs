@@ -3,7 +3,9 @@
 //! machine, with an emulated AWS. Prints a table and writes a JSON file.
 
 mod cloud;
+mod preparation;
 mod proxy;
+mod stages;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -16,18 +18,23 @@ use clap::Parser;
 use serde::Serialize;
 
 use cloud::{Cloud, Run};
+use preparation::PreparationFigures;
+use stages::StageFigures;
 use worker::{Finished, Kind, Worker};
 
-/// Measures the worker end to end beside a reference worker, and the model
-/// beside this machine's matrix-product ceiling.
+/// Measures the worker end to end beside a reference worker, and beside its
+/// floors: the model beside this machine's matrix-product ceiling, decoding
+/// alone, and what the emulated AWS gives to a worker that computes nothing.
 ///
 /// What is not given is made: weights from a seed, a bundle from them, and
 /// images from gradients and noise, all kept in the work folder.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// A set of images, NAME=FOLDER; each folder's files are one workload.
-    /// Without any: photos of 0.3 to 20 megapixels and web-sized ones, made here.
+    /// A set of images: NAME=FOLDER, or a NAME that is made here: mixed (43
+    /// photos of 0.3 to 20 megapixels), web (43 of at most 1024 pixels), small
+    /// (10,000 of 64 to 128 pixels), giant (20 of 100 megapixels). Repeatable.
+    /// [default: mixed and web]
     #[arg(long = "set")]
     sets: Vec<String>,
     /// Images per workload; a smaller folder is used again and again.
@@ -95,10 +102,28 @@ struct Figures {
     peak_memory_mb: f64,
     vectors: usize,
     events: usize,
+    duplicate_events: usize,
+    /// Messages in the dead-letter queue.
+    rejected: u64,
+    /// Documents with neither a vector nor a rejection.
+    lost: usize,
     exit_code: Option<i32>,
     stop_seconds: f64,
     /// Worst relative L2 distance to the reference's vector of the same image.
     worst_relative_l2: Option<f64>,
+    /// By the worker's own metrics.
+    stages: Vec<StageFigures>,
+}
+
+/// What bounds a set on this machine.
+#[derive(Clone, Debug, Serialize)]
+struct Floors {
+    set: String,
+    preparation: PreparationFigures,
+    /// What the emulated AWS gives to a worker that computes nothing.
+    emulator_images_per_second: f64,
+    /// Preparation (exact) and model on all cores, with nothing else to do.
+    compute_images_per_second: Option<f64>,
 }
 
 #[tokio::main]
@@ -141,20 +166,29 @@ async fn main() -> Result<()> {
         let files = files(folder)?;
         let count = arguments.images.unwrap_or(files.len());
         cloud.upload(name, &files).await?;
+        let floors = floors(&cloud, name, &files, report.model.as_ref()).await?;
+        print_floors(&floors);
+        report.floors.push(floors);
         for round in 1..=arguments.rounds {
             let mut reference: Option<Vectors> = None;
             for worker in &workers {
                 let run = cloud.prepare(name, &files, count).await?;
                 let finished = measure(&arguments, &cloud, &run, worker).await?;
                 let vectors = cloud.vectors(&run).await?;
+                let published = cloud.published(&run).await?;
+                let rejected = cloud.backlog(&run.dead_letters).await?;
+                let working = (finished.done - finished.first_vector).as_secs_f64();
+                let stages = match worker.kind {
+                    Kind::Task => stages::read(&arguments.work.join("gpu-task.stdout"), working)?,
+                    Kind::Reference => Vec::new(),
+                };
                 let figures = Figures {
                     set: name.clone(),
                     worker: worker.kind.name(),
                     round,
                     s3_latency_ms: arguments.s3_latency_ms,
                     images: count,
-                    images_per_second: (count.max(2) - 1) as f64
-                        / (finished.done - finished.first_vector).as_secs_f64(),
+                    images_per_second: (count.max(2) - 1) as f64 / working,
                     start_to_first_vector_seconds: finished.first_vector.as_secs_f64(),
                     total_seconds: finished.done.as_secs_f64(),
                     cpu_seconds_per_image: finished.working_cpu.as_secs_f64()
@@ -162,12 +196,19 @@ async fn main() -> Result<()> {
                     cpu_seconds_in_all: finished.cpu.as_secs_f64(),
                     peak_memory_mb: finished.peak_bytes as f64 / 1e6,
                     vectors: vectors.len(),
-                    events: cloud.count_events(&run).await?,
+                    events: published.events,
+                    duplicate_events: published.duplicates,
+                    rejected,
+                    lost: run
+                        .documents()
+                        .saturating_sub(vectors.len() + rejected as usize),
                     exit_code: finished.exit_code,
                     stop_seconds: finished.stop.as_secs_f64(),
                     worst_relative_l2: reference.as_ref().map(|one| worst(one, &vectors)),
+                    stages,
                 };
                 print_row(&figures);
+                stages::print(&figures.stages);
                 if worker.kind == Kind::Reference {
                     reference = Some(vectors);
                 }
@@ -176,6 +217,7 @@ async fn main() -> Result<()> {
         }
     }
     print_table(&all);
+    let lost: usize = all.iter().map(|figures| figures.lost).sum();
     report.end_to_end = all;
     let path = arguments
         .json
@@ -183,6 +225,9 @@ async fn main() -> Result<()> {
         .unwrap_or_else(|| arguments.work.join("bench.json"));
     std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
     println!("\nfigures: {}", path.display());
+    if lost > 0 {
+        bail!("{lost} images were lost: neither a vector nor a rejection tells of them");
+    }
     Ok(())
 }
 
@@ -190,6 +235,7 @@ async fn main() -> Result<()> {
 #[derive(Default, Serialize)]
 struct Report {
     end_to_end: Vec<Figures>,
+    floors: Vec<Floors>,
     /// What `clip-model bench --json` says.
     model: Option<serde_json::Value>,
 }
@@ -244,37 +290,97 @@ fn model(arguments: &Arguments, clip_model: &Path) -> Result<(PathBuf, PathBuf)>
     Ok((weights, bundle))
 }
 
+/// Sets that can be made here, with their numbers of images. Mixed and web
+/// have as many as the first measurement of the original had.
+const SETS: [(&str, usize); 4] = [("mixed", 43), ("web", 43), ("small", 10_000), ("giant", 20)];
+
+/// The sets that are measured when none is named.
+const DEFAULT_SETS: [&str; 2] = ["mixed", "web"];
+
 /// The sets of images, by name.
 fn sets(arguments: &Arguments) -> Result<Vec<(String, PathBuf)>> {
+    let mut names: Vec<&str> = arguments.sets.iter().map(String::as_str).collect();
+    if names.is_empty() {
+        names.extend(DEFAULT_SETS);
+    }
     let mut sets = Vec::new();
-    for set in &arguments.sets {
-        let (name, folder) = set
-            .split_once('=')
-            .with_context(|| format!("--set {set:?} is not NAME=FOLDER"))?;
-        sets.push((name.to_owned(), PathBuf::from(folder)));
-    }
-    if !sets.is_empty() {
-        return Ok(sets);
-    }
-    let python = arguments
-        .reference
-        .as_ref()
-        .context("without --set, images are made with REFERENCE_PYTHON, which is not set")?;
-    let script = arguments.work.join("photos.py");
-    std::fs::write(&script, include_str!("../photos.py"))?;
-    for kind in ["mixed", "web"] {
-        let folder = arguments.work.join(kind);
-        let mut command = Command::new(python);
-        command.arg(&script).arg(&folder);
-        run_program(command.args([kind, PHOTOS]))?;
-        sets.push((kind.to_owned(), folder));
+    for name in names {
+        match name.split_once('=') {
+            Some((name, folder)) => sets.push((name.to_owned(), PathBuf::from(folder))),
+            None => sets.push((name.to_owned(), make_set(arguments, name)?)),
+        }
     }
     Ok(sets)
 }
 
-/// Photos in each set that is made here, as many as the first measurement of
-/// the original had.
-const PHOTOS: &str = "43";
+/// Makes the images of a set; those that are there stay.
+fn make_set(arguments: &Arguments, name: &str) -> Result<PathBuf> {
+    let Some((_, count)) = SETS.iter().find(|(known, _)| *known == name) else {
+        let known = SETS.map(|(known, _)| known).join(", ");
+        bail!("--set {name:?} is neither NAME=FOLDER nor one of {known}");
+    };
+    let python = arguments.reference.as_ref().context(
+        "images are made with REFERENCE_PYTHON, which is not set; use --set NAME=FOLDER",
+    )?;
+    let script = arguments.work.join("photos.py");
+    std::fs::write(&script, include_str!("../photos.py"))?;
+    let folder = arguments.work.join(name);
+    let mut command = Command::new(python);
+    command.arg(&script).arg(&folder).arg(name);
+    run_program(command.arg(count.to_string()))?;
+    Ok(folder)
+}
+
+/// Images that pass through the emulator while its ceiling is measured.
+const CEILING_IMAGES: usize = 400;
+
+/// Measures what bounds a set. Of many files every so-manieth is decoded.
+async fn floors(
+    cloud: &Cloud,
+    name: &str,
+    files: &[PathBuf],
+    model: Option<&serde_json::Value>,
+) -> Result<Floors> {
+    let step = files.len().div_ceil(CEILING_IMAGES);
+    let some: Vec<PathBuf> = files.iter().step_by(step).cloned().collect();
+    let preparation = tokio::task::spawn_blocking(move || preparation::measure(&some)).await??;
+    let run = cloud.prepare(name, files, CEILING_IMAGES).await?;
+    let emulator_images_per_second = cloud.ceiling(&run, CEILING_IMAGES).await?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let model_ms = model.and_then(fastest_on_one_thread);
+    Ok(Floors {
+        set: name.to_owned(),
+        preparation,
+        emulator_images_per_second,
+        compute_images_per_second: model_ms
+            .map(|model_ms| cores * 1e3 / (preparation.exact_ms + model_ms)),
+    })
+}
+
+/// Milliseconds per image of the model's best batch on one thread.
+fn fastest_on_one_thread(model: &serde_json::Value) -> Option<f64> {
+    let figures = model["figures"].as_array()?;
+    figures
+        .iter()
+        .filter(|figure| figure["threads"] == 1)
+        .filter_map(|figure| figure["ms_per_image"].as_f64())
+        .min_by(f64::total_cmp)
+}
+
+fn print_floors(floors: &Floors) {
+    print!(
+        "{} floors: decode and prepare {:.2} ms (fast {:.2} ms) of processor time per image; the emulated AWS alone \
+         {:.0} images/s",
+        floors.set,
+        floors.preparation.exact_ms,
+        floors.preparation.fast_ms,
+        floors.emulator_images_per_second
+    );
+    match floors.compute_images_per_second {
+        Some(rate) => println!("; preparing and the model on all cores {rate:.1} images/s"),
+        None => println!(),
+    }
+}
 
 /// The built-in labels, for the reference worker.
 fn labels(work: &Path) -> Result<PathBuf> {
@@ -375,7 +481,7 @@ fn worst(reference: &Vectors, vectors: &Vectors) -> f64 {
 fn print_row(figures: &Figures) {
     println!(
         "{} {} round {}: {:.2} images/s, first vector {:.2} s, {:.3} CPU-s/image, peak {:.0} MB, \
-         {} vectors, {} events, stopped in {:.2} s with {:?}{}",
+         {} vectors, {} events ({} duplicates), {} rejected, {} lost, stopped in {:.2} s with {:?}{}",
         figures.set,
         figures.worker,
         figures.round,
@@ -385,6 +491,9 @@ fn print_row(figures: &Figures) {
         figures.peak_memory_mb,
         figures.vectors,
         figures.events,
+        figures.duplicate_events,
+        figures.rejected,
+        figures.lost,
         figures.stop_seconds,
         figures.exit_code,
         figures
