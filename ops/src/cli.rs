@@ -185,8 +185,17 @@ Examples:
     clip-ops redrive --dead-letter-queue $DLQ --queue $QUEUE --ids 0f6c…,81aa…
     clip-ops redrive --dead-letter-queue $DLQ --queue $QUEUE --all
 
+  Have intake take what it could not take when it came (its queue of failures; lost images are there):
+    clip-ops redrive --dead-letter-queue $FAILURES
+    clip-ops redrive --dead-letter-queue $FAILURES --intake $INTAKE --all
+
   Discard what is no image:
     clip-ops redrive --dead-letter-queue $DLQ --reason 'none of the seven types' --delete --yes
+
+With --intake, Lambda's records of failed invocations give what intake was invoked with, anything
+else its body; a message is deleted when intake has answered that all of it is done. Records do not
+go back with --queue. $FAILURES and $INTAKE are the stack's outputs IntakeFailureQueueUrl and
+IntakeFunctionArn.
 
 Showing consumes nothing: messages are invisible to others while the command runs (two minutes at
 most after a kill), and count one more receive.
@@ -197,12 +206,15 @@ Exit status: 0 done, 1 failed, 2 wrong options, 130 and 143 stopped by a signal.
 #[derive(Debug, Args)]
 #[command(after_long_help = REDRIVE_EXAMPLES, after_help = "Examples: --help")]
 pub struct RedriveArgs {
-    /// URL of the dead-letter queue.
+    /// URL of the dead-letter queue, or of the queue of what intake could not take.
     #[arg(long, env = "DEAD_LETTER_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
     pub dead_letter_queue: String,
     /// URL of the input queue, to which messages go back.
     #[arg(long, env = "INPUT_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
     pub queue: Option<String>,
+    /// Name or ARN of intake, which takes the messages instead of the input queue.
+    #[arg(long, value_name = "FUNCTION")]
+    pub intake: Option<String>,
     /// Show, and do nothing [default].
     #[arg(long, group = "choice")]
     pub list: bool,
@@ -219,7 +231,7 @@ pub struct RedriveArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
     /// Discard the chosen messages instead of sending them back.
-    #[arg(long, conflicts_with = "list")]
+    #[arg(long, conflicts_with_all = ["list", "intake"])]
     pub delete: bool,
     /// Yes, discard them.
     #[arg(long, requires = "delete")]
@@ -262,10 +274,14 @@ impl RedriveArgs {
             }
             return Ok(());
         }
+        if self.intake.is_some() {
+            return Ok(());
+        }
         match &self.queue {
-            None if !self.dry_run => {
-                Err("--queue URL says where the chosen messages go back to".to_owned())
-            }
+            None if !self.dry_run => Err(
+                "--queue URL or --intake FUNCTION says where the chosen messages go back to"
+                    .to_owned(),
+            ),
             Some(queue) if *queue == self.dead_letter_queue => {
                 Err("--queue is the dead-letter queue itself".to_owned())
             }
@@ -437,8 +453,14 @@ mod tests {
                 .unwrap()
                 .only_shows()
         );
+        let through = redrive(&["--all", "--intake", "intake"]).unwrap();
+        assert!(through.queue.is_none() && !through.only_shows());
         for (options, words) in [
-            (&["--all"][..], "--queue"),
+            (&["--all"][..], "--queue URL or --intake"),
+            (
+                &["--all", "--intake", "intake", "--delete", "--yes"],
+                "cannot be used with",
+            ),
             (&["--all", "--ids", "x"], "cannot be used with"),
             (
                 &["--all", "--queue", "https://sqs/1/dead"],

@@ -12,7 +12,7 @@ use clip_ops::backfill::{
     Scaler, Source, State, Table, TokenBucket, Unknown, Vectors, Waker, Walk, read_checkpoint,
 };
 use clip_ops::cli::{BackfillArgs, Cli, Command, EmbeddedCheck, RedriveArgs};
-use clip_ops::redrive::{Action, Choice, SqsQueues, table};
+use clip_ops::redrive::{Action, Choice, Intake, SqsQueues, WayBack, table};
 use clip_ops::stop::Stop;
 use clip_ops::units;
 use delivery::{OutputConfig, Outputs};
@@ -246,7 +246,12 @@ async fn redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
     } else {
         Action::SendBack
     };
-    let queues = SqsQueues::new(sdk, &args.dead_letter_queue, args.queue.as_deref());
+    let back = match (&args.intake, &args.queue) {
+        (Some(function), _) => WayBack::Intake(Intake::new(sdk, function)),
+        (None, Some(queue)) => WayBack::Queue(queue.clone()),
+        (None, None) => WayBack::None,
+    };
+    let queues = SqsQueues::new(sdk, &args.dead_letter_queue, back);
     let outcome = clip_ops::redrive::run(&queues, &choice, action, args.limit, &stop.token).await;
     if args.json {
         let result = json!({
@@ -290,7 +295,7 @@ fn summary(action: Action, counts: &clip_ops::redrive::Counts) -> String {
     }
     if counts.cut > 0 {
         parts.push(format!(
-            "{} stay, their body is cut",
+            "{} stay, they are not whole",
             units::count(counts.cut)
         ));
     }

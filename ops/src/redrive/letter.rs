@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use aws_sdk_sqs::types::MessageAttributeValue;
 use chrono::{DateTime, Utc};
 use delivery::attribute;
-use events::CloudEvent;
 use regex_lite::Regex;
 use serde::Serialize;
+
+use super::record::{Record, object_of, undelivered};
 
 /// What is shown for a message that SQS itself moved here.
 const MOVED_BY_SQS: &str = "no reason given: moved here by SQS after too many receives";
@@ -29,6 +30,9 @@ pub struct Letter {
     pub fields: Fields,
     /// Its body.
     pub body: String,
+    /// What intake was invoked with, when the message is Lambda's record of an
+    /// invocation that failed for good.
+    pub payload: Option<String>,
     /// Its attributes other than those of the rejection.
     pub attributes: HashMap<String, MessageAttributeValue>,
     /// The handle of this receive.
@@ -45,7 +49,8 @@ pub struct Fields {
     pub reason: String,
     /// In which stage.
     pub stage: Option<String>,
-    /// By which program; `SQS` when it moved the message itself.
+    /// By which program; `SQS` when it moved the message itself, `Lambda` when
+    /// intake failed, `EventBridge` when intake could not be reached.
     pub by: String,
     /// The object that it is about.
     pub object: Option<String>,
@@ -61,12 +66,17 @@ pub struct Fields {
     pub bytes: usize,
     /// The body's size before it was cut to fit, if it was.
     pub original_bytes: Option<u64>,
+    /// Whether it is Lambda's record of a failed invocation: only intake can
+    /// take what is in it.
+    pub is_record: bool,
+    /// Whether the record lacks what intake was invoked with.
+    pub is_empty_record: bool,
 }
 
 impl Fields {
-    /// Whether the body is not whole any more, and can only be looked at.
+    /// Whether the work in it is not whole any more, and can only be looked at.
     pub fn is_cut(&self) -> bool {
-        self.original_bytes.is_some()
+        self.original_bytes.is_some() || self.is_empty_record
     }
 }
 
@@ -85,15 +95,21 @@ impl Letter {
             let value = attributes.get(name)?.string_value()?;
             Some(value.to_owned())
         };
-        let reason = text(attribute::REASON);
-        let is_rejected = reason.is_some();
-        let unknown = if is_rejected { "-" } else { "SQS" };
+        let record = Record::parse(body);
+        let payload = record.as_ref().and_then(Record::payload);
+        let work = payload.as_deref().unwrap_or(body);
+        let (by, reason) = match (text(attribute::REASON), &record, undelivered(attributes)) {
+            (Some(reason), _, _) => ("-", reason),
+            (None, Some(record), _) => ("Lambda", record.reason()),
+            (None, None, Some(reason)) => ("EventBridge", reason),
+            (None, None, None) => ("SQS", MOVED_BY_SQS.to_owned()),
+        };
         let fields = Fields {
             id: id.to_owned(),
-            by: text(attribute::BY).unwrap_or_else(|| unknown.to_owned()),
-            reason: reason.unwrap_or_else(|| MOVED_BY_SQS.to_owned()),
+            by: text(attribute::BY).unwrap_or_else(|| by.to_owned()),
+            reason,
             stage: text(attribute::STAGE),
-            object: text(attribute::OBJECT).or_else(|| document_of(body)),
+            object: text(attribute::OBJECT).or_else(|| object_of(work)),
             event: text(attribute::EVENT),
             receive_count,
             sent_at,
@@ -101,6 +117,8 @@ impl Letter {
                 .and_then(|sent_at| u64::try_from((now - sent_at).num_seconds()).ok()),
             bytes: body.len(),
             original_bytes: text(attribute::ORIGINAL_BYTES).and_then(|bytes| bytes.parse().ok()),
+            is_record: record.is_some(),
+            is_empty_record: record.is_some() && payload.is_none(),
         };
         let others = attributes
             .iter()
@@ -108,17 +126,13 @@ impl Letter {
         Self {
             fields,
             body: body.to_owned(),
+            payload,
             attributes: others
                 .map(|(name, value)| (name.clone(), value.clone()))
                 .collect(),
             receipt: receipt.to_owned(),
         }
     }
-}
-
-fn document_of(body: &str) -> Option<String> {
-    let event = CloudEvent::parse(body.as_bytes()).ok()?;
-    Some(event.data.document.url)
 }
 
 /// Which messages are chosen.
@@ -201,6 +215,22 @@ pub(crate) mod tests {
         assert_eq!(letter.fields.object.as_deref(), Some("s3://b/a.png"));
         let choice = Choice::Reason(Regex::new("moved here by SQS").unwrap());
         assert!(choice.takes(&letter.fields));
+    }
+
+    #[test]
+    fn a_record_without_its_payload_can_only_be_looked_at() {
+        let mut record = super::super::record::tests::record(&serde_json::json!({"Records": []}));
+        let read = |record: &serde_json::Value| {
+            let body = record.to_string();
+            Letter::new("m1", "r", &body, &HashMap::new(), None, None, Utc::now())
+        };
+        let whole = read(&record);
+        assert!(whole.fields.is_record && !whole.fields.is_cut());
+        assert_eq!(whole.fields.by, "Lambda");
+        assert_eq!(whole.payload.as_deref(), Some(r#"{"Records":[]}"#));
+        record.as_object_mut().unwrap().remove("requestPayload");
+        let empty = read(&record);
+        assert!(empty.fields.is_record && empty.fields.is_cut());
     }
 
     #[test]

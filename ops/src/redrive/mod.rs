@@ -4,13 +4,21 @@
 //! while the command runs and set to zero at its end: whatever is not chosen
 //! is visible again at once. A chosen message is sent first and deleted then,
 //! so that an end in between leaves it in both queues and never in neither.
+//!
+//! What intake itself could not take lies in a queue of its own. It goes back
+//! through intake, which finds out what an object is, passes deletions on and
+//! wakes the scaler; a message is deleted when intake has answered that all of
+//! its work is done.
 
+mod intake;
 mod letter;
+mod record;
 mod sqs;
 mod table;
 
+pub use intake::Intake;
 pub use letter::{Choice, Fields, Letter};
-pub use sqs::SqsQueues;
+pub use sqs::{SqsQueues, WayBack};
 pub use table::{row, table};
 
 use std::collections::{HashMap, HashSet};
@@ -54,7 +62,7 @@ pub trait Queues: Send + Sync {
     async fn receive(&self) -> Result<Vec<Letter>, QueueError>;
     /// Changes for how long messages stay invisible.
     async fn hold(&self, receipts: &[&str], time: Duration) -> Results;
-    /// Sends bodies to the input queue.
+    /// Sends what is in the letters back: to the input queue, or through intake.
     async fn send(&self, letters: &[&Letter]) -> Results;
     /// Deletes from the dead-letter queue.
     async fn delete(&self, receipts: &[&str]) -> Results;
@@ -83,7 +91,8 @@ pub struct Counts {
     pub sent: u64,
     /// Messages deleted from the dead-letter queue.
     pub deleted: u64,
-    /// Chosen messages that stay: their body was cut when they were rejected.
+    /// Chosen messages that stay: their body was cut when they were rejected,
+    /// or the record lacks what intake was invoked with.
     pub cut: u64,
     /// Chosen messages that could not be sent or deleted.
     pub failed: u64,

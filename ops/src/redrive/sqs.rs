@@ -15,7 +15,7 @@ use aws_smithy_types::error::display::DisplayErrorContext;
 use chrono::{DateTime, Utc};
 use delivery::{Backoff, BatchLimits, PUBLISH_MAX_BYTES, pack, with_call_timeout};
 
-use super::{HOLD, Letter, MAX_BATCH, QueueError, Queues, Results};
+use super::{HOLD, Intake, Letter, MAX_BATCH, QueueError, Queues, Results};
 
 /// Seconds of a long poll: above zero, so that all servers are asked.
 const WAIT_SECONDS: i32 = 1;
@@ -35,22 +35,61 @@ const LIMITS: BatchLimits = BatchLimits {
     bytes: PUBLISH_MAX_BYTES,
 };
 
-/// The dead-letter queue and the input queue.
+/// Why a record does not go to the input queue: no task could read it.
+const NEEDS_INTAKE: &str =
+    "it is Lambda's record of a failed invocation; --intake FUNCTION has intake take what is in it";
+
+/// Where letters go back to.
+pub enum WayBack {
+    /// Nowhere: nothing is sent back.
+    None,
+    /// The input queue, by its URL.
+    Queue(String),
+    /// Intake.
+    Intake(Intake),
+}
+
+/// The dead-letter queue and the way back.
 pub struct SqsQueues {
     client: Client,
     dead_letters: String,
-    /// Absent when nothing is sent back.
-    input: Option<String>,
+    back: WayBack,
 }
 
 impl SqsQueues {
-    /// Queues by their URLs.
-    pub fn new(sdk: &SdkConfig, dead_letters: &str, input: Option<&str>) -> Self {
+    /// The dead-letter queue by its URL, and the way back.
+    pub fn new(sdk: &SdkConfig, dead_letters: &str, back: WayBack) -> Self {
         Self {
             client: Client::new(&with_call_timeout(sdk)),
             dead_letters: dead_letters.to_owned(),
-            input: input.map(str::to_owned),
+            back,
         }
+    }
+
+    /// Sends bodies to the input queue.
+    async fn send_to(&self, input: &str, letters: &[&Letter]) -> Results {
+        let mut results = Vec::with_capacity(letters.len());
+        let sizes: Vec<usize> = letters.iter().map(|letter| bytes_of(letter)).collect();
+        for range in pack(&sizes, LIMITS) {
+            let request_letters = &letters[range];
+            let sent = retried(request_letters.len(), move |positions| async move {
+                let mut request = self.client.send_message_batch().queue_url(input);
+                for position in &positions {
+                    let letter = request_letters[*position];
+                    let mut entry = SendMessageBatchRequestEntry::builder()
+                        .id(position.to_string())
+                        .message_body(&letter.body);
+                    for (name, value) in &letter.attributes {
+                        entry = entry.message_attributes(name, value.clone());
+                    }
+                    request = request.entries(entry.build().expect("id and body are set"));
+                }
+                let response = request.send().await;
+                failures(response.map(|response| response.failed))
+            });
+            results.extend(sent.await);
+        }
+        results
     }
 }
 
@@ -102,31 +141,25 @@ impl Queues for SqsQueues {
     }
 
     async fn send(&self, letters: &[&Letter]) -> Results {
-        let Some(input) = &self.input else {
-            return vec![Err("no input queue is named".to_owned()); letters.len()];
-        };
-        let mut results = Vec::with_capacity(letters.len());
-        let sizes: Vec<usize> = letters.iter().map(|letter| bytes_of(letter)).collect();
-        for range in pack(&sizes, LIMITS) {
-            let request_letters = &letters[range];
-            let sent = retried(request_letters.len(), move |positions| async move {
-                let mut request = self.client.send_message_batch().queue_url(input);
-                for position in &positions {
-                    let letter = request_letters[*position];
-                    let mut entry = SendMessageBatchRequestEntry::builder()
-                        .id(position.to_string())
-                        .message_body(&letter.body);
-                    for (name, value) in &letter.attributes {
-                        entry = entry.message_attributes(name, value.clone());
-                    }
-                    request = request.entries(entry.build().expect("id and body are set"));
-                }
-                let response = request.send().await;
-                failures(response.map(|response| response.failed))
-            });
-            results.extend(sent.await);
+        match &self.back {
+            WayBack::None => vec![Err("no way back is named".to_owned()); letters.len()],
+            WayBack::Intake(intake) => intake.take_all(letters).await,
+            WayBack::Queue(input) => {
+                let bodies: Vec<&Letter> = letters
+                    .iter()
+                    .copied()
+                    .filter(|letter| !letter.fields.is_record)
+                    .collect();
+                let mut sent = self.send_to(input, &bodies).await.into_iter();
+                letters
+                    .iter()
+                    .map(|letter| match letter.fields.is_record {
+                        true => Err(NEEDS_INTAKE.to_owned()),
+                        false => sent.next().unwrap_or_else(|| Err("no result".to_owned())),
+                    })
+                    .collect()
+            }
         }
-        results
     }
 
     async fn delete(&self, receipts: &[&str]) -> Results {

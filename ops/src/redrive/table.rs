@@ -19,6 +19,9 @@ pub fn row(fields: &Fields) -> [String; 7] {
             units::count(original)
         ));
     }
+    if fields.is_empty_record {
+        reason.push_str(" (a record without its payload, cannot be sent back)");
+    }
     [
         fields.id.clone(),
         fields.age_seconds.map_or("-".to_owned(), units::age),
