@@ -10,12 +10,19 @@ use tokio::sync::oneshot;
 
 use crate::failure::Fatal;
 use crate::pipeline::Loading;
-use crate::services::{Embedder, ModelInfo};
+use crate::services::{Embedder, ModelInfo, PixelBuffer};
 
 /// Labels that go into the keywords of an image.
 const LABELS: usize = 5;
 
 impl Embedder for VisionEngine {
+    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, String> {
+        match VisionEngine::buffer(self, bytes) {
+            Ok(buffer) => Ok(Box::new(buffer)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, String> {
         VisionEngine::embed(self, pixels, batch).map_err(|error| error.to_string())
     }

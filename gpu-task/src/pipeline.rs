@@ -478,7 +478,11 @@ async fn load(
     };
     let embedders = async {
         match loading.embedders.await {
-            Ok(embedders) => to_model.start(&shared, embedders),
+            Ok(embedders) => {
+                if let Some(model) = shared.model().await {
+                    to_model.start(&shared, model.side, embedders);
+                }
+            }
             Err(fatal) => shared.end_with(fatal),
         }
     };

@@ -1,6 +1,7 @@
 //! What the pipeline needs from the world, as small traits, so that its rules
 //! can be tested against fakes that enforce AWS's own limits.
 
+use std::ops::DerefMut;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -92,8 +93,16 @@ pub trait Preparer: Send + Sync {
     ) -> Result<Size, TaskError>;
 }
 
+/// Memory for the pixels of a batch.
+pub type PixelBuffer = Box<dyn DerefMut<Target = [u8]> + Send>;
+
 /// Runs the model.
 pub trait Embedder: Send {
+    /// Memory from which the model reads pixels fastest.
+    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, String> {
+        Ok(Box::new(vec![0; bytes]))
+    }
+
     /// Embeds `batch` images of `side × side × 3` bytes each; answers
     /// `batch × dimensions` values.
     fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, String>;

@@ -1,15 +1,17 @@
 //! Runs a bundle's graphs with ONNX Runtime, which is loaded from the library that
 //! `ORT_DYLIB_PATH` names.
 
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
 use ort::ep;
 use ort::logging::LogLevel;
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::value::TensorRef;
+use ort::value::{Tensor, TensorRef};
 use thiserror::Error;
 
 use crate::bundle::{Bundle, TEXT_GRAPH, VISION_GRAPH};
@@ -145,9 +147,34 @@ impl Default for EngineOptions {
     }
 }
 
+/// Memory that the model reads pixels from fastest, zero at first: pinned where CUDA computes, so
+/// that they go to the device without another copy. Made once and filled again and again.
+pub struct PixelBuffer {
+    tensor: Tensor<u8>,
+    bytes: usize,
+}
+
+impl Deref for PixelBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the tensor has `bytes` bytes in memory that the processor can read, all set when
+        // it was made, and nobody else has them while this borrow lasts.
+        unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast(), self.bytes) }
+    }
+}
+
+impl DerefMut for PixelBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr_mut().cast(), self.bytes) }
+    }
+}
+
 /// The vision tower, ready to run.
 pub struct VisionEngine {
     session: Session,
+    provider: ExecutionProvider,
     dimensions: usize,
     image_size: usize,
     max_batch: usize,
@@ -172,6 +199,7 @@ impl VisionEngine {
         }
         Ok(VisionEngine {
             session,
+            provider: options.provider,
             dimensions: manifest.dimensions,
             image_size: manifest.image_size,
             max_batch,
@@ -198,11 +226,34 @@ impl VisionEngine {
         self.image_size * self.image_size * 3
     }
 
-    /// Runs once on a grey image, so that the first real one does not pay for memory and, on
-    /// CUDA, for loading kernels.
+    /// Runs once on grey images, so that the first real ones do not pay for memory and, on CUDA, for
+    /// loading kernels: on a CPU one image, on CUDA a full batch, whose memory is what takes time.
     pub fn warm_up(&mut self) -> Result<(), EngineError> {
-        let grey = vec![127; self.image_bytes()];
-        self.embed(&grey, 1).map(|_| ())
+        let images = match self.provider {
+            ExecutionProvider::Cpu => 1,
+            ExecutionProvider::Cuda => self.max_batch,
+        };
+        let grey = vec![127; images * self.image_bytes()];
+        self.embed(&grey, images).map(|_| ())
+    }
+
+    /// Memory for the pixels of a batch.
+    pub fn buffer(&self, bytes: usize) -> Result<PixelBuffer, EngineError> {
+        let allocator = match self.provider {
+            ExecutionProvider::Cpu => Allocator::default(),
+            ExecutionProvider::Cuda => MemoryInfo::new(
+                AllocationDevice::CUDA_PINNED,
+                0,
+                AllocatorType::Device,
+                MemoryType::CPUInput,
+            )
+            .and_then(|pinned| Allocator::new(&self.session, pinned))
+            .map_err(failed)?,
+        };
+        let mut tensor = Tensor::<u8>::new(&allocator, [bytes]).map_err(failed)?;
+        // SAFETY: the tensor has `bytes` bytes in memory that the processor can write.
+        unsafe { tensor.data_ptr_mut().cast::<u8>().write_bytes(0, bytes) };
+        Ok(PixelBuffer { tensor, bytes })
     }
 
     /// Embeds `batch` images, `batch × size × size × 3` bytes of RGB; returns `batch × dimensions`
@@ -408,6 +459,7 @@ mod tests {
     fn engines_may_move_to_the_thread_that_runs_them() {
         fn movable<T: Send>() {}
         movable::<VisionEngine>();
+        movable::<PixelBuffer>();
         movable::<TextEngine>();
     }
 

@@ -121,6 +121,34 @@ fn batches_of_any_size_give_each_image_its_vector() {
 }
 
 #[test]
+fn pixels_in_the_engine_s_own_memory_give_the_vectors_of_any_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = BuildOptions {
+        vision_only: true,
+        ..BuildOptions::default()
+    };
+    let bundle = tiny(folder.path(), &options);
+    let mut engine = VisionEngine::load(&bundle, &EngineOptions::default()).expect("an engine");
+    let image = engine.image_bytes();
+    let mut buffer = engine.buffer(3 * image).expect("memory");
+    assert!(buffer.len() == 3 * image && buffer.iter().all(|byte| *byte == 0));
+    // Filled twice, as a pipeline does, the second time in part.
+    for images in [3, 2] {
+        let pixels: Vec<u8> = (0..images * image)
+            .map(|i| (i * images % 251) as u8)
+            .collect();
+        buffer[..pixels.len()].copy_from_slice(&pixels);
+        let own = engine
+            .embed(&buffer[..pixels.len()], images)
+            .expect("embeddings");
+        assert_eq!(own, engine.embed(&pixels, images).expect("embeddings"));
+    }
+    drop(engine);
+    // The memory outlives its engine: a pipeline stops in any order.
+    buffer.fill(1);
+}
+
+#[test]
 fn the_same_weights_make_the_same_bundle() {
     let folder = tempfile::tempdir().expect("a folder");
     let first = tiny(folder.path(), &words(&["cat"])).manifest().digest();

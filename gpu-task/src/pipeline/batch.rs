@@ -14,20 +14,34 @@ use super::store::{Embedded, ToStore};
 use super::{Shared, milliseconds};
 use crate::batching::{Decision, View, decide};
 use crate::failure::{Cause, Fatal, Stage, TaskError};
-use crate::services::Embedder;
+use crate::services::{Embedder, PixelBuffer};
 
 /// Runs that fail in a row, after which the device or the model is broken.
 const MAX_FAILED_RUNS: usize = 3;
 
+/// Buffers of pixels for each model: one that it reads, one that is filled or
+/// ready.
+const BUFFERS_PER_MODEL: usize = 2;
+
 /// What goes to the model at once.
 struct Batch {
     images: Vec<Decoded>,
-    pixels: Vec<u8>,
+    /// The images' pixels side by side, and room for more.
+    pixels: PixelBuffer,
+    /// Bytes of one image.
+    each: usize,
+}
+
+impl Batch {
+    fn pixels(&self) -> &[u8] {
+        &self.pixels[..self.images.len() * self.each]
+    }
 }
 
 /// The models' end of the batches, until they are loaded.
 pub(super) struct Models {
     batches: mpsc::Receiver<Batch>,
+    empty: mpsc::UnboundedSender<PixelBuffer>,
     to_store: mpsc::Sender<ToStore>,
 }
 
@@ -39,13 +53,19 @@ pub(super) fn run(
 ) -> Models {
     // Room for one: the next batch is ready while this one runs, and no more.
     let (to_model, batches) = mpsc::channel(1);
-    tokio::spawn(gather(shared, decoded, to_model));
-    Models { batches, to_store }
+    let (empty, buffers) = mpsc::unbounded_channel();
+    tokio::spawn(gather(shared, decoded, buffers, to_model));
+    Models {
+        batches,
+        empty,
+        to_store,
+    }
 }
 
 async fn gather(
     shared: Arc<Shared>,
     mut decoded: mpsc::Receiver<Decoded>,
+    mut buffers: mpsc::UnboundedReceiver<PixelBuffer>,
     to_model: mpsc::Sender<Batch>,
 ) {
     let capacity = shared.settings.batch_size;
@@ -66,7 +86,11 @@ async fn gather(
             Decision::Send => {
                 let full = std::mem::replace(&mut images, Vec::with_capacity(capacity));
                 shared.batches_at_model.fetch_add(1, Ordering::AcqRel);
-                if to_model.send(batch(full)).await.is_err() {
+                // Without models there are no buffers: the first batch waits here.
+                let Some(buffer) = buffers.recv().await else {
+                    return;
+                };
+                if to_model.send(batch(full, buffer)).await.is_err() {
                     // The models are gone; so is the task.
                     return;
                 }
@@ -103,21 +127,39 @@ async fn gather(
 }
 
 /// Puts the pixels side by side.
-fn batch(mut images: Vec<Decoded>) -> Batch {
-    let bytes = images.iter().map(|image| image.pixels.len()).sum();
-    let mut pixels = Vec::with_capacity(bytes);
-    for image in &mut images {
+fn batch(mut images: Vec<Decoded>, mut pixels: PixelBuffer) -> Batch {
+    let each = images.first().map_or(0, |image| image.pixels.len());
+    for (image, place) in images.iter_mut().zip(pixels.chunks_exact_mut(each.max(1))) {
         let own = std::mem::take(&mut image.pixels);
-        pixels.extend_from_slice(&own);
+        place.copy_from_slice(&own);
         give_back(own);
     }
-    Batch { images, pixels }
+    Batch {
+        images,
+        pixels,
+        each,
+    }
 }
 
 impl Models {
     /// Starts a thread per embedder. They share the batches, and end when the
     /// batcher does.
-    pub(super) fn start(self, shared: &Arc<Shared>, embedders: Vec<Box<dyn Embedder>>) {
+    pub(super) fn start(self, shared: &Arc<Shared>, side: u32, embedders: Vec<Box<dyn Embedder>>) {
+        let bytes = shared.settings.batch_size * side as usize * side as usize * 3;
+        for embedder in &embedders {
+            for _ in 0..BUFFERS_PER_MODEL {
+                match embedder.buffer(bytes) {
+                    Ok(buffer) => {
+                        let _ = self.empty.send(buffer);
+                    }
+                    Err(reason) => {
+                        let message = format!("no memory for the model's pixels: {reason}");
+                        shared.end_with(Fatal::Model(message));
+                        return;
+                    }
+                }
+            }
+        }
         let batches = Arc::new(Mutex::new(self.batches));
         let failed_runs = Arc::new(AtomicUsize::new(0));
         let count = embedders.len();
@@ -126,6 +168,7 @@ impl Models {
                 shared: shared.clone(),
                 embedder,
                 failed_runs: failed_runs.clone(),
+                empty: self.empty.clone(),
                 to_store: self.to_store.clone(),
             };
             let batches = batches.clone();
@@ -156,29 +199,23 @@ impl Models {
 /// From here on a stop finishes the images; those that it has handed back
 /// already, or whose lease is lost, leave the batch.
 fn commit(batch: Batch) -> Batch {
-    let Batch { images, pixels } = batch;
-    let count = images.len();
-    let each = pixels.len() / count.max(1);
-    let mut kept = Vec::with_capacity(count);
-    let mut kept_pixels = Vec::new();
-    let mut dropped = 0;
+    let Batch {
+        images,
+        mut pixels,
+        each,
+    } = batch;
+    let mut kept = Vec::with_capacity(images.len());
     for (position, decoded) in images.into_iter().enumerate() {
         if decoded.image.ticket.commit() {
-            kept.push((position, decoded));
-        } else {
-            dropped += 1;
-        }
-    }
-    if dropped == 0 {
-        kept_pixels = pixels;
-    } else {
-        for (position, _) in &kept {
-            kept_pixels.extend_from_slice(&pixels[position * each..(position + 1) * each]);
+            let from = position * each;
+            pixels.copy_within(from..from + each, kept.len() * each);
+            kept.push(decoded);
         }
     }
     Batch {
-        images: kept.into_iter().map(|(_, decoded)| decoded).collect(),
-        pixels: kept_pixels,
+        images: kept,
+        pixels,
+        each,
     }
 }
 
@@ -187,47 +224,57 @@ struct Runner {
     shared: Arc<Shared>,
     embedder: Box<dyn Embedder>,
     failed_runs: Arc<AtomicUsize>,
+    empty: mpsc::UnboundedSender<PixelBuffer>,
     to_store: mpsc::Sender<ToStore>,
 }
 
 impl Runner {
     fn run(&mut self, batch: Batch) {
-        let Batch { images, pixels } = commit(batch);
+        let batch = commit(batch);
         let started = Instant::now();
-        let result = if images.is_empty() {
+        let result = if batch.images.is_empty() {
             Ok(Vec::new())
         } else {
-            let result = self.embed(&pixels, images.len());
+            let result = self.embed(batch.pixels(), batch.images.len());
             self.shared.stats.did(Stage::Infer, started.elapsed());
-            self.shared.stats.batch(images.len());
+            self.shared.stats.batch(batch.images.len());
             result
         };
         // Told before the results go on: the next batch must not wait for a
         // full queue behind this one.
         self.shared.batches_at_model.fetch_sub(1, Ordering::AcqRel);
         self.shared.batch_news.notify_one();
-        if images.is_empty() {
-            return;
-        }
         match result {
             Ok(values) => {
+                // Nor must it wait for its memory.
+                self.reuse(batch.pixels);
+                if batch.images.is_empty() {
+                    return;
+                }
                 self.failed_runs.store(0, Ordering::Relaxed);
-                self.hand_on(images, &values, started);
+                self.hand_on(batch.images, &values, started);
             }
-            Err(reason) if images.len() > 1 => {
+            Err(reason) if batch.images.len() > 1 => {
                 tracing::warn!(
-                    images = images.len(),
+                    images = batch.images.len(),
                     reason,
                     "a batch failed, trying its images one by one"
                 );
-                self.run_singly(images, &pixels);
+                self.run_singly(batch);
             }
-            Err(reason) => self.fail(images, &reason),
+            Err(reason) => {
+                self.reuse(batch.pixels);
+                self.fail(batch.images, &reason);
+            }
         }
     }
 
-    fn run_singly(&mut self, images: Vec<Decoded>, pixels: &[u8]) {
-        let each = pixels.len() / images.len();
+    fn run_singly(&mut self, batch: Batch) {
+        let Batch {
+            images,
+            pixels,
+            each,
+        } = batch;
         for (image, pixels) in images.into_iter().zip(pixels.chunks_exact(each)) {
             let started = Instant::now();
             match self.embed(pixels, 1) {
@@ -238,6 +285,12 @@ impl Runner {
                 Err(reason) => self.fail(vec![image], &reason),
             }
         }
+        self.reuse(pixels);
+    }
+
+    /// Lets the batcher fill the buffer again; one that is gone needs none.
+    fn reuse(&self, buffer: PixelBuffer) {
+        let _ = self.empty.send(buffer);
     }
 
     /// Runs the model; a panic in it is a failure of this run.
