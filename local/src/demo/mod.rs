@@ -6,6 +6,7 @@ mod bundle;
 mod files;
 mod ledger;
 mod screen;
+mod stages;
 mod watch;
 
 use std::{
@@ -40,6 +41,8 @@ const PARALLEL_UPLOADS: usize = 8;
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the functions' logs are read, which costs more.
 const LOG_INTERVAL: Duration = Duration::from_millis(700);
+/// How often a task writes its metrics, in seconds, for the view of its stages.
+const METRICS_INTERVAL_SECONDS: &str = "1";
 /// When nothing is queued, running or starting for this long, what was not
 /// heard of is lost. Longer than an event needs from the topic to the queue.
 const QUIET_LIMIT: Duration = Duration::from_secs(20);
@@ -169,6 +172,10 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         .parameter("MaxInstances", options.max_instances)
         .parameter("ModelName", model_parameter(&bundle, options));
     deployment.parameters.extend(options.parameters.clone());
+    deployment.task_environment.insert(
+        "METRICS_INTERVAL_SECONDS".to_owned(),
+        METRICS_INTERVAL_SECONDS.to_owned(),
+    );
     screen.note("starting an emulated AWS and deploying infra/template.yaml into it");
     let pipeline = Deployment::start(&deployment).await?;
     screen.note(&format!(
@@ -210,6 +217,7 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         "logs      {} (one per task, and the emulator's)",
         logs.display()
     ));
+    screen.print(&format!("stages    {}", watch.stages.total()));
     screen.print(&format!(
         "cluster   at most {} instance(s) and {} task(s) at a time, {} and {} in all",
         snapshot.peak_instances,
@@ -358,6 +366,7 @@ async fn follow(
             ledger.settled(),
             total,
             &watch.summary(ledger.embedded(), ledger.uploads(), queue),
+            &watch.stages.now(),
         );
 
         if ledger.settled() == total {
@@ -472,6 +481,7 @@ async fn until_zero(
             ledger.settled(),
             ledger.entries.len(),
             &watch.summary(ledger.embedded(), ledger.uploads(), queue),
+            &watch.stages.now(),
         );
         if watch.is_at_rest() {
             watch.show_scaler(screen).await?;

@@ -19,6 +19,7 @@ struct Bars {
     all: MultiProgress,
     images: ProgressBar,
     cluster: ProgressBar,
+    stages: ProgressBar,
 }
 
 impl Screen {
@@ -84,11 +85,12 @@ impl Screen {
     }
 
     /// How far it is.
-    pub fn progress(&self, settled: usize, total: usize, cluster: &str) {
+    pub fn progress(&self, settled: usize, total: usize, cluster: &str, stages: &str) {
         if let Some(bars) = &self.bars {
             bars.images.set_length(total as u64);
             bars.images.set_position(settled as u64);
             bars.cluster.set_message(cluster.to_owned());
+            bars.stages.set_message(stages.to_owned());
         }
     }
 
@@ -97,6 +99,7 @@ impl Screen {
         if let Some(bars) = &self.bars {
             bars.images.finish_and_clear();
             bars.cluster.finish_and_clear();
+            bars.stages.finish_and_clear();
         }
     }
 
@@ -126,6 +129,7 @@ impl Bars {
         let all = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::stdout());
         let images = all.add(ProgressBar::new(0));
         let cluster = all.add(ProgressBar::new_spinner());
+        let stages = all.add(ProgressBar::new_spinner());
         if let Ok(style) =
             ProgressStyle::with_template("{elapsed:>8}  [{bar:32.cyan}] {pos}/{len} images settled")
         {
@@ -134,11 +138,15 @@ impl Bars {
         if let Ok(style) = ProgressStyle::with_template("       {spinner}  {wide_msg}") {
             cluster.set_style(style);
         }
+        if let Ok(style) = ProgressStyle::with_template("          {wide_msg}") {
+            stages.set_style(style);
+        }
         cluster.enable_steady_tick(Duration::from_millis(120));
         Self {
             all,
             images,
             cluster,
+            stages,
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::screen::Screen;
+use super::{screen::Screen, stages::Stages};
 use crate::{
     Deployment,
     cloud::{ContainerInstanceStatus, InstanceView, Lifecycle, Snapshot, TaskStatus, TaskView},
@@ -63,6 +63,8 @@ pub(super) struct Watch<'a> {
     tasks: BTreeMap<String, TaskStatus>,
     instances: BTreeMap<String, &'static str>,
     now: Snapshot,
+    /// What the tasks' stages do.
+    pub stages: Stages,
     intake: Tail,
     scaler: Tail,
     /// Runs that were woken at the same time decide the same: told once.
@@ -76,6 +78,7 @@ impl<'a> Watch<'a> {
             tasks: BTreeMap::new(),
             instances: BTreeMap::new(),
             now: Snapshot::default(),
+            stages: Stages::default(),
             intake: Tail::default(),
             scaler: Tail::default(),
             last_decision: String::new(),
@@ -117,6 +120,16 @@ impl<'a> Watch<'a> {
             }
         }
         for task in &self.now.tasks {
+            match task.status {
+                TaskStatus::Running | TaskStatus::Deactivating | TaskStatus::Stopping => {
+                    self.stages.read(&task.log);
+                }
+                TaskStatus::Stopped if self.tasks.get(&task.id) != Some(&TaskStatus::Stopped) => {
+                    self.stages.read(&task.log);
+                    self.stages.forget(&task.log);
+                }
+                _ => {}
+            }
             if self.tasks.insert(task.id.clone(), task.status) != Some(task.status) {
                 show_task(screen, task);
             }
