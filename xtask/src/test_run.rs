@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -26,6 +27,7 @@ pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCo
     }
     cargo.arg("--no-fail-fast").args(arguments);
     set_unless_set(&mut cargo, &variables);
+    let started = Instant::now();
     let mut child = cargo
         .stdout(Stdio::piped())
         .spawn()
@@ -38,8 +40,10 @@ pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCo
         println!("{line}");
     }
     let status = child.wait()?;
-    println!("\n{} passed, {} failed", tally.passed, tally.failed);
-    Ok(if status.success() && tally.failed == 0 {
+    let is_good = status.success() && tally.failed == 0;
+    println!("\nall test programs together:");
+    println!("{}", tally.summary(is_good, started.elapsed()));
+    Ok(if is_good {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -51,6 +55,9 @@ pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCo
 struct Tally {
     passed: u64,
     failed: u64,
+    ignored: u64,
+    measured: u64,
+    filtered_out: u64,
 }
 
 impl Tally {
@@ -63,9 +70,26 @@ impl Tally {
             match part.trim().split_once(' ') {
                 Some((count, "passed")) => self.passed += count.parse().unwrap_or(0),
                 Some((count, "failed")) => self.failed += count.parse().unwrap_or(0),
+                Some((count, "ignored")) => self.ignored += count.parse().unwrap_or(0),
+                Some((count, "measured")) => self.measured += count.parse().unwrap_or(0),
+                Some((count, "filtered out")) => self.filtered_out += count.parse().unwrap_or(0),
                 _ => {}
             }
         }
+    }
+
+    /// In the form of each program's own.
+    fn summary(&self, is_good: bool, took: Duration) -> String {
+        format!(
+            "test result: {}. {} passed; {} failed; {} ignored; {} measured; {} filtered out; finished in {:.2}s",
+            if is_good { "ok" } else { "FAILED" },
+            self.passed,
+            self.failed,
+            self.ignored,
+            self.measured,
+            self.filtered_out,
+            took.as_secs_f64()
+        )
     }
 }
 
@@ -88,8 +112,15 @@ mod tests {
             tally,
             Tally {
                 passed: 27,
-                failed: 2
+                failed: 2,
+                ignored: 1,
+                ..Tally::default()
             }
+        );
+        let summary = tally.summary(false, Duration::from_millis(2500));
+        assert_eq!(
+            summary,
+            "test result: FAILED. 27 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 2.50s"
         );
     }
 }

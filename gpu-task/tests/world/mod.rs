@@ -148,11 +148,14 @@ impl Queue for FakeQueue {
                 let mut messages = self.messages.lock().unwrap();
                 let mut twice = self.twice.lock().unwrap();
                 for (id, stored) in messages.iter_mut() {
+                    if received.len() == max {
+                        break;
+                    }
                     let again = self.delivers_twice
                         && stored.deliveries == 1
                         && !stored.is_deleted
                         && twice.insert(id.clone());
-                    if received.len() == max || !(stored.is_visible() || again) {
+                    if !(stored.is_visible() || again) {
                         continue;
                     }
                     stored.deliveries += 1;
