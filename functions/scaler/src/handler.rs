@@ -143,7 +143,7 @@ async fn one_pass<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Rep
         let plan = plan(&observation, &config.policy);
         let wait = if deserves_second_look(cause, &observation) {
             looks.next()
-        } else if calls_back(&observation, &plan) {
+        } else if plan.calls_back {
             recall_looks.next()
         } else {
             None
@@ -165,21 +165,6 @@ async fn one_pass<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Rep
         outcomes,
         decision_ms,
     })
-}
-
-/// The plan gives up something that is on its way because the queue is empty.
-fn calls_back(observation: &Observation, plan: &Plan) -> bool {
-    observation.queue.backlog() == 0
-        && plan.actions().any(|action| {
-            matches!(
-                action,
-                Action::StopTask { .. }
-                    | Action::Release {
-                        container_instance: None,
-                        ..
-                    }
-            )
-        })
 }
 
 /// Somebody says that work came, nothing shows it, and nothing runs that would

@@ -201,6 +201,10 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// The numbers behind it.
     pub figures: Figures,
+    /// Whether it gives something up that was asked for, because the queue is
+    /// empty. One count is not enough for that: SQS's are approximate.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub calls_back: bool,
 }
 
 impl Plan {
@@ -266,6 +270,7 @@ struct Planner<'a> {
     decisions: Vec<Decision>,
     notes: Vec<String>,
     figures: Figures,
+    calls_back: bool,
 }
 
 impl<'a> Planner<'a> {
@@ -289,6 +294,7 @@ impl<'a> Planner<'a> {
             decisions: Vec::new(),
             notes: Vec::new(),
             figures: Figures::default(),
+            calls_back: false,
         };
         planner.join_instances();
         planner
@@ -475,6 +481,7 @@ impl<'a> Planner<'a> {
         if let Some((task, reason)) = self.too_many(running, starting, backlog, rate) {
             stops.push((task, reason));
         }
+        self.calls_back = backlog == 0 && !stops.is_empty();
         for (task, reason) in stops {
             let why = reason.trim_start_matches("scaler: ").to_owned();
             self.decide(Action::StopTask { task, reason }, why);
@@ -589,6 +596,7 @@ impl<'a> Planner<'a> {
             decisions: self.in_order(),
             notes: self.notes,
             figures: self.figures,
+            calls_back: self.calls_back,
         }
     }
 
@@ -644,6 +652,23 @@ impl<'a> Planner<'a> {
             arrivals.highest
         );
         Some((task, reason))
+    }
+
+    /// An instance that came and never held a task: the grace keeps what has
+    /// worked for more work, this one only waited.
+    fn came_for_nothing(&self, instance: &Instance<'_>, idle: i64) -> bool {
+        let age = self
+            .launch_age(self.groups[instance.group], instance.id)
+            .unwrap_or(idle);
+        let registered = instance
+            .registered
+            .map(|registered| registered.arn.as_str());
+        let never_worked = self
+            .seen
+            .tasks
+            .iter()
+            .all(|task| task.container_instance.as_deref() != registered);
+        never_worked && age >= SETTLED_SECONDS
     }
 
     fn holds_capacity(&self, instance: &Instance<'_>) -> bool {
@@ -899,6 +924,13 @@ impl<'a> Planner<'a> {
                 continue;
             }
             match instance.state {
+                State::Ready { idle }
+                    if self.figures.backlog == 0
+                        && unplaced == 0
+                        && self.came_for_nothing(instance, idle) =>
+                {
+                    recalled.push(index);
+                }
                 State::Ready { idle } => ready.push((idle, index)),
                 State::Unusable { idle: seconds } | State::Drained { idle: seconds } => {
                     idle.push((seconds, index));
@@ -928,9 +960,10 @@ impl<'a> Planner<'a> {
         for index in recalled {
             if left > self.policy.min_instances {
                 left -= 1;
+                self.calls_back = true;
                 self.release(
                     index,
-                    "not needed any more: the queue is empty before it came",
+                    "not needed any more: the queue is empty before it had work",
                     &mut bookkeeping,
                 );
             }

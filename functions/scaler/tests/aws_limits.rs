@@ -436,6 +436,47 @@ async fn one_wrong_count_does_not_call_back_what_is_on_its_way() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_instance_that_came_for_nothing_has_no_grace() {
+    let launched = |aws: &FakeAws, age: i64| {
+        aws.with(|state| {
+            state.add_instance("gpu", "i-1", 1);
+            let launch = launch(Some("i-1"), age, ActivityStatus::Successful, "");
+            state.activities.insert("gpu".to_owned(), vec![launch]);
+        });
+    };
+    let left = |aws: &FakeAws| aws.with(|state| state.group("gpu").instances.len());
+
+    // The queue has been empty since it was launched, but one count is not enough.
+    let aws = FakeAws::new(5, &["gpu"]);
+    launched(&aws, 60);
+    aws.with(|state| {
+        state.queue = visible(1);
+        state.stale_counts = vec![0];
+    });
+    wake(&aws, 5, 1).await;
+    assert_eq!((left(&aws), aws.with(|state| state.running())), (1, 1));
+    let aws = FakeAws::new(5, &["gpu"]);
+    launched(&aws, 60);
+    let report = wake(&aws, 5, 1).await;
+    assert!(report.plan.calls_back);
+    assert_eq!(left(&aws), 0);
+
+    // The counts may lag behind the send that asked for it.
+    let aws = FakeAws::new(5, &["gpu"]);
+    launched(&aws, 10);
+    wake(&aws, 5, 1).await;
+    assert_eq!(left(&aws), 1);
+
+    // One that has worked keeps its grace.
+    let aws = FakeAws::new(5, &["gpu"]);
+    launched(&aws, 60);
+    aws.with(|state| state.add_task("i-1", TaskStatus::Stopped, 20));
+    let report = wake(&aws, 5, 1).await;
+    assert!(!report.plan.calls_back);
+    assert_eq!(left(&aws), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_report_becomes_metrics_and_can_be_explained() {
     let aws = FakeAws::new(5, &["gpu"]);
     aws.with(|state| {

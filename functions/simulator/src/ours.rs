@@ -65,7 +65,7 @@ impl Ours {
         if let Some(inspect) = self.inspect {
             inspect(&observation, &self.policy, &plan);
         }
-        if !self.looked && calls_back(&observation, &plan) {
+        if !self.looked && plan.calls_back {
             self.looked = true;
             world.set_timer(world.now() + RECALL_LOOK, LOOK);
             return;
@@ -128,20 +128,6 @@ impl Ours {
         self.looked = false;
         self.run(world);
     }
-}
-
-fn calls_back(observation: &Observation, plan: &Plan) -> bool {
-    observation.queue.backlog() == 0
-        && plan.actions().any(|action| {
-            matches!(
-                action,
-                Action::StopTask { .. }
-                    | Action::Release {
-                        container_instance: None,
-                        ..
-                    }
-            )
-        })
 }
 
 impl Controller for Ours {
