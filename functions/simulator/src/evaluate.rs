@@ -21,9 +21,6 @@ const PHASES: Ms = 8;
 /// needs for a million images.
 const HORIZON_AFTER_END: Ms = 7 * 24 * 3_600_000;
 
-/// Latencies closer than this are the same: a task takes work a second at a time.
-const SAME_SECONDS: f64 = 1.0;
-
 /// The name of the only group.
 const GROUP: &str = "gpu";
 
@@ -204,8 +201,8 @@ pub fn verdicts(comparison: &Comparison) -> Vec<Verdict> {
         if let (Some(mine), Some(theirs)) = (ours.p95, summary.p95) {
             verdicts.push(Verdict {
                 what: format!("{name}: p95 latency no worse than that of {rival}"),
-                holds: mine <= theirs + SAME_SECONDS,
-                numbers: format!("{mine:.1} s against {theirs:.1} s"),
+                holds: mine <= theirs,
+                numbers: format!("{mine:.3} s against {theirs:.3} s"),
             });
         }
     }

@@ -46,16 +46,17 @@ pub struct Stats {
 
 impl Stats {
     /// `count` images that arrived together were done one after the other,
-    /// after `done_before` others of a chunk that began at `began`.
+    /// each `per_image` after the one before it; the first of them
+    /// `done_before + 1` times that after `began`.
     pub fn images_done(
         &mut self,
         arrived: Ms,
         count: u64,
-        began: Ms,
+        began: f64,
         done_before: u64,
         per_image: f64,
     ) {
-        let at = |number: u64| began + ((done_before + number) as f64 * per_image).round() as Ms;
+        let at = |number: u64| (began + (done_before + number) as f64 * per_image).round() as Ms;
         let first_done = at(1) - self.first_arrival.unwrap_or(arrived);
         let earliest = self
             .first_vector
@@ -182,7 +183,7 @@ mod tests {
     #[test]
     fn a_piece_is_sampled_with_all_its_weight() {
         let mut stats = Stats::default();
-        stats.images_done(0, 1000, 5000, 0, 10.0);
+        stats.images_done(0, 1000, 5000.0, 0, 10.0);
         let weight: u64 = stats.latencies.iter().map(|(_, w)| u64::from(*w)).sum();
         assert_eq!((weight, stats.done), (1000, 1000));
         assert_eq!(stats.first_vector, Some(5010));

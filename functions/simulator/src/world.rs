@@ -16,11 +16,25 @@ use crate::trace::Trace;
 /// Milliseconds since the trace began.
 pub type Ms = i64;
 
+/// Images: when they arrived in the queue, and how many.
+type Pieces = Vec<(Ms, u64)>;
+
 /// The trace's beginning, as the planner's clock shows it.
 const EPOCH_SECONDS: i64 = 1_700_000_000;
 
-/// Work that a task takes at a time: one second's worth.
-const CHUNK_SECONDS: f64 = 1.0;
+/// What a poll brings at most, as seconds of one task's work: the grain of the
+/// simulation. A task polls on while it has room, so nothing waits for a grain;
+/// the room that one takes is free again when its last image is done.
+const GRAIN_SECONDS: f64 = 1.0;
+
+/// Messages that a task holds, as `gpu-task` on a GPU does: what it finishes in
+/// half of the visibility, at least three batches of 64, at most MAX_MESSAGES
+/// (`gpu-task/src/holding.rs`, and the defaults in `gpu-task/src/config.rs`).
+const HELD_SHARE_OF_VISIBILITY: f64 = 0.5;
+/// See [`HELD_SHARE_OF_VISIBILITY`].
+const HELD_LEAST: u64 = 192;
+/// See [`HELD_SHARE_OF_VISIBILITY`].
+const HELD_MOST: u64 = 1024;
 
 /// ECS shows a stopped task for an hour.
 const STOPPED_SHOWN_MS: Ms = 3_600_000;
@@ -55,9 +69,12 @@ pub struct Physics {
     pub load: Ms,
     /// From the container's end to STOPPED.
     pub stop: Ms,
-    /// What one image alone takes from receive to delete: download, upload,
-    /// publish. Images side by side share it.
-    pub round_trip: Ms,
+    /// From a message's receive to its image's place in the model's queue:
+    /// download and decode. Images do it side by side.
+    pub fetch: Ms,
+    /// From the model to the message's deletion: store and publish. Images do
+    /// it side by side.
+    pub deliver: Ms,
     /// Messages of a lost task come back after this.
     pub visibility: Ms,
 }
@@ -73,9 +90,25 @@ impl Physics {
             warm_start: 3_000,
             load: (boot_seconds * 1000.0 * 0.07) as Ms,
             stop: 2_000,
-            round_trip: 300,
+            // Small objects come and go in 100 to 200 ms (Amazon S3 user
+            // guide, "Best practices design patterns: optimizing Amazon S3
+            // performance").
+            fetch: 150,
+            deliver: 150,
             visibility: 180_000,
         }
+    }
+
+    /// Messages that a task holds at most.
+    fn held_most(&self) -> u64 {
+        let visible_again = self.visibility as f64 / 1000.0;
+        let finishable = self.images_per_second * visible_again * HELD_SHARE_OF_VISIBILITY;
+        (finishable as u64).clamp(HELD_LEAST, HELD_MOST)
+    }
+
+    /// Milliseconds of the model for one image.
+    fn per_image(&self) -> f64 {
+        1000.0 / self.images_per_second
     }
 
     fn register_after(&self) -> Ms {
@@ -96,10 +129,10 @@ enum Event {
     Gone(usize),
     TaskRunning(usize),
     TaskReady(usize),
-    ChunkDone(usize, Ms),
+    GrainDone(usize, u64),
     IdleCheck(usize, Ms),
     TaskStopped(usize),
-    Reappear(Vec<(Ms, u64)>),
+    Reappear(Pieces),
     Lose(usize),
     Timer(u32),
 }
@@ -144,10 +177,40 @@ struct Instance {
     version: i64,
 }
 
+/// Images that a task received together. They go through its model one after
+/// the other, behind those that it received before.
 #[derive(Clone, Debug)]
-struct Chunk {
-    pieces: Vec<(Ms, u64)>,
-    began: Ms,
+struct Grain {
+    number: u64,
+    pieces: Pieces,
+    images: u64,
+    /// When the model begins with the first of them.
+    begins: f64,
+}
+
+impl Grain {
+    /// How many of its images are deleted from the queue by `now`.
+    fn done_by(&self, now: Ms, physics: &Physics) -> u64 {
+        let at_model = now as f64 - physics.deliver as f64 - self.begins;
+        let done = (at_model / physics.per_image()).max(0.0) as u64;
+        done.min(self.images)
+    }
+}
+
+/// The first `count` images of the pieces, and the rest.
+fn split(pieces: Pieces, mut count: u64) -> (Pieces, Pieces) {
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    for (at, images) in pieces {
+        let taken = images.min(count);
+        count -= taken;
+        if taken > 0 {
+            first.push((at, taken));
+        }
+        if images > taken {
+            rest.push((at, images - taken));
+        }
+    }
+    (first, rest)
 }
 
 #[derive(Clone, Debug)]
@@ -164,8 +227,20 @@ struct RunningTask {
     exit_code: Option<i32>,
     stop_code: Option<&'static str>,
     stop_reason: Option<String>,
-    chunk: Option<Chunk>,
+    /// What it holds, in the order in which the model takes it.
+    grains: VecDeque<Grain>,
+    /// Images in them.
+    held: u64,
+    /// When the model is through with them.
+    model_free: f64,
     idle_since: Ms,
+}
+
+impl RunningTask {
+    /// Whether it receives, or would if it had room.
+    fn receives(&self) -> bool {
+        self.ready && !self.stopping && self.status == TaskStatus::Running
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -233,7 +308,9 @@ pub struct World {
     living: Vec<usize>,
     tasks: Vec<RunningTask>,
     shown: Vec<usize>,
-    free_workers: VecDeque<usize>,
+    /// Tasks that receive, in the order in which they are given messages.
+    receivers: VecDeque<usize>,
+    grains: u64,
     tokens: HashMap<String, ()>,
     signals: Vec<Signal>,
     /// What went on.
@@ -276,7 +353,8 @@ impl World {
             living: Vec::new(),
             tasks: Vec::new(),
             shown: Vec::new(),
-            free_workers: VecDeque::new(),
+            receivers: VecDeque::new(),
+            grains: 0,
             tokens: HashMap::new(),
             signals: Vec::new(),
             stats: Stats::default(),
@@ -389,7 +467,7 @@ impl World {
             Event::Gone(instance) => self.gone(instance),
             Event::TaskRunning(task) => self.task_running(task),
             Event::TaskReady(task) => self.task_ready(task),
-            Event::ChunkDone(task, began) => self.chunk_done(task, began),
+            Event::GrainDone(task, number) => self.grain_done(task, number),
             Event::IdleCheck(task, since) => self.idle_check(task, since),
             Event::TaskStopped(task) => self.task_stopped(task),
             Event::Reappear(pieces) => self.reappear(pieces),
@@ -424,7 +502,7 @@ impl World {
         self.note();
     }
 
-    fn reappear(&mut self, pieces: Vec<(Ms, u64)>) {
+    fn reappear(&mut self, pieces: Pieces) {
         for (at, count) in pieces.into_iter().rev() {
             self.queue.push_front((at, count));
             self.visible += count;
@@ -434,7 +512,7 @@ impl World {
         self.note();
     }
 
-    fn take(&mut self, mut wanted: u64) -> Vec<(Ms, u64)> {
+    fn take(&mut self, mut wanted: u64) -> Pieces {
         let mut pieces = Vec::new();
         while wanted > 0 {
             let Some((at, count)) = self.queue.front_mut() else {
@@ -453,59 +531,106 @@ impl World {
         pieces
     }
 
-    /// Gives visible messages to tasks that wait, in turn: SQS favours nobody.
+    /// Gives visible messages to the tasks that have room, in turn: every task
+    /// polls while it works, and SQS favours nobody.
     fn dispatch(&mut self) {
+        let grain = (self.physics.images_per_second * GRAIN_SECONDS).max(1.0) as u64;
+        let held_most = self.physics.held_most();
+        let tasks = &self.tasks;
+        self.receivers.retain(|task| tasks[*task].receives());
         while self.visible > 0 {
-            let Some(task) = self.free_workers.pop_front() else {
+            let with_room = |task: &&usize| self.tasks[**task].held < held_most;
+            let sharers = self.receivers.iter().filter(with_room).count() as u64;
+            if sharers == 0 {
                 return;
-            };
-            if !self.can_work(task) {
-                continue;
             }
-            let sharers = self.free_workers.len() as u64 + 1;
-            let most = (self.physics.images_per_second * CHUNK_SECONDS).max(1.0) as u64;
-            let count = self.visible.div_ceil(sharers).min(most);
-            let pieces = self.take(count);
-            let duration = (count as f64 / self.physics.images_per_second * 1000.0).ceil() as Ms;
-            self.tasks[task].chunk = Some(Chunk {
-                pieces,
-                began: self.now,
-            });
-            let duration = duration.max(self.physics.round_trip);
-            let (at, began) = (self.now + duration, self.now);
-            self.schedule(at, Event::ChunkDone(task, began));
+            let share = self.visible.div_ceil(sharers).min(grain);
+            for _ in 0..self.receivers.len() {
+                if self.visible == 0 {
+                    return;
+                }
+                let Some(task) = self.receivers.pop_front() else {
+                    return;
+                };
+                self.receivers.push_back(task);
+                let room = held_most.saturating_sub(self.tasks[task].held);
+                if room > 0 {
+                    self.receive(task, share.min(room));
+                }
+            }
         }
     }
 
-    fn can_work(&self, task: usize) -> bool {
-        let task = &self.tasks[task];
-        task.ready && !task.stopping && task.chunk.is_none() && task.status == TaskStatus::Running
+    /// A task receives `count` messages.
+    fn receive(&mut self, task: usize, count: u64) {
+        let pieces = self.take(count);
+        let images: u64 = pieces.iter().map(|(_, count)| count).sum();
+        self.grains += 1;
+        let number = self.grains;
+        let fetched = (self.now + self.physics.fetch) as f64;
+        let state = &mut self.tasks[task];
+        let begins = fetched.max(state.model_free);
+        state.model_free = begins + images as f64 * self.physics.per_image();
+        state.held += images;
+        state.grains.push_back(Grain {
+            number,
+            pieces,
+            images,
+            begins,
+        });
+        let at = state.model_free.ceil() as Ms + self.physics.deliver;
+        self.schedule(at, Event::GrainDone(task, number));
     }
 
-    fn chunk_done(&mut self, task: usize, began: Ms) {
-        let is_current = self.tasks[task]
-            .chunk
-            .as_ref()
-            .is_some_and(|chunk| chunk.began == began);
-        if !is_current || self.tasks[task].status != TaskStatus::Running {
+    fn grain_done(&mut self, task: usize, number: u64) {
+        let state = &mut self.tasks[task];
+        // A task that was stopped or lost has given it away.
+        if state.grains.front().map(|grain| grain.number) != Some(number) {
             return;
         }
-        let Some(chunk) = self.tasks[task].chunk.take() else {
+        let Some(grain) = state.grains.pop_front() else {
             return;
         };
+        state.held -= grain.images;
+        let is_idle = state.grains.is_empty();
+        self.count_done(grain.begins, grain.pieces);
+        if is_idle {
+            self.wait_for_work(task);
+        } else {
+            self.dispatch();
+        }
+        self.note();
+    }
+
+    /// Counts images of a grain, its first ones, as done.
+    fn count_done(&mut self, model_begins: f64, pieces: Pieces) {
+        let per_image = self.physics.per_image();
+        let began = model_begins + self.physics.deliver as f64;
         let mut done_before = 0;
-        let images: u64 = chunk.pieces.iter().map(|(_, count)| count).sum();
-        let per_image = (self.now - chunk.began) as f64 / images.max(1) as f64;
-        for (arrived, count) in &chunk.pieces {
+        for (arrived, count) in pieces {
             self.stats
-                .images_done(*arrived, *count, chunk.began, done_before, per_image);
+                .images_done(arrived, count, began, done_before, per_image);
             done_before += count;
         }
-        self.in_flight -= done_before;
-        self.stats.busy += self.now - chunk.began;
-        self.stats.last_done = self.now;
-        self.wait_for_work(task);
-        self.note();
+        if done_before > 0 {
+            self.in_flight -= done_before;
+            self.stats.busy += (done_before as f64 * per_image) as Ms;
+            self.stats.last_done = self.now;
+        }
+    }
+
+    /// The task ends now: what it has done is done, the rest is answered.
+    fn drop_work(&mut self, task: usize) -> Pieces {
+        let grains = std::mem::take(&mut self.tasks[task].grains);
+        self.tasks[task].held = 0;
+        let mut rest = Vec::new();
+        for grain in grains {
+            let done = grain.done_by(self.now, &self.physics);
+            let (finished, unfinished) = split(grain.pieces, done);
+            self.count_done(grain.begins, finished);
+            rest.extend(unfinished);
+        }
+        rest
     }
 
     fn wait_for_work(&mut self, task: usize) {
@@ -519,9 +644,8 @@ impl World {
             return;
         }
         self.tasks[task].idle_since = self.now;
-        self.free_workers.push_back(task);
         self.dispatch();
-        if self.tasks[task].chunk.is_none()
+        if self.tasks[task].grains.is_empty()
             && let Some(after) = self.idle_exit
         {
             let (at, since) = (self.now + after, self.now);
@@ -531,7 +655,7 @@ impl World {
 
     fn idle_check(&mut self, task: usize, since: Ms) {
         let state = &self.tasks[task];
-        let waited = state.idle_since == since && state.chunk.is_none();
+        let waited = state.idle_since == since && state.grains.is_empty();
         if waited && state.status == TaskStatus::Running && !state.stopping {
             self.end_task(
                 task,
@@ -733,10 +857,10 @@ impl World {
         let group = self.instances[index].group;
         self.reconcile_in(group, 20_000);
         if let Some(task) = self.instances[index].task {
-            let lost = self.tasks[task].chunk.take();
-            if let Some(chunk) = lost {
+            let lost = self.drop_work(task);
+            if !lost.is_empty() {
                 let at = self.now + self.physics.visibility;
-                self.schedule(at, Event::Reappear(chunk.pieces));
+                self.schedule(at, Event::Reappear(lost));
             }
             self.tasks[task].ready = false;
             self.tasks[task].stop_reason = Some("Host EC2 (instance) terminated.".to_owned());
@@ -787,7 +911,9 @@ impl World {
             exit_code: None,
             stop_code: None,
             stop_reason: None,
-            chunk: None,
+            grains: VecDeque::new(),
+            held: 0,
+            model_free: 0.0,
             idle_since: now,
         });
         self.shown.push(index);
@@ -837,6 +963,7 @@ impl World {
             let first_ready = &mut self.instances[instance].first_ready;
             first_ready.get_or_insert(self.now);
         }
+        self.receivers.push_back(task);
         self.wait_for_work(task);
     }
 
@@ -847,10 +974,7 @@ impl World {
         code: &'static str,
         reason: String,
     ) {
-        let lost = self.tasks[task].chunk.take();
-        if let Some(chunk) = lost {
-            self.reappear(chunk.pieces);
-        }
+        let left = self.drop_work(task);
         let state = &mut self.tasks[task];
         state.ready = false;
         state.stopping = true;
@@ -861,6 +985,9 @@ impl World {
         // The container's end, which is what counts as the end of work.
         state.stopped = Some(self.now);
         self.schedule(self.now + self.physics.stop, Event::TaskStopped(task));
+        if !left.is_empty() {
+            self.reappear(left);
+        }
     }
 
     fn task_stopped(&mut self, task: usize) {
@@ -886,7 +1013,7 @@ impl World {
     pub fn works(&self, instance: usize) -> bool {
         self.instances[instance]
             .task
-            .is_some_and(|task| self.tasks[task].chunk.is_some())
+            .is_some_and(|task| !self.tasks[task].grains.is_empty())
     }
 
     /// Whether the instance holds a task.
@@ -1167,14 +1294,27 @@ impl World {
         );
     }
 
-    /// StopTask: a task that works drains first, any other ends at once.
+    /// StopTask: what the model has begun with is finished, what waits for it
+    /// is handed back at once; a task without work ends at once.
     fn stop_task(&mut self, task: usize, reason: &str) {
-        if self.tasks[task].chunk.is_some() {
-            self.tasks[task].stopping = true;
-            return;
+        let now = self.now as f64;
+        let state = &mut self.tasks[task];
+        let begun = state.grains.partition_point(|grain| grain.begins <= now);
+        let waiting = state.grains.split_off(begun);
+        let handed_back: Pieces = waiting
+            .iter()
+            .flat_map(|grain| grain.pieces.iter().copied())
+            .collect();
+        state.held -= waiting.iter().map(|grain| grain.images).sum::<u64>();
+        if begun == 0 {
+            let exit_code = state.ready.then_some(0);
+            self.end_task(task, exit_code, "UserInitiated", reason.to_owned());
+        } else {
+            state.stopping = true;
         }
-        let exit_code = self.tasks[task].ready.then_some(0);
-        self.end_task(task, exit_code, "UserInitiated", reason.to_owned());
+        if !handed_back.is_empty() {
+            self.reappear(handed_back);
+        }
     }
 
     fn find_instance(&self, id: &str) -> Option<usize> {
@@ -1188,4 +1328,185 @@ impl World {
 
 fn seconds(at: Ms) -> i64 {
     EPOCH_SECONDS + at.div_euclid(1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Images per second of these tests.
+    const RATE: f64 = 50.0;
+    /// What one image takes alone: 20 ms of the model between two transfers.
+    const ALONE: u32 = 150 + 20 + 150;
+    /// All tasks are ready by then.
+    const READY: Ms = 60_000;
+
+    type Deed = fn(&mut World);
+
+    /// So many tasks, for ever, and deeds at their times.
+    struct Fleet {
+        tasks: u32,
+        deeds: Vec<(Ms, Deed)>,
+    }
+
+    impl Controller for Fleet {
+        fn start(&mut self, world: &mut World) {
+            world.set_desired(0, self.tasks);
+            for (number, (at, _)) in self.deeds.iter().enumerate() {
+                world.set_timer(*at, number as u32);
+            }
+        }
+
+        fn signal(&mut self, world: &mut World, signal: Signal) {
+            match signal {
+                Signal::Timer(number) => (self.deeds[number as usize].1)(world),
+                _ => {
+                    for instance in world.free_instances() {
+                        world.start_task(instance);
+                    }
+                }
+            }
+        }
+    }
+
+    fn run(tasks: u32, arrivals: &[(Ms, u64)], deeds: &[(Ms, Deed)]) -> World {
+        let trace = Trace {
+            name: "t".to_owned(),
+            about: String::new(),
+            arrivals: arrivals.to_vec(),
+        };
+        let physics = Physics::new(RATE, 10.0);
+        let mut world = World::new(&trace, physics, &[("gpu".to_owned(), 5)]);
+        let mut fleet = Fleet {
+            tasks,
+            deeds: deeds.to_vec(),
+        };
+        world.run(&mut fleet, 3_600_000);
+        world
+    }
+
+    fn latencies(world: &World) -> Vec<u32> {
+        let mut all = Vec::new();
+        for (latency, images) in &world.stats.latencies {
+            all.extend(std::iter::repeat_n(*latency, *images as usize));
+        }
+        all.sort_unstable();
+        all
+    }
+
+    #[test]
+    fn an_image_is_received_while_another_is_in_work() {
+        let arrivals = [(READY, 1), (READY + 30, 1), (READY + 200, 1)];
+        assert_eq!(latencies(&run(1, &arrivals, &[])), [ALONE; 3]);
+    }
+
+    #[test]
+    fn images_wait_for_the_model_alone() {
+        // 5 ms apart, 20 ms of the model each: every one waits 15 ms longer.
+        let arrivals = [(READY, 1), (READY + 5, 1), (READY + 10, 1)];
+        let world = run(1, &arrivals, &[]);
+        assert_eq!(latencies(&world), [ALONE, ALONE + 15, ALONE + 30]);
+        // Its whole capacity, for ten seconds.
+        let full: Vec<(Ms, u64)> = (0..500).map(|number| (READY + number * 20, 1)).collect();
+        assert_eq!(latencies(&run(1, &full, &[])), [ALONE; 500]);
+    }
+
+    #[test]
+    fn tasks_share_what_arrives_together() {
+        for (tasks, longest) in [(1, 100), (2, 50), (5, 20)] {
+            let world = run(tasks, &[(READY, 100)], &[]);
+            let last = READY + Ms::from(ALONE) + 20 * (longest - 1);
+            assert_eq!((world.stats.done, world.stats.last_done), (100, last));
+        }
+    }
+
+    #[test]
+    fn a_task_holds_no_more_than_it_may() {
+        let most = Physics::new(RATE, 10.0).held_most();
+        assert_eq!(most, 1024);
+        assert_eq!(Physics::new(0.5, 10.0).held_most(), 192);
+        let look: Deed = |world| assert_eq!((world.in_flight, world.visible), (1024, 8976));
+        let world = run(1, &[(READY, 10_000)], &[(READY + 1, look)]);
+        assert_eq!(world.stats.done, 10_000);
+        // Room comes back with each grain: the model never waits.
+        let last = READY + Ms::from(ALONE) + 20 * 9_999;
+        assert_eq!(world.stats.last_done, last);
+    }
+
+    #[test]
+    fn a_lost_task_leaves_what_it_has_not_done_to_its_messages_visibility() {
+        // 150 ms to the model and 150 ms from it: 35 of 100 are done in a second.
+        let lose: Deed = |world| world.lose(0);
+        let world = run(2, &[(READY, 200)], &[(READY + 1_000, lose)]);
+        assert_eq!(
+            (world.stats.done, world.in_flight, world.visible),
+            (200, 0, 0)
+        );
+        let late = latencies(&world)
+            .iter()
+            .filter(|one| **one > 180_000)
+            .count();
+        assert_eq!(late, 65);
+    }
+
+    #[test]
+    fn a_stopped_task_finishes_what_its_model_has_and_hands_the_rest_back_at_once() {
+        // Two seconds' work for each; a stop within the first.
+        let stop: Deed = |world| world.stop_task(0, "a test");
+        let look: Deed = |world| {
+            assert!(world.tasks[0].stopping && world.tasks[0].held == 50);
+            assert_eq!(world.tasks[1].held, 150);
+        };
+        let deeds = [(READY + 500, stop), (READY + 501, look)];
+        let world = run(2, &[(READY, 200)], &deeds);
+        assert_eq!(
+            (world.stats.done, world.in_flight, world.visible),
+            (200, 0, 0)
+        );
+        assert_eq!(world.tasks[0].exit_code, Some(0));
+        let last = READY + Ms::from(ALONE) + 20 * 149;
+        assert_eq!(world.stats.last_done, last);
+    }
+
+    #[test]
+    fn no_image_is_lost_or_done_twice_whatever_ends() {
+        let lose: Deed = |world| {
+            if let Some(instance) = world.living().first() {
+                world.lose(*instance);
+            }
+        };
+        let end: Deed = |world| {
+            if let Some(instance) = world.living().first() {
+                world.terminate(*instance, false);
+            }
+        };
+        let stop: Deed = |world| {
+            let working = (0..world.tasks.len()).find(|task| world.tasks[*task].receives());
+            if let Some(task) = working {
+                world.stop_task(task, "a test");
+            }
+        };
+        let mut rng = fastrand::Rng::with_seed(4);
+        for _ in 0..200 {
+            let arrivals: Vec<(Ms, u64)> = (0..20)
+                .map(|number| (READY + number * 1_500, rng.u64(1..300)))
+                .collect();
+            let deeds: Vec<(Ms, Deed)> = (0..6)
+                .map(|_| {
+                    (
+                        READY + rng.i64(0..60_000),
+                        [lose, end, stop][rng.usize(0..3)],
+                    )
+                })
+                .collect();
+            let world = run(rng.u32(1..=4), &arrivals, &deeds);
+            let images: u64 = arrivals.iter().map(|(_, count)| count).sum();
+            assert_eq!(
+                (world.stats.done, world.in_flight, world.visible),
+                (images, 0, 0)
+            );
+            assert_eq!(latencies(&world).len() as u64, images);
+            assert!(world.tasks.iter().all(|task| task.held == 0));
+        }
+    }
 }
