@@ -2,14 +2,16 @@
 //! (package `local`), whose tasks are real processes. Only the queue's counts
 //! are given.
 
+#[path = "../../../local/tests/rules/shell_cloud.rs"]
+mod shell_cloud;
+
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, ImageProgram, Snapshot, Timings};
-use local::{Cloud, CloudConfig};
+use local::Cloud;
+use local::cloud::{ApiFault, ApiFaultKind, Snapshot};
 use platform::env::Reader;
 use scaler::SdkAws;
 use scaler::aws::{
@@ -18,11 +20,8 @@ use scaler::aws::{
 use scaler::config::Config;
 use scaler::handler::{Cause, run};
 use scaler::observation::{Activity, ContainerInstance, Queue, Task};
-use serde_json::json;
+use shell_cloud::{CLUSTER, FAMILY, group, shell_cloud};
 use tempfile::TempDir;
-
-const CLUSTER: &str = "clip";
-const FAMILY: &str = "gpu-task";
 
 /// Issue, "Done when" 4: a decision with 100 tasks and instances.
 const DECISION_LIMIT: Duration = Duration::from_millis(300);
@@ -43,39 +42,12 @@ struct World {
 
 /// Groups of g4dn.xlarge from zero; tasks run `script` in a shell.
 async fn world(max: usize, groups: &[&str], script: &str) -> World {
-    let folder = tempfile::tempdir().expect("a folder");
-    let shell = ImageProgram {
-        program: Path::new("/bin/sh").to_owned(),
-        environment: BTreeMap::new(),
-    };
-    let cloud = Cloud::new(CloudConfig {
-        region: local::sdk::REGION.to_owned(),
-        timings: Timings::fast(),
-        images: BTreeMap::from([("shell".to_owned(), shell)]),
-        log_dir: folder.path().to_owned(),
-    });
-    cloud.create_cluster(CLUSTER);
-    for group in groups {
-        let mut group = GroupConfig::new(group, CLUSTER, "g4dn.xlarge", max);
+    let protected = |name: &&str| {
+        let mut group = group(name, max);
         group.protect_new_instances = true;
-        cloud.create_group(group);
-    }
-    cloud
-        .register_task_definition(&json!({
-            "family": FAMILY,
-            "containerDefinitions": [{
-                "name": "gpu-task",
-                "image": "shell",
-                "essential": true,
-                "cpu": 1024,
-                "memory": 4096,
-                "command": ["-c", script],
-                "stopTimeout": 1,
-                "resourceRequirements": [{"type": "GPU", "value": "1"}],
-            }],
-        }))
-        .expect("a task definition");
-    let endpoint = cloud.serve().await.expect("a port");
+        group
+    };
+    let base = shell_cloud(groups.iter().map(protected).collect(), script).await;
     let options: Vec<String> = groups
         .iter()
         .map(|name| format!(r#"{{"name":"{name}","autoScalingGroup":"{name}"}}"#))
@@ -95,14 +67,14 @@ async fn world(max: usize, groups: &[&str], script: &str) -> World {
     let config = Config::read(&Reader::new(move |name| values.get(name).cloned()))
         .expect("a valid environment");
     let aws = OnLocal {
-        sdk: SdkAws::new(&local::sdk::config(&endpoint), &config),
+        sdk: SdkAws::new(&local::sdk::config(&base.endpoint), &config),
         queue: Mutex::new(Queue::default()),
     };
     World {
-        cloud,
+        cloud: base.cloud,
         aws,
         config,
-        _folder: folder,
+        _folder: base.folder,
     }
 }
 

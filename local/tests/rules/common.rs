@@ -1,17 +1,14 @@
 //! A local cloud with fast timings, and SDK clients for it.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::time::Duration;
 
-use local::{
-    Cloud, CloudConfig,
-    cloud::{GroupConfig, ImageProgram, Snapshot, Timings},
-};
-use serde_json::{Value, json};
+use local::{Cloud, cloud::Snapshot};
 use tempfile::TempDir;
 
-pub const CLUSTER: &str = "clip";
+pub use crate::shell_cloud::{CLUSTER, FAMILY, definition};
+use crate::shell_cloud::{group, shell_cloud};
+
 pub const GROUP: &str = "clip-1";
-pub const FAMILY: &str = "gpu-task";
 
 pub struct World {
     pub cloud: Cloud,
@@ -24,47 +21,14 @@ pub struct World {
 /// A cluster with one group of `max` g4dn.xlarge from zero, and a task
 /// definition whose container runs `script` in a shell.
 pub async fn world(max: usize, script: &str) -> World {
-    let folder = tempfile::tempdir().expect("a folder");
-    let shell = ImageProgram {
-        program: Path::new("/bin/sh").to_owned(),
-        environment: BTreeMap::new(),
-    };
-    let cloud = Cloud::new(CloudConfig {
-        region: local::sdk::REGION.to_owned(),
-        timings: Timings::fast(),
-        images: BTreeMap::from([("shell".to_owned(), shell)]),
-        log_dir: folder.path().to_owned(),
-    });
-    cloud.create_cluster(CLUSTER);
-    cloud.create_group(GroupConfig::new(GROUP, CLUSTER, "g4dn.xlarge", max));
-    cloud
-        .register_task_definition(&definition(script))
-        .expect("a task definition");
-    let endpoint = cloud.serve().await.expect("a port");
-    let config = local::sdk::config(&endpoint);
+    let base = shell_cloud(vec![group(GROUP, max)], script).await;
+    let config = local::sdk::config(&base.endpoint);
     World {
         ecs: aws_sdk_ecs::Client::new(&config),
         autoscaling: aws_sdk_autoscaling::Client::new(&config),
-        cloud,
-        _folder: folder,
+        cloud: base.cloud,
+        _folder: base.folder,
     }
-}
-
-pub fn definition(script: &str) -> Value {
-    json!({
-        "family": FAMILY,
-        "containerDefinitions": [{
-            "name": "gpu-task",
-            "image": "shell",
-            "essential": true,
-            "cpu": 2048,
-            "memory": 8192,
-            "command": ["-c", script],
-            "stopTimeout": 1,
-            "environment": [{"name": "GREETING", "value": "hello"}],
-            "resourceRequirements": [{"type": "GPU", "value": "1"}],
-        }],
-    })
 }
 
 impl World {

@@ -3,3 +3,4 @@
 mod autoscaling;
 mod common;
 mod ecs;
+mod shell_cloud;
