@@ -35,6 +35,15 @@ impl Plane {
         self.columns
     }
 
+    /// Samples from the first of a block of line `band` on, and the stride.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn block(&mut self, band: usize, row: usize, column: usize) -> (&mut [u8], usize) {
+        let first_row = band % 2 * self.band + row * self.size;
+        let start = first_row * self.stride + column * self.size;
+        (&mut self.samples[start..], self.stride)
+    }
+
     /// Whether any column of block `index` of a line matters.
     pub(super) fn needs_block(&self, index: usize) -> bool {
         let start = index * self.size;

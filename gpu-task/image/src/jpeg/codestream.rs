@@ -1,8 +1,12 @@
 //! The markers before the first scan, read as the reference reads them: what it
 //! refuses here, libjpeg never sees.
 
+// What only the decoders of x86-64 ask for.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+
 use crate::error::{Blame, Result};
 use crate::raster::Mode;
+use std::ops::Range;
 
 pub(super) const JPEG: Blame = Blame("JPEG");
 
@@ -19,10 +23,24 @@ pub(super) struct Frame {
     is_progressive: bool,
     /// All EXIF segments, joined, without their identifiers but the first.
     pub(super) exif: Option<Vec<u8>>,
+    /// Where the data of the first scan begins.
+    pub(super) data: usize,
     /// Where there is but one scan with everything in it.
     pub(super) scan: Option<Scan>,
-    /// Identifiers of the components, where the frame is sequential and Huffman-coded.
-    simple: Option<Vec<u8>>,
+    /// Where the file is progressive, and Huffman-coded.
+    pub(super) progression: Option<Progression>,
+    /// Identifiers of the components.
+    components: Vec<u8>,
+    coding: Coding,
+}
+
+/// What a frame header says of the scans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Coding {
+    Sequential,
+    Progressive,
+    /// Arithmetic, lossless or differential.
+    Other,
 }
 
 /// A Huffman table as the file has it.
@@ -33,17 +51,33 @@ pub(super) struct Huffman {
     pub(super) symbols: Vec<u8>,
 }
 
+/// What scans refer to, as it is after some segments.
+#[derive(Debug, Clone, Default)]
+pub(super) struct CodingTables {
+    pub(super) dc: [Option<Huffman>; 4],
+    pub(super) ac: [Option<Huffman>; 4],
+    /// Units between restart markers, zero for none.
+    pub(super) restart_interval: u32,
+}
+
 /// A sequential, Huffman-coded scan of all components, and what it needs.
 #[derive(Debug)]
 pub(super) struct Scan {
-    /// Where its data begins.
-    pub(super) start: usize,
-    /// Units between restart markers, zero for none.
-    pub(super) restart_interval: u32,
-    pub(super) dc: [Option<Huffman>; 4],
-    pub(super) ac: [Option<Huffman>; 4],
+    pub(super) coding: CodingTables,
     /// Numbers of each component's tables.
     pub(super) tables: Vec<(usize, usize)>,
+}
+
+/// The first of many scans, and what is known before it.
+#[derive(Debug)]
+pub(super) struct Progression {
+    /// Width and height of the image.
+    pub(super) full: (u32, u32),
+    /// Identifiers of the components.
+    pub(super) components: Vec<u8>,
+    /// Where the header of the first scan is; its data follows.
+    pub(super) header: Range<usize>,
+    pub(super) tables: CodingTables,
 }
 
 /// Lines of buffers that libjpeg keeps for each component of a sequential image.
@@ -55,9 +89,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
     }
     let mut frame: Option<Frame> = None;
     let mut exif: Option<Vec<u8>> = None;
-    let mut restart_interval = 0;
-    let mut dc: [Option<Huffman>; 4] = [const { None }; 4];
-    let mut ac: [Option<Huffman>; 4] = [const { None }; 4];
+    let mut tables = CodingTables::default();
     let mut at = 2;
     loop {
         // A marker is any number of 0xff and a code; anything else is skipped.
@@ -95,11 +127,13 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
         };
         at = end;
         match code {
-            0xc4 => read_huffman(data, &mut dc, &mut ac),
+            // What is wrong with these, libjpeg tells.
+            0xc4 => {
+                tables.read_huffman(data);
+            }
             0xcc => {}
             0xdd => {
-                let [high, low, ..] = *data else { continue };
-                restart_interval = u32::from(u16::from_be_bytes([high, low]));
+                tables.read_restart_interval(data);
             }
             0xc0..=0xcf | 0xde => frame = Some(read_frame(code, data)?),
             0xdb => check_quantisation(data)?,
@@ -122,17 +156,24 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
                 }
                 frame.memory += u64::from(frame.width) * planes * BUFFERED_LINES;
                 frame.exif = exif;
-                frame.scan = frame
-                    .simple
-                    .as_deref()
-                    .and_then(|components| tables_of(data, components))
-                    .map(|tables| Scan {
-                        start: at,
-                        restart_interval,
-                        dc,
-                        ac,
-                        tables,
-                    });
+                frame.data = at;
+                match frame.coding {
+                    Coding::Sequential => {
+                        frame.scan = tables_of(data, &frame.components).map(|numbers| Scan {
+                            coding: tables,
+                            tables: numbers,
+                        });
+                    }
+                    Coding::Progressive => {
+                        frame.progression = Some(Progression {
+                            full: (frame.width, frame.height),
+                            components: frame.components.clone(),
+                            header: at - data.len()..at,
+                            tables,
+                        });
+                    }
+                    Coding::Other => {}
+                }
                 return Ok(frame);
             }
             _ => {}
@@ -172,34 +213,95 @@ fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
         samples: f64::from(units) / f64::from(unit),
         is_progressive: matches!(code, 0xc2 | 0xc6 | 0xca | 0xce),
         exif: None,
+        data: 0,
         scan: None,
-        simple: matches!(code, 0xc0 | 0xc1)
-            .then(|| data[6..].chunks_exact(3).map(|c| c[0]).collect()),
+        progression: None,
+        components: data[6..].chunks_exact(3).map(|c| c[0]).collect(),
+        coding: match code {
+            0xc0 | 0xc1 => Coding::Sequential,
+            0xc2 => Coding::Progressive,
+            _ => Coding::Other,
+        },
     })
 }
 
-/// Takes in the tables of a segment, as far as they are whole.
-fn read_huffman(mut data: &[u8], dc: &mut [Option<Huffman>; 4], ac: &mut [Option<Huffman>; 4]) {
-    while let Some((head, rest)) = data.split_at_checked(17) {
-        let mut counts = [0; 16];
-        counts.copy_from_slice(&head[1..]);
-        let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
-        let Some((symbols, rest)) = rest.split_at_checked(total) else {
-            return;
-        };
-        let class = if head[0] & 0x10 == 0 {
-            &mut *dc
-        } else {
-            &mut *ac
-        };
-        if let Some(table) = class.get_mut(usize::from(head[0] & 15)) {
+impl CodingTables {
+    /// Takes in the tables of a segment, as far as they are whole; `None` where
+    /// something is wrong.
+    pub(super) fn read_huffman(&mut self, mut data: &[u8]) -> Option<()> {
+        while let Some((head, rest)) = data.split_at_checked(17) {
+            let mut counts = [0; 16];
+            counts.copy_from_slice(&head[1..]);
+            let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
+            let (symbols, rest) = rest.split_at_checked(total)?;
+            let class = if head[0] & 0x10 == 0 {
+                &mut self.dc
+            } else {
+                &mut self.ac
+            };
+            let table = class.get_mut(usize::from(head[0] & !0x10))?;
+            if total > 256 {
+                return None;
+            }
             *table = Some(Huffman {
                 counts,
                 symbols: symbols.to_vec(),
             });
+            data = rest;
         }
-        data = rest;
+        data.is_empty().then_some(())
     }
+
+    /// `None` where the segment is too long or too short.
+    pub(super) fn read_restart_interval(&mut self, data: &[u8]) -> Option<()> {
+        let [high, low] = *data else { return None };
+        self.restart_interval = u32::from(u16::from_be_bytes([high, low]));
+        Some(())
+    }
+}
+
+/// Bytes of a scan's data, up to a marker other than for a restart; `None` where
+/// there is none.
+pub(super) fn data_length(bytes: &[u8]) -> Option<usize> {
+    /// Bytes that are looked through at once.
+    const STEP: usize = 64;
+    let mut at = 0;
+    loop {
+        for chunk in bytes[at..].chunks_exact(STEP) {
+            if chunk.iter().fold(false, |any, &byte| any | (byte == 0xff)) {
+                break;
+            }
+            at += STEP;
+        }
+        at += bytes[at..].iter().position(|&byte| byte == 0xff)?;
+        match bytes.get(at + 1)? {
+            0 | 0xd0..=0xd7 => at += 2,
+            _ => return Some(at),
+        }
+    }
+}
+
+/// The code of the marker at `at`, and where its segment lies without its length.
+/// `None` where there is no marker or the segment is cut.
+pub(super) fn segment(bytes: &[u8], mut at: usize) -> Option<(u8, Range<usize>)> {
+    if *bytes.get(at)? != 0xff {
+        return None;
+    }
+    while *bytes.get(at)? == 0xff {
+        at += 1;
+    }
+    let code = bytes[at];
+    at += 1;
+    if code == 0xd9 {
+        return Some((code, at..at));
+    }
+    let length = bytes.get(at..at + 2)?;
+    let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
+    if length < 2 {
+        return None;
+    }
+    let segment = at + 2..at + length;
+    (segment.end <= bytes.len()).then_some((code, segment))
 }
 
 /// The tables of each component of a scan that has all components in the frame's

@@ -3,7 +3,7 @@
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{Frame, JPEG};
 #[cfg(target_arch = "x86_64")]
-use super::{baseline, idct};
+use super::{baseline, idct, progressive};
 use crate::error::{ImageError, Result};
 use crate::raster::{Mode, Sink};
 use mozjpeg_sys as ffi;
@@ -248,8 +248,13 @@ unsafe extern "C-unwind" fn inverse_dct(
         if !(*component).quant_table.is_null() && target.size <= 8 {
             let quantisers = &(*(*component).quant_table).quantval;
             let size = target.size as usize;
-            let samples = idct::sized_block(size, &*coefficients.cast(), quantisers);
-            for (line, samples) in samples.iter().enumerate().take(size) {
+            let mut samples = [0; 64];
+            let mut place = idct::Place {
+                samples: &mut samples,
+                stride: 8,
+            };
+            idct::transform(size, &*coefficients.cast(), quantisers, false, &mut place);
+            for (line, samples) in samples.chunks_exact(8).enumerate().take(size) {
                 // Reduced blocks write past their end, where the next block or the
                 // padding of the row is.
                 let place = (*rows.add(line)).add(column as usize);
@@ -294,14 +299,26 @@ fn run(
         .collect();
     let full = (cinfo.image_width, cinfo.image_height);
     #[cfg(target_arch = "x86_64")]
-    if let Some(scan) = &frame.scan
-        && state.source.next_input_byte == bytes[scan.start..].as_ptr()
+    if (frame.scan.is_some() || frame.progression.is_some())
+        && state.source.next_input_byte == bytes[frame.data..].as_ptr()
         && let Some(quantisers) = quantisers(cinfo, components)
-        && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
+        // What is wrong with the frame, libjpeg tells.
+        && let Ok(mut assembly) = Assembly::start(full, eighths, mode, converts, &samplings, sink)
     {
-        let mut assembly = Assembly::start(full, eighths, mode, converts, &samplings, sink)?;
-        let data = &bytes[scan.start..];
-        if baseline::decode(data, scan, &quantisers, &samplings, &mut assembly, sink) {
+        let assembly = &mut assembly;
+        let is_done = if let Some(progression) = &frame.progression {
+            progressive::decode(bytes, progression, &quantisers, &samplings, assembly, sink)
+        } else if let Some(scan) = &frame.scan
+            && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
+        {
+            let data = &bytes[frame.data..];
+            baseline::decode(data, scan, &quantisers, &samplings, assembly, sink)
+        } else {
+            false
+        };
+        if is_done {
+            #[cfg(test)]
+            super::tests::OWN_DECODES.set(super::tests::OWN_DECODES.get() + 1);
             return Ok(());
         }
     }

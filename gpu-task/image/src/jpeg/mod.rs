@@ -7,9 +7,17 @@ mod assemble;
 mod baseline;
 mod codestream;
 #[cfg(target_arch = "x86_64")]
+mod entropy;
+#[cfg(target_arch = "x86_64")]
 mod idct;
 mod libjpeg;
+#[cfg(target_arch = "x86_64")]
+mod machine;
 mod planes;
+#[cfg(target_arch = "x86_64")]
+mod progressive;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;
 
 use crate::error::Result;
 use crate::raster::Sink;
@@ -56,7 +64,7 @@ pub(crate) fn orientation(bytes: &[u8]) -> u8 {
 }
 
 #[cfg(test)]
-mod tests {
+mod scale_tests {
     use super::*;
 
     #[test]

@@ -1,0 +1,455 @@
+//! Files that libjpeg writes by all kinds of scripts, whole and broken: whatever the
+//! decoders here make of them, libjpeg alone has to make the same.
+
+use super::{codestream, libjpeg, machine};
+use crate::raster::{Collect, Sink};
+use crate::resample::Crop;
+use mozjpeg_sys as ffi;
+use proptest::prelude::*;
+use std::cell::Cell;
+use std::path::Path;
+
+thread_local! {
+    /// Files of this thread that libjpeg did not have to decode.
+    pub(super) static OWN_DECODES: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Pixels of a changed file's frame that are still worth a test.
+const MOST_PIXELS: u64 = 300_000;
+
+/// What is written, and how.
+#[derive(Debug, Clone)]
+struct Picture {
+    width: u32,
+    height: u32,
+    /// Sampling factors of each component.
+    factors: Vec<(i32, i32)>,
+    quality: i32,
+    /// Units between restart markers, zero for none.
+    restart_interval: u32,
+    /// How much of the samples is noise, of 255.
+    noise: u8,
+    /// Scans, none for a sequential file.
+    script: Vec<Pass>,
+}
+
+/// A scan of a script.
+#[derive(Debug, Clone)]
+struct Pass {
+    components: Vec<i32>,
+    spectrum: (i32, i32),
+    high: i32,
+    low: i32,
+}
+
+impl Pass {
+    fn info(&self) -> ffi::jpeg_scan_info {
+        let mut index = [0; 4];
+        index[..self.components.len()].copy_from_slice(&self.components);
+        ffi::jpeg_scan_info {
+            comps_in_scan: self.components.len() as i32,
+            component_index: index,
+            Ss: self.spectrum.0,
+            Se: self.spectrum.1,
+            Ah: self.high,
+            Al: self.low,
+        }
+    }
+}
+
+fn scan(components: &[i32], spectrum: (i32, i32), high: i32, low: i32) -> Pass {
+    Pass {
+        components: components.to_vec(),
+        spectrum,
+        high,
+        low,
+    }
+}
+
+/// Shades with some noise in them, the same for the same size.
+fn samples(picture: &Picture) -> Vec<u8> {
+    let channels = picture.factors.len() as u32;
+    let mut state = picture.width.wrapping_mul(0x9e37_79b9) ^ picture.height | 1;
+    let mut samples = Vec::new();
+    for y in 0..picture.height {
+        for x in 0..picture.width * channels {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            // Noise in every other square, so that there are empty blocks, too.
+            let is_busy = (x / channels / 16 + y / 16).is_multiple_of(2);
+            let noise = if is_busy { state as u8 } else { 128 };
+            let shade = ((x * 3 + y * 5) / 4 % 256) as u8;
+            let part = u32::from(picture.noise);
+            samples.push(((u32::from(noise) * part + u32::from(shade) * (255 - part)) / 255) as u8);
+        }
+    }
+    samples
+}
+
+/// The file of `picture`, as libjpeg writes it.
+fn encode(picture: &Picture) -> Vec<u8> {
+    let samples = samples(picture);
+    let stride = samples.len() / picture.height as usize;
+    let script: Vec<_> = picture.script.iter().map(Pass::info).collect();
+    let (mut buffer, mut length) = (std::ptr::null_mut(), 0);
+    // SAFETY: the structures are plain C data for which zero is valid, outlive the
+    // compressor and do not move; the pointers are to whole rows and scripts; the
+    // buffer is the library's until it has finished, then copied and freed.
+    unsafe {
+        let mut error: ffi::jpeg_error_mgr = std::mem::zeroed();
+        let mut cinfo: ffi::jpeg_compress_struct = std::mem::zeroed();
+        cinfo.common.err = ffi::jpeg_std_error(&mut error);
+        ffi::jpeg_create_compress(&mut cinfo);
+        ffi::jpeg_mem_dest(&mut cinfo, &mut buffer, &mut length);
+        (cinfo.image_width, cinfo.image_height) = (picture.width, picture.height);
+        cinfo.input_components = picture.factors.len() as i32;
+        cinfo.in_color_space = match picture.factors.len() {
+            1 => ffi::J_COLOR_SPACE::JCS_GRAYSCALE,
+            3 => ffi::J_COLOR_SPACE::JCS_YCbCr,
+            _ => ffi::J_COLOR_SPACE::JCS_CMYK,
+        };
+        let profile = ffi::JCP_FASTEST as u32 as i32;
+        ffi::jpeg_c_set_int_param(&mut cinfo, ffi::JINT_COMPRESS_PROFILE, profile);
+        ffi::jpeg_set_defaults(&mut cinfo);
+        ffi::jpeg_set_quality(&mut cinfo, picture.quality, 1);
+        for (index, factors) in picture.factors.iter().enumerate() {
+            let component = &mut *cinfo.comp_info.add(index);
+            (component.h_samp_factor, component.v_samp_factor) = *factors;
+        }
+        cinfo.restart_interval = picture.restart_interval;
+        if !script.is_empty() {
+            cinfo.scan_info = script.as_ptr();
+            cinfo.num_scans = script.len() as i32;
+        }
+        ffi::jpeg_start_compress(&mut cinfo, 1);
+        for row in samples.chunks_exact(stride) {
+            let row = row.as_ptr();
+            ffi::jpeg_write_scanlines(&mut cinfo, &row, 1);
+        }
+        ffi::jpeg_finish_compress(&mut cinfo);
+        ffi::jpeg_destroy_compress(&mut cinfo);
+        let bytes = std::slice::from_raw_parts(buffer, length as usize).to_vec();
+        libc::free(buffer.cast());
+        bytes
+    }
+}
+
+/// A script that tells all of every coefficient, made of `choices`.
+fn script(components: usize, interleaves: bool, choices: &[u8]) -> Vec<Pass> {
+    let mut choices = choices.iter().copied().cycle();
+    let mut choose = |count: u8| i32::from(choices.next().unwrap_or(0) % count);
+    // Scans that have to keep their order, for each of several parts of the image.
+    let mut chains: Vec<Vec<Pass>> = Vec::new();
+    let mut start = Vec::new();
+    let all: Vec<i32> = (0..components as i32).collect();
+    let groups: Vec<&[i32]> = if interleaves {
+        vec![&all]
+    } else {
+        all.chunks(1).collect()
+    };
+    for group in groups {
+        let low = choose(3);
+        start.push(scan(group, (0, 0), 0, low));
+        chains.push(
+            (0..low)
+                .rev()
+                .map(|low| scan(group, (0, 0), low + 1, low))
+                .collect(),
+        );
+    }
+    for &component in &all {
+        let cut = choose(64);
+        let low = choose(4);
+        let whole = vec![(1, 63)];
+        let parts = if (1..63).contains(&cut) {
+            vec![(1, cut), (cut + 1, 63)]
+        } else {
+            whole.clone()
+        };
+        // Refinements of parts together, or of each by itself.
+        if choose(2) == 0 {
+            let mut chain: Vec<_> = parts
+                .iter()
+                .map(|&part| scan(&[component], part, 0, low))
+                .collect();
+            chain.extend(
+                (0..low)
+                    .rev()
+                    .map(|low| scan(&[component], (1, 63), low + 1, low)),
+            );
+            chains.push(chain);
+        } else {
+            for part in parts {
+                let low = choose(4);
+                let mut chain = vec![scan(&[component], part, 0, low)];
+                chain.extend(
+                    (0..low)
+                        .rev()
+                        .map(|low| scan(&[component], part, low + 1, low)),
+                );
+                chains.push(chain);
+            }
+        }
+    }
+    let mut script = start;
+    for chain in &mut chains {
+        chain.reverse();
+    }
+    loop {
+        chains.retain(|chain| !chain.is_empty());
+        if chains.is_empty() {
+            break;
+        }
+        let chosen = choose(chains.len() as u8) as usize;
+        script.extend(chains[chosen].pop());
+    }
+    script
+}
+
+fn pictures() -> impl Strategy<Value = Picture> {
+    let factors = prop::sample::select(vec![
+        vec![(1, 1)],
+        vec![(2, 2)],
+        vec![(1, 1), (1, 1), (1, 1)],
+        vec![(2, 1), (1, 1), (1, 1)],
+        vec![(2, 2), (1, 1), (1, 1)],
+        vec![(1, 2), (1, 1), (1, 1)],
+        vec![(4, 1), (1, 1), (1, 1)],
+        vec![(1, 4), (1, 1), (1, 1)],
+        vec![(2, 2), (2, 1), (1, 2)],
+        vec![(1, 1), (2, 2), (1, 1)],
+        vec![(1, 1), (1, 1), (1, 1), (1, 1)],
+        vec![(2, 2), (1, 1), (1, 1), (2, 2)],
+    ]);
+    let restart_interval = prop_oneof![Just(0u32), 1..9u32, Just(40u32)];
+    let choices = prop::collection::vec(any::<u8>(), 1..40);
+    (
+        (1..120u32, 1..90u32),
+        factors,
+        (5..100i32, 0..=255u8),
+        restart_interval,
+        (any::<bool>(), prop::bool::weighted(0.8), choices),
+    )
+        .prop_map(
+            |(size, factors, (quality, noise), restart_interval, (interleaves, many, choices))| {
+                let script = if many {
+                    script(factors.len(), interleaves, &choices)
+                } else {
+                    Vec::new()
+                };
+                Picture {
+                    width: size.0,
+                    height: size.1,
+                    factors,
+                    quality,
+                    restart_interval,
+                    noise,
+                    script,
+                }
+            },
+        )
+}
+
+/// Who decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Libjpeg,
+    Own,
+    /// The same on a processor that has nothing special.
+    OwnBasic,
+}
+
+/// What comes of a file: the pixels, or why there are none.
+fn outcome(bytes: &[u8], eighths: u32, is_whole: bool, way: Way) -> Result<Vec<u8>, String> {
+    let mut frame = codestream::scan(bytes).map_err(|error| error.to_string())?;
+    if way == Way::Libjpeg {
+        (frame.scan, frame.progression) = (None, None);
+    }
+    machine::IS_BASIC.set(way == Way::OwnBasic);
+    let mut collect = Collect::default();
+    let mut crop = Crop::new(16);
+    let sink: &mut dyn Sink = if is_whole { &mut collect } else { &mut crop };
+    libjpeg::decode(bytes, &frame, eighths, sink).map_err(|error| error.to_string())?;
+    if is_whole {
+        return Ok(collect
+            .into_raster()
+            .map_or(Vec::new(), |raster| raster.data));
+    }
+    let mut out = vec![0; 16 * 16 * 3];
+    assert!(crop.finish(&mut out));
+    Ok(out)
+}
+
+/// Compares all ways of decoding `bytes`.
+fn agree(bytes: &[u8], eighths: u32, is_whole: bool) -> Result<(), TestCaseError> {
+    let libjpeg = outcome(bytes, eighths, is_whole, Way::Libjpeg);
+    for way in [Way::Own, Way::OwnBasic] {
+        let own = outcome(bytes, eighths, is_whole, way);
+        let pairs = own.iter().flatten().zip(libjpeg.iter().flatten());
+        // Not `prop_assert_eq`, which would print all samples.
+        prop_assert!(
+            own == libjpeg,
+            "{way:?} at {eighths}/8: {:?}, not {:?}, first difference at {:?}",
+            own.as_ref().map(Vec::len),
+            libjpeg.as_ref().map(Vec::len),
+            pairs.clone().position(|(a, b)| a != b)
+        );
+    }
+    Ok(())
+}
+
+/// JPEG files among the goldens.
+fn goldens() -> Vec<Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/files");
+    let mut paths: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jpg"))
+        .collect();
+    paths.sort();
+    paths
+        .iter()
+        .map(|path| std::fs::read(path).unwrap())
+        .collect()
+}
+
+#[test]
+fn goldens_come_out_as_from_libjpeg_alone() {
+    let before = OWN_DECODES.get();
+    for bytes in goldens() {
+        for eighths in 1..=8 {
+            for is_whole in [true, false] {
+                agree(&bytes, eighths, is_whole).unwrap();
+            }
+        }
+    }
+    assert!(OWN_DECODES.get() > before);
+}
+
+/// A change of a file.
+#[derive(Debug, Clone)]
+enum Change {
+    Byte(prop::sample::Index, u8),
+    Cut(prop::sample::Index),
+    /// Leaves out the segment, with any scan data after it, from this marker on.
+    Drop(prop::sample::Index),
+    /// Has it twice.
+    Repeat(prop::sample::Index),
+    /// Puts bytes between.
+    Insert(prop::sample::Index, Vec<u8>),
+}
+
+fn changes() -> impl Strategy<Value = Change> {
+    let index = any::<prop::sample::Index>;
+    prop_oneof![
+        6 => (index(), any::<u8>()).prop_map(|(at, byte)| Change::Byte(at, byte)),
+        1 => index().prop_map(Change::Cut),
+        1 => index().prop_map(Change::Drop),
+        1 => index().prop_map(Change::Repeat),
+        1 => (index(), prop::collection::vec(any::<u8>(), 1..4))
+            .prop_map(|(at, bytes)| Change::Insert(at, bytes)),
+    ]
+}
+
+/// Where the segments of a file begin, with the end of the file.
+fn segments(bytes: &[u8]) -> Vec<usize> {
+    let is_marker = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7 | 0xff);
+    let mut starts: Vec<usize> = bytes
+        .windows(2)
+        .enumerate()
+        .filter_map(|(at, pair)| is_marker(pair).then_some(at))
+        .collect();
+    starts.push(bytes.len());
+    starts
+}
+
+fn change(bytes: &mut Vec<u8>, change: &Change) {
+    if segments(bytes).len() < 2 {
+        return;
+    }
+    let segment = |bytes: &[u8], index: &prop::sample::Index| {
+        let starts = segments(bytes);
+        let chosen = index.index(starts.len() - 1);
+        starts[chosen]..starts[chosen + 1]
+    };
+    match change {
+        Change::Byte(at, byte) => {
+            let at = at.index(bytes.len());
+            bytes[at] = *byte;
+        }
+        Change::Cut(at) => bytes.truncate(at.index(bytes.len()).max(2)),
+        Change::Drop(index) => {
+            let range = segment(bytes, index);
+            bytes.drain(range);
+        }
+        Change::Repeat(index) => {
+            let range = segment(bytes, index);
+            let copy = bytes[range.clone()].to_vec();
+            bytes.splice(range.start..range.start, copy);
+        }
+        Change::Insert(at, more) => {
+            let at = at.index(bytes.len());
+            bytes.splice(at..at, more.iter().copied());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    #[test]
+    fn whole_files_are_decoded_here_and_as_by_libjpeg(
+        picture in pictures(),
+        eighths in 1..=8u32,
+    ) {
+        let bytes = encode(&picture);
+        let before = OWN_DECODES.get();
+        agree(&bytes, 8, true)?;
+        agree(&bytes, eighths, true)?;
+        agree(&bytes, eighths, false)?;
+        let own = OWN_DECODES.get() - before;
+        // Sequential files of one component in larger units are libjpeg's.
+        let is_odd = picture.factors[..] == [(2, 2)] && picture.script.is_empty();
+        // Sampling factors that do not divide are refused by both.
+        let is_refused = outcome(&bytes, eighths, true, Way::Own).is_err();
+        prop_assert!(own == 6 || is_odd || is_refused, "{own} of 6 were decoded here");
+    }
+
+    #[test]
+    fn broken_files_come_out_as_from_libjpeg_alone(
+        picture in pictures(),
+        changed in prop::collection::vec(changes(), 1..4),
+        eighths in prop_oneof![Just(8u32), 1..=8u32],
+        is_whole in any::<bool>(),
+    ) {
+        let mut bytes = encode(&picture);
+        for changed in &changed {
+            change(&mut bytes, changed);
+        }
+        let pixels = codestream::scan(&bytes)
+            .map_or(0, |frame| u64::from(frame.width) * u64::from(frame.height));
+        if pixels < MOST_PIXELS {
+            agree(&bytes, eighths, is_whole)?;
+        }
+    }
+
+    #[test]
+    fn broken_goldens_come_out_as_from_libjpeg_alone(
+        golden in any::<prop::sample::Index>(),
+        changed in prop::collection::vec(changes(), 1..4),
+        eighths in prop_oneof![Just(8u32), 1..=8u32],
+        is_whole in any::<bool>(),
+    ) {
+        let goldens = goldens();
+        let mut bytes = goldens[golden.index(goldens.len())].clone();
+        for changed in &changed {
+            change(&mut bytes, changed);
+        }
+        let pixels = codestream::scan(&bytes)
+            .map_or(0, |frame| u64::from(frame.width) * u64::from(frame.height));
+        if pixels < MOST_PIXELS {
+            agree(&bytes, eighths, is_whole)?;
+        }
+    }
+}
