@@ -8,8 +8,7 @@
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{Huffman, Scan};
 use super::entropy::{
-    Bits, END, END_PLACES, GiveUp, KIND, LENGTH, LOOKUP_BITS, Pairs, Purpose, REFILLED, Step,
-    Table, WHOLE, extend, natural,
+    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, Pairs, Purpose, REFILLED, Step, Table, natural,
 };
 use super::idct::Place;
 use super::machine::{Basic, Machine, Modern};
@@ -17,6 +16,9 @@ use crate::raster::Sink;
 
 /// Lookups that a refilled window is enough for, after one of a difference.
 const ROUNDS: u32 = REFILLED / LOOKUP_BITS - 1;
+
+/// The last coefficient of a block.
+const LAST: usize = 63;
 
 /// Reads one block. Coefficients are in natural order and zero before. Says
 /// whether there is none but the first.
@@ -28,103 +30,47 @@ fn read_block(
     last_dc: &mut i32,
     block: &mut [i16; 64],
 ) -> Step<bool> {
-    let start = source.place();
     let mut window = source.window();
     window.refill(source);
-    let difference = window.difference(dc)?;
-    if window.count() < REFILLED - LOOKUP_BITS {
-        window.refill(source);
-    }
-    block[0] = last_dc.wrapping_add(difference) as i16;
+    *last_dc = last_dc.wrapping_add(window.difference(dc)?);
+    window.need(REFILLED - LOOKUP_BITS, source);
+    block[0] = *last_dc as i16;
     let mut index = 1;
     'block: loop {
         for _ in 0..ROUNDS {
             let pair = ac.look_up(&window);
-            if pair.is_none() {
-                // A code and its value have at most 31 bits.
+            let ((first, value), (second, other)) = (pair.first(), pair.second());
+            if index + second >= LAST {
                 window.need(32, source);
-                let entry = window.look_up(&ac.single);
-                let (run, size) = window.symbol(entry, &ac.single)?;
-                if size > 0 {
-                    index += run as usize;
-                    block[natural(index)] = extend(window.take(size) as u32, size) as i16;
-                    index += 1;
-                } else {
-                    index += if run == 15 { 16 } else { END_PLACES };
+                match window.code(&ac.single)? {
+                    Code::End { .. } => break 'block,
+                    Code::Value { run, value } => {
+                        index += run as usize;
+                        if index > LAST {
+                            return Err(GiveUp);
+                        }
+                        block[natural(index)] = value;
+                        index += 1;
+                    }
                 }
-                if index >= 64 {
+                if index > LAST {
                     break 'block;
                 }
                 break;
             }
             window.drop(pair.length());
-            let ((first, value), (second, other)) = (pair.first(), pair.second());
             block[natural(index + first)] = value;
             block[natural(index + second)] = other;
             index += pair.places();
-            if index >= 64 {
+            if index >= END_PLACES {
+                index -= END_PLACES;
                 break 'block;
             }
         }
         window.refill(source);
     }
-    if index == 64 || (END_PLACES + 1..END_PLACES + 64).contains(&index) {
-        *last_dc = last_dc.wrapping_add(difference);
-        window.put_back(source);
-        return Ok(index == END_PLACES + 1);
-    }
-    // The block ends within a pair, or there is an error.
-    source.go_back(start);
-    block.fill(0);
-    read_block_singly(source, dc, &ac.single, last_dc, block)?;
-    Ok(false)
-}
-
-/// [`read_block`], one code at a time.
-#[cold]
-#[inline(never)]
-fn read_block_singly(
-    source: &mut Bits<'_>,
-    dc: &Table,
-    ac: &Table,
-    last_dc: &mut i32,
-    block: &mut [i16; 64],
-) -> Step<()> {
-    let mut window = source.window();
-    window.refill(source);
-    *last_dc = last_dc.wrapping_add(window.difference(dc)?);
-    block[0] = *last_dc as i16;
-    let mut index = 1;
-    while index < 64 {
-        window.need(32, source);
-        let entry = window.look_up(ac);
-        match entry & KIND {
-            WHOLE => {
-                window.drop(entry & LENGTH);
-                index += (entry >> 8 & 15) as usize;
-                block[natural(index)] = (entry >> 16) as i16;
-                index += 1;
-            }
-            END => {
-                window.drop(entry & LENGTH);
-                window.put_back(source);
-                return Ok(());
-            }
-            _ => {
-                let (run, size) = window.symbol(entry, ac)?;
-                if size == 0 && run != 15 {
-                    window.put_back(source);
-                    return Ok(());
-                }
-                index += run as usize;
-                block[natural(index)] = extend(window.take(size) as u32, size) as i16;
-                index += 1;
-            }
-        }
-    }
     window.put_back(source);
-    // A run past the end is an error, and so is a last run of sixteen zeros.
-    if index == 64 { Ok(()) } else { Err(GiveUp) }
+    Ok(index == 1)
 }
 
 /// One component's way through the scan.

@@ -51,20 +51,28 @@ pub(super) fn natural(index: usize) -> usize {
 /// What the next bits are, in one word: the value in the high half; zeros before
 /// the coefficient in the four bits from the eighth; the kind; bits to drop in the
 /// low five.
-pub(super) type Entry = u32;
+type Entry = u32;
 
 /// Bits of an entry that say how many bits it takes.
-pub(super) const LENGTH: Entry = 31;
+const LENGTH: Entry = 31;
 /// Bits of an entry that say what it is.
-pub(super) const KIND: Entry = 3 << 5;
+const KIND: Entry = 3 << 5;
 /// No code that is short enough.
 const LONG: Entry = 0;
 /// A code whose value is in the bits after it: the symbol.
 const SYMBOL: Entry = 1 << 5;
 /// A code with its value: a coefficient, or zero after fifteen others.
-pub(super) const WHOLE: Entry = 2 << 5;
+const WHOLE: Entry = 2 << 5;
 /// The end of this many blocks, this one among them.
-pub(super) const END: Entry = 3 << 5;
+const END: Entry = 3 << 5;
+
+/// What a code of coefficients means.
+pub(super) enum Code {
+    /// A coefficient after `run` zeros; zero after fifteen others, too.
+    Value { run: u32, value: i16 },
+    /// The end of this many blocks, this one among them.
+    End { blocks: u32 },
+}
 
 /// What a table's symbols mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +90,7 @@ pub(super) enum Purpose {
 
 /// A Huffman table made for fast reading.
 pub(super) struct Table {
+    purpose: Purpose,
     lookup: Box<[Entry; 1 << LOOKUP_BITS]>,
     /// For each length: one past its largest code, shifted up to sixteen bits.
     limits: [u32; 17],
@@ -106,6 +115,7 @@ impl Table {
     /// `None` where the code lengths do not make a code.
     pub(super) fn new(huffman: &Huffman, purpose: Purpose) -> Option<Self> {
         let mut table = Self {
+            purpose,
             lookup: Box::new([LONG; 1 << LOOKUP_BITS]),
             limits: [0; 17],
             offsets: [0; 17],
@@ -125,7 +135,7 @@ impl Table {
                 .enumerate()
             {
                 if length <= LOOKUP_BITS {
-                    table.fill(code + index as u32, length, symbol, purpose);
+                    table.fill(code + index as u32, length, symbol);
                 }
             }
             code += count as u32;
@@ -140,13 +150,14 @@ impl Table {
         Some(table)
     }
 
-    fn fill(&mut self, code: u32, length: u32, symbol: u8, purpose: Purpose) {
+    fn fill(&mut self, code: u32, length: u32, symbol: u8) {
         let free = LOOKUP_BITS - length;
         for rest in 0..1u32 << free {
             // The next bits, as far as they are known.
             let next = |size: u32| (size <= free).then(|| rest >> (free - size));
-            self.lookup[((code << free) | rest) as usize] = entry(symbol, length, purpose, next)
-                .unwrap_or(u32::from(symbol) << 16 | SYMBOL | length);
+            self.lookup[((code << free) | rest) as usize] =
+                entry(symbol, length, self.purpose, next)
+                    .unwrap_or(u32::from(symbol) << 16 | SYMBOL | length);
         }
     }
 }
@@ -197,15 +208,6 @@ pub(super) struct Bits<'a> {
     padding: u32,
 }
 
-/// Where [`Bits`] were, to go back there.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    at: usize,
-    bits: u64,
-    count: u32,
-    padding: u32,
-}
-
 impl<'a> Bits<'a> {
     pub(super) fn new(data: &'a [u8]) -> Self {
         Self {
@@ -215,25 +217,6 @@ impl<'a> Bits<'a> {
             count: 0,
             padding: 0,
         }
-    }
-
-    #[inline(always)]
-    pub(super) fn place(&self) -> Place {
-        Place {
-            at: self.at,
-            bits: self.bits,
-            count: self.count,
-            padding: self.padding,
-        }
-    }
-
-    pub(super) fn go_back(&mut self, place: Place) {
-        Place {
-            at: self.at,
-            bits: self.bits,
-            count: self.count,
-            padding: self.padding,
-        } = place;
     }
 
     #[cold]
@@ -355,7 +338,7 @@ impl Window {
     }
 
     #[inline(always)]
-    pub(super) fn look_up(&self, table: &Table) -> Entry {
+    fn look_up(&self, table: &Table) -> Entry {
         table.lookup[self.index()]
     }
 
@@ -375,7 +358,7 @@ impl Window {
 
     /// The run and the size of an entry that has no value.
     #[inline(always)]
-    pub(super) fn symbol(&mut self, entry: Entry, table: &Table) -> Step<(u32, u32)> {
+    fn symbol(&mut self, entry: Entry, table: &Table) -> Step<(u32, u32)> {
         let (symbol, length) = if entry & KIND == SYMBOL {
             (entry >> 16, entry & LENGTH)
         } else {
@@ -383,6 +366,49 @@ impl Window {
         };
         self.drop(length);
         Ok((symbol >> 4, symbol & 15))
+    }
+
+    /// The next coefficient, or the end of the block. There must be 32 bits.
+    #[inline(always)]
+    pub(super) fn code(&mut self, table: &Table) -> Step<Code> {
+        let entry = self.look_up(table);
+        if entry & WHOLE == 0 {
+            return self.long_code(entry, table);
+        }
+        self.drop(entry & LENGTH);
+        Ok(if entry & KIND == WHOLE {
+            Code::Value {
+                run: entry >> 8 & 15,
+                value: (entry >> 16) as i16,
+            }
+        } else {
+            Code::End {
+                blocks: entry >> 16,
+            }
+        })
+    }
+
+    /// [`Self::code`], where the entry has no value.
+    #[inline(always)]
+    fn long_code(&mut self, entry: Entry, table: &Table) -> Step<Code> {
+        let (run, size) = self.symbol(entry, table)?;
+        if size == 0 && run < 15 {
+            let blocks = match table.purpose {
+                Purpose::Sequential => 1,
+                _ => 1 << run | self.take(run) as u32,
+            };
+            return Ok(Code::End { blocks });
+        }
+        let low = match table.purpose {
+            Purpose::First { low } => low,
+            // A new coefficient has one bit.
+            Purpose::Refinement { .. } if size > 1 => return Err(GiveUp),
+            Purpose::Refinement { low } => low,
+            Purpose::Dc | Purpose::Sequential => 0,
+        };
+        let value = extend(self.take(size) as u32, size) << low;
+        let value = i16::try_from(value).map_err(|_| GiveUp)?;
+        Ok(Code::Value { run, value })
     }
 
     /// The next difference. There must be 32 bits.
@@ -419,7 +445,7 @@ fn long_symbol(code: u32, table: &Table) -> Step<(u32, u32)> {
 /// Two coefficients at once, and the end of the block if it is in the same bits:
 /// from the low byte on, bits to drop, zeros before the first, places from the first
 /// zero to the second, places in all; then the second value and the first. Where
-/// there is but one, it is both.
+/// there is but one, it is both. Of the end alone both are zero.
 #[derive(Clone, Copy)]
 pub(super) struct Pair(u64);
 
@@ -427,43 +453,47 @@ pub(super) struct Pair(u64);
 pub(super) const END_PLACES: usize = 128;
 
 impl Pair {
-    const NONE: Self = Self(0);
+    /// A second place that is in no block.
+    const NONE: Self = Self(0xff << 16);
 
     fn from_entry(entry: Entry) -> Self {
         let length = u64::from(entry & LENGTH);
+        let (run, value) = (u64::from(entry >> 8 & 15), u64::from(entry >> 16));
         match entry & KIND {
-            WHOLE => {
-                let run = u64::from(entry >> 8 & 15);
-                let value = u64::from(entry >> 16);
+            WHOLE if value != 0 => {
                 Self(value << 48 | value << 32 | (run + 1) << 24 | run << 16 | run << 8 | length)
             }
-            END => Self((END_PLACES as u64) << 24 | length),
+            END if value == 1 => Self((END_PLACES as u64) << 24 | length),
             _ => Self::NONE,
         }
     }
 
-    /// This one and then `next`.
-    fn then(self, next: Entry) -> Self {
-        let places = self.places() as u64;
-        let length = self.length() + (next & LENGTH);
-        let kept = self.0 & !0xff00_00ff | u64::from(length);
-        if next & KIND == END {
-            return Self(kept | (places + END_PLACES as u64) << 24);
+    /// This one and then `next`, if that is not one of those that come alone.
+    fn then(self, next: Entry) -> Option<Self> {
+        let next = Self::from_entry(next);
+        let length = self.length() + next.length();
+        if next.is_none() || length > LOOKUP_BITS {
+            return None;
         }
-        let run = u64::from(next >> 8 & 15);
-        let kept = kept & !0xffff_ffff_0000 & !0xff_0000 | self.0 & 0xffff_0000_0000_0000;
-        let second = u64::from(next >> 16) << 32 | (places + run) << 16;
-        Self(kept | second | (places + run + 1) << 24)
+        let places = self.places() + next.places();
+        let (first, value) = self.first();
+        let (second, other) = if next.places() == END_PLACES {
+            self.second()
+        } else {
+            (self.places() + next.first().0, next.first().1)
+        };
+        let values = u64::from(value as u16) << 48 | u64::from(other as u16) << 32;
+        let places = (places as u64) << 24 | (second as u64) << 16 | (first as u64) << 8;
+        Some(Self(values | places | u64::from(length)))
     }
 
-    #[inline(always)]
-    pub(super) fn is_none(self) -> bool {
-        self.0 == 0
+    fn is_none(self) -> bool {
+        self.0 == Self::NONE.0
     }
 
     #[inline(always)]
     pub(super) fn length(self) -> u32 {
-        self.0 as u8 as u32
+        u32::from(self.0 as u8)
     }
 
     #[inline(always)]
@@ -477,14 +507,16 @@ impl Pair {
         (usize::from((self.0 >> 8) as u8), (self.0 >> 48) as i16)
     }
 
-    /// The same of the second.
+    /// The same of the second. Where this leads to the last place of the block, or
+    /// further, the codes have to be taken one by one: the last of them may not be
+    /// this block's.
     #[inline(always)]
     pub(super) fn second(self) -> (usize, i16) {
         (usize::from((self.0 >> 16) as u8), (self.0 >> 32) as i16)
     }
 }
 
-/// A table of a sequential scan's coefficients that gives two at once.
+/// A table of coefficients that gives two at once.
 pub(super) struct Pairs {
     pub(super) single: Table,
     pairs: Box<[Pair; 1 << LOOKUP_BITS]>,
@@ -493,6 +525,7 @@ pub(super) struct Pairs {
 impl Pairs {
     pub(super) fn new(single: Table) -> Self {
         let mut pairs = Box::new([Pair::NONE; 1 << LOOKUP_BITS]);
+        let rest = |index: usize, length: u32| (index << length) & ((1 << LOOKUP_BITS) - 1);
         for (index, pair) in pairs.iter_mut().enumerate() {
             *pair = Pair::from_entry(single.lookup[index]);
             // One more coefficient, and then the end.
@@ -500,13 +533,14 @@ impl Pairs {
                 if pair.is_none() || pair.places() >= END_PLACES {
                     break;
                 }
-                let next = single.lookup[(index << pair.length()) & ((1 << LOOKUP_BITS) - 1)];
-                let is_known = pair.length() + (next & LENGTH) <= LOOKUP_BITS;
-                if is_known && (next & KIND == END || next & KIND == WHOLE && may_be_value) {
-                    *pair = pair.then(next);
-                } else {
+                let next = single.lookup[rest(index, pair.length())];
+                if next & KIND == WHOLE && !may_be_value {
                     break;
                 }
+                *pair = match pair.then(next) {
+                    Some(both) => both,
+                    None => break,
+                };
             }
         }
         Self { single, pairs }

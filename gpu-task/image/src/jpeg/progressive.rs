@@ -15,14 +15,18 @@
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{self, CodingTables, Progression};
 use super::entropy::{
-    Bits, END, GiveUp, KIND, LENGTH, Purpose, Step, Table, WHOLE, Window, extend, natural,
+    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, Pairs, Purpose, REFILLED, Step, Table, Window,
+    natural,
 };
 use super::idct::Place;
 use super::machine::{Basic, Machine, Modern};
 use crate::raster::Sink;
 
-/// Scans of a file; encoders write about ten. Each has its table in memory.
-const MAX_SCANS: usize = 100;
+/// Scans of a file; encoders write about ten. Each has a table of 25 kB.
+const MAX_SCANS: usize = 64;
+
+/// Lookups that a refilled window is enough for.
+const ROUNDS: u32 = REFILLED / LOOKUP_BITS;
 
 /// Blocks of a unit that interleaves components: the format's own limit.
 const MAX_BLOCKS_OF_UNIT: usize = 10;
@@ -34,8 +38,8 @@ const MAX_LOW: u8 = 13;
 enum Kind {
     FirstDc { tables: Vec<Table> },
     RefinedDc,
-    FirstAc { table: Table },
-    RefinedAc { table: Table },
+    FirstAc { table: Pairs },
+    RefinedAc { table: Pairs },
 }
 
 /// A scan and how far it was read.
@@ -205,8 +209,12 @@ fn scan<'a>(
     let kind = match (is_dc, before) {
         (true, None) => Kind::FirstDc { tables: made },
         (true, Some(_)) => Kind::RefinedDc,
-        (false, None) => Kind::FirstAc { table: made.pop()? },
-        (false, Some(_)) => Kind::RefinedAc { table: made.pop()? },
+        (false, None) => Kind::FirstAc {
+            table: Pairs::new(made.pop()?),
+        },
+        (false, Some(_)) => Kind::RefinedAc {
+            table: Pairs::new(made.pop()?),
+        },
     };
     Some(Scan {
         kind,
@@ -454,8 +462,8 @@ fn read_blocks(
                 source: &mut scan.bits,
                 window,
                 table,
-                first: scan.first,
-                last: scan.last,
+                first: scan.first as usize,
+                last: scan.last as usize,
                 range,
                 low: scan.low,
                 end_run: scan.end_run,
@@ -468,7 +476,8 @@ fn read_blocks(
                     at += skipped;
                     continue;
                 }
-                reader.first(&mut blocks[at], &mut masks[at])?;
+                reader.new_ones(reader.first, &mut blocks[at], &mut masks[at])?;
+                reader.end_run = reader.end_run.saturating_sub(1);
                 at += 1;
             }
             (window, scan.end_run) = (reader.window, reader.end_run);
@@ -478,8 +487,8 @@ fn read_blocks(
                 source: &mut scan.bits,
                 window,
                 table,
-                first: scan.first,
-                last: scan.last,
+                first: scan.first as usize,
+                last: scan.last as usize,
                 range,
                 low: scan.low,
                 end_run: scan.end_run,
@@ -501,70 +510,60 @@ fn read_blocks(
 struct AcReader<'r, 'a> {
     source: &'r mut Bits<'a>,
     window: Window,
-    table: &'r Table,
-    first: u32,
-    last: u32,
+    table: &'r Pairs,
+    first: usize,
+    last: usize,
     range: u64,
     low: u32,
+    /// Blocks without new coefficients. While one is read, it is among them.
     end_run: u32,
 }
 
 impl AcReader<'_, '_> {
-    /// What an entry without a value means; `None` for the end of the block.
+    /// Reads new coefficients from `index` on, where all are zero.
     #[inline(always)]
-    fn slow_code(&mut self, entry: u32) -> Step<Option<(u32, u32)>> {
-        let (run, size) = self.window.symbol(entry, self.table)?;
-        if size == 0 && run < 15 {
-            self.end_run = 1 << run | self.window.take(run) as u32;
-            return Ok(None);
-        }
-        Ok(Some((run, size)))
-    }
-
-    /// A block of a first scan.
-    #[inline(always)]
-    fn first(&mut self, block: &mut [i16; 64], mask: &mut u64) -> Step<()> {
-        let mut index = self.first;
+    fn new_ones(&mut self, mut index: usize, block: &mut [i16; 64], mask: &mut u64) -> Step<()> {
         let mut added = 0u64;
-        while index <= self.last {
-            // A code and its value, or the number of blocks, have at most 31 bits.
-            self.window.need(32, self.source);
-            let entry = self.window.look_up(self.table);
-            let (run, value) = match entry & KIND {
-                WHOLE => {
-                    self.window.drop(entry & LENGTH);
-                    (entry >> 8 & 15, (entry >> 16) as i16)
-                }
-                END => {
-                    self.window.drop(entry & LENGTH);
-                    self.end_run = (entry >> 16) - 1;
-                    *mask |= added;
-                    return Ok(());
-                }
-                _ => match self.slow_code(entry)? {
-                    None => {
-                        self.end_run -= 1;
-                        *mask |= added;
-                        return Ok(());
+        'block: while index <= self.last {
+            self.window.refill(self.source);
+            for _ in 0..ROUNDS {
+                let pair = self.table.look_up(&self.window);
+                let ((first, value), (second, other)) = (pair.first(), pair.second());
+                if index + second >= self.last {
+                    self.window.need(32, self.source);
+                    match self.window.code(&self.table.single)? {
+                        Code::End { blocks } => {
+                            self.end_run = blocks;
+                            break 'block;
+                        }
+                        Code::Value { run, value } => {
+                            index += run as usize;
+                            if index > self.last {
+                                return Err(GiveUp);
+                            }
+                            block[natural(index)] = value;
+                            // No value after a run of sixteen zeros.
+                            added |= u64::from(value != 0) << (63 - index);
+                            index += 1;
+                            continue 'block;
+                        }
                     }
-                    Some((run, size)) => {
-                        let value = extend(self.window.take(size) as u32, size) << self.low;
-                        (run, i16::try_from(value).map_err(|_| GiveUp)?)
-                    }
-                },
-            };
-            index += run;
-            block[natural(index as usize)] = value;
-            // No value after a run of sixteen zeros.
-            added |= u64::from(value != 0) << 63 >> (index & 63);
-            index += 1;
+                }
+                self.window.drop(pair.length());
+                block[natural(index + first)] = value;
+                block[natural(index + second)] = other;
+                added |= 1 << 63 >> (index + first) | 1 << 63 >> (index + second);
+                index += pair.places();
+                if index >= END_PLACES {
+                    // The end alone came with a zero for a value.
+                    added &= !(1 << 63 >> (index - END_PLACES));
+                    self.end_run = 1;
+                    break 'block;
+                }
+            }
         }
         *mask |= added;
-        if index == self.last + 1 {
-            Ok(())
-        } else {
-            Err(GiveUp)
-        }
+        Ok(())
     }
 
     /// A block of a later scan. Only coefficients of `counting` have to be right.
@@ -576,34 +575,21 @@ impl AcReader<'_, '_> {
         mask: &mut u64,
         counting: u64,
     ) -> Step<()> {
-        // Coefficients that are passed by and have a bit.
+        // Coefficients that are to be passed by and have a bit.
         let mut passing = *mask & self.range;
         let mut fixes = 0;
         if self.end_run == 0 {
             let zeros = !*mask & self.range;
             let mut left = zeros.count_ones();
-            loop {
+            let mut index = self.first;
+            while passing != 0 {
                 self.window.need(32, self.source);
-                let entry = self.window.look_up(self.table);
-                let (run, value) = match entry & KIND {
-                    WHOLE => {
-                        self.window.drop(entry & LENGTH);
-                        (entry >> 8 & 15, (entry >> 16) as i16)
-                    }
-                    END => {
-                        self.window.drop(entry & LENGTH);
-                        self.end_run = entry >> 16;
+                let (run, value) = match self.window.code(&self.table.single)? {
+                    Code::Value { run, value } => (run, value),
+                    Code::End { blocks } => {
+                        self.end_run = blocks;
                         break;
                     }
-                    _ => match self.slow_code(entry)? {
-                        None => break,
-                        Some((run, 0)) => (run, 0),
-                        Some((run, 1)) => {
-                            let value = extend(self.window.take(1) as u32, 1) << self.low;
-                            (run, value as i16)
-                        }
-                        Some(_) => return Err(GiveUp),
-                    },
                 };
                 if run >= left {
                     return Err(GiveUp);
@@ -613,11 +599,13 @@ impl AcReader<'_, '_> {
                 let later = target - 1;
                 fixes |= self.fixes(machine, passing & !later);
                 passing &= later;
-                block[natural(target.leading_zeros() as usize)] = value;
+                index = target.leading_zeros() as usize;
+                block[natural(index)] = value;
                 *mask |= if value == 0 { 0 } else { target };
-                if self.range & later == 0 {
-                    break;
-                }
+                index += 1;
+            }
+            if self.end_run == 0 {
+                self.new_ones(index, block, mask)?;
             }
         }
         fixes |= self.fixes(machine, passing);
