@@ -8,7 +8,8 @@
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{Huffman, Scan};
 use super::entropy::{
-    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, Pairs, Purpose, REFILLED, Step, Table, natural,
+    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, MAX_BLOCKS_OF_UNIT, Pairs, Purpose, REFILLED,
+    Step, Table, natural,
 };
 use super::idct::Place;
 use super::machine::{Basic, Machine, Modern};
@@ -32,7 +33,7 @@ fn read_block(
 ) -> Step<bool> {
     let mut window = source.window();
     window.refill(source);
-    *last_dc = last_dc.wrapping_add(window.difference(dc)?);
+    *last_dc = last_dc.wrapping_add(window.difference(dc, source)?);
     window.need(REFILLED - LOOKUP_BITS, source);
     block[0] = *last_dc as i16;
     let mut index = 1;
@@ -41,8 +42,8 @@ fn read_block(
             let pair = ac.look_up(&window);
             let ((first, value), (second, other)) = (pair.first(), pair.second());
             if index + second >= LAST {
-                window.need(32, source);
-                match window.code(&ac.single)? {
+                window.need(LOOKUP_BITS, source);
+                match window.code(&ac.single, source)? {
                     Code::End { .. } => break 'block,
                     Code::Value { run, value } => {
                         index += run as usize;
@@ -102,6 +103,10 @@ pub(super) fn decode(
     assembly: &mut Assembly,
     sink: &mut dyn Sink,
 ) -> bool {
+    let blocks: usize = samplings.iter().map(|s| s.across * s.down).sum();
+    if samplings.len() > 1 && blocks > MAX_BLOCKS_OF_UNIT {
+        return false;
+    }
     let made = |tables: &[Option<Huffman>; 4], purpose: Purpose| -> Vec<Option<Table>> {
         tables
             .iter()

@@ -4,7 +4,11 @@
 use super::codestream::Huffman;
 
 /// Bits that are looked up at once.
-pub(super) const LOOKUP_BITS: u32 = 11;
+pub(super) const LOOKUP_BITS: u32 = 10;
+
+/// Blocks of a unit that has several components: the format's own limit, and
+/// libjpeg's.
+pub(super) const MAX_BLOCKS_OF_UNIT: usize = 10;
 
 /// Bits that a refilled window has at least.
 pub(super) const REFILLED: u32 = 56;
@@ -356,9 +360,10 @@ impl Window {
         value
     }
 
-    /// The run and the size of an entry that has no value.
+    /// The run and the size of an entry that has no value. Leaves at least 16 bits.
     #[inline(always)]
-    fn symbol(&mut self, entry: Entry, table: &Table) -> Step<(u32, u32)> {
+    fn symbol(&mut self, entry: Entry, table: &Table, source: &mut Bits<'_>) -> Step<(u32, u32)> {
+        self.need(32, source);
         let (symbol, length) = if entry & KIND == SYMBOL {
             (entry >> 16, entry & LENGTH)
         } else {
@@ -368,12 +373,12 @@ impl Window {
         Ok((symbol >> 4, symbol & 15))
     }
 
-    /// The next coefficient, or the end of the block. There must be 32 bits.
+    /// The next coefficient, or the end of the block. There must be [`LOOKUP_BITS`].
     #[inline(always)]
-    pub(super) fn code(&mut self, table: &Table) -> Step<Code> {
+    pub(super) fn code(&mut self, table: &Table, source: &mut Bits<'_>) -> Step<Code> {
         let entry = self.look_up(table);
         if entry & WHOLE == 0 {
-            return self.long_code(entry, table);
+            return self.long_code(entry, table, source);
         }
         self.drop(entry & LENGTH);
         Ok(if entry & KIND == WHOLE {
@@ -390,8 +395,8 @@ impl Window {
 
     /// [`Self::code`], where the entry has no value.
     #[inline(always)]
-    fn long_code(&mut self, entry: Entry, table: &Table) -> Step<Code> {
-        let (run, size) = self.symbol(entry, table)?;
+    fn long_code(&mut self, entry: Entry, table: &Table, source: &mut Bits<'_>) -> Step<Code> {
+        let (run, size) = self.symbol(entry, table, source)?;
         if size == 0 && run < 15 {
             let blocks = match table.purpose {
                 Purpose::Sequential => 1,
@@ -411,15 +416,15 @@ impl Window {
         Ok(Code::Value { run, value })
     }
 
-    /// The next difference. There must be 32 bits.
+    /// The next difference. There must be [`LOOKUP_BITS`].
     #[inline(always)]
-    pub(super) fn difference(&mut self, table: &Table) -> Step<i32> {
+    pub(super) fn difference(&mut self, table: &Table, source: &mut Bits<'_>) -> Step<i32> {
         let entry = self.look_up(table);
         if entry & KIND == WHOLE {
             self.drop(entry & LENGTH);
             return Ok(entry as i32 >> 16);
         }
-        let (_, size) = self.symbol(entry, table)?;
+        let (_, size) = self.symbol(entry, table, source)?;
         Ok(extend(self.take(size) as u32, size))
     }
 }
@@ -590,7 +595,7 @@ mod tests {
     fn pairs_hold_what_follows_in_the_same_bits() {
         let pairs = Pairs::new(table());
         let pair = |bits: &str| {
-            let bits = format!("{bits:0<11}");
+            let bits = format!("{bits:0<width$}", width = LOOKUP_BITS as usize);
             pairs.pairs[usize::from_str_radix(&bits, 2).unwrap()]
         };
         // One of value 1, one of −3 after a zero, and the end.
@@ -601,7 +606,7 @@ mod tests {
         let end = pair("1001");
         assert_eq!((end.length(), end.places()), (2, END_PLACES));
         // One coefficient, then a code of which nothing is known.
-        let one = pair("01111111111");
+        let one = pair("0111111111");
         assert_eq!((one.first(), one.second()), ((0, 1), (0, 1)));
         assert_eq!((one.length(), one.places()), (2, 1));
         assert!(pair("111").is_none());

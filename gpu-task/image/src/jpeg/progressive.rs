@@ -15,21 +15,18 @@
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{self, CodingTables, Progression};
 use super::entropy::{
-    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, Pairs, Purpose, REFILLED, Step, Table, Window,
-    natural,
+    Bits, Code, END_PLACES, GiveUp, LOOKUP_BITS, MAX_BLOCKS_OF_UNIT, Pairs, Purpose, REFILLED,
+    Step, Table, Window, natural,
 };
 use super::idct::Place;
 use super::machine::{Basic, Machine, Modern};
 use crate::raster::Sink;
 
-/// Scans of a file; encoders write about ten. Each has a table of 25 kB.
+/// Scans of a file; encoders write about ten. Each has tables of 12 kB.
 const MAX_SCANS: usize = 64;
 
 /// Lookups that a refilled window is enough for.
 const ROUNDS: u32 = REFILLED / LOOKUP_BITS;
-
-/// Blocks of a unit that interleaves components: the format's own limit.
-const MAX_BLOCKS_OF_UNIT: usize = 10;
 
 /// The most bits of a coefficient that a scan may leave to later ones.
 const MAX_LOW: u8 = 13;
@@ -386,18 +383,14 @@ fn read_units(scan: &mut Scan<'_>, grids: &mut [Grid], units: std::ops::Range<us
             let grid = &mut grids[component];
             for row in 0..grid.down {
                 let start = row * grid.stride + unit * grid.across;
-                for block in &mut grid.blocks[start..start + grid.across] {
-                    match &scan.kind {
-                        Kind::FirstDc { tables } => {
-                            window.need(32, &mut scan.bits);
-                            let last = &mut scan.last_dc[part];
-                            first_dc(&mut window, &tables[part], last, scan.low, block)?;
-                        }
-                        _ => {
-                            window.need(1, &mut scan.bits);
-                            block[0] |= (window.take(1) << scan.low) as i16;
-                        }
+                let blocks = &mut grid.blocks[start..start + grid.across];
+                match &scan.kind {
+                    Kind::FirstDc { tables } => {
+                        let last = &mut scan.last_dc[part];
+                        let (table, low) = (&tables[part], scan.low);
+                        first_dc(&mut window, &mut scan.bits, table, last, low, blocks)?;
                     }
+                    _ => refined_dc(&mut window, &mut scan.bits, scan.low, blocks),
                 }
             }
         }
@@ -406,21 +399,33 @@ fn read_units(scan: &mut Scan<'_>, grids: &mut [Grid], units: std::ops::Range<us
     Ok(())
 }
 
-/// Reads the first coefficient of a block.
+/// Reads the first coefficients of blocks.
 #[inline(always)]
 fn first_dc(
     window: &mut Window,
+    source: &mut Bits<'_>,
     table: &Table,
     last_dc: &mut i32,
     low: u32,
-    block: &mut [i16; 64],
+    blocks: &mut [[i16; 64]],
 ) -> Step<()> {
-    // libjpeg refuses the file where this overflows.
-    *last_dc = last_dc
-        .checked_add(window.difference(table)?)
-        .ok_or(GiveUp)?;
-    block[0] = (*last_dc << low) as i16;
+    for block in blocks {
+        window.need(LOOKUP_BITS, source);
+        let difference = window.difference(table, source)?;
+        // libjpeg refuses the file where this overflows.
+        *last_dc = last_dc.checked_add(difference).ok_or(GiveUp)?;
+        block[0] = (*last_dc << low) as i16;
+    }
     Ok(())
+}
+
+/// Reads one more bit of them.
+#[inline(always)]
+fn refined_dc(window: &mut Window, source: &mut Bits<'_>, low: u32, blocks: &mut [[i16; 64]]) {
+    for block in blocks {
+        window.need(1, source);
+        block[0] |= (window.take(1) << low) as i16;
+    }
 }
 
 /// Reads blocks of a scan of one component.
@@ -440,23 +445,11 @@ fn read_blocks(
     let masks = &mut grid.masks[places];
     match &scan.kind {
         Kind::FirstDc { tables } => {
-            for block in blocks {
-                window.need(32, &mut scan.bits);
-                first_dc(
-                    &mut window,
-                    &tables[0],
-                    &mut scan.last_dc[0],
-                    scan.low,
-                    block,
-                )?;
-            }
+            let last = &mut scan.last_dc[0];
+            let (table, low) = (&tables[0], scan.low);
+            first_dc(&mut window, &mut scan.bits, table, last, low, blocks)?;
         }
-        Kind::RefinedDc => {
-            for block in blocks {
-                window.need(1, &mut scan.bits);
-                block[0] |= (window.take(1) << scan.low) as i16;
-            }
-        }
+        Kind::RefinedDc => refined_dc(&mut window, &mut scan.bits, scan.low, blocks),
         Kind::FirstAc { table } => {
             let mut reader = AcReader {
                 source: &mut scan.bits,
@@ -530,8 +523,8 @@ impl AcReader<'_, '_> {
                 let pair = self.table.look_up(&self.window);
                 let ((first, value), (second, other)) = (pair.first(), pair.second());
                 if index + second >= self.last {
-                    self.window.need(32, self.source);
-                    match self.window.code(&self.table.single)? {
+                    self.window.need(LOOKUP_BITS, self.source);
+                    match self.window.code(&self.table.single, self.source)? {
                         Code::End { blocks } => {
                             self.end_run = blocks;
                             break 'block;
@@ -583,8 +576,8 @@ impl AcReader<'_, '_> {
             let mut left = zeros.count_ones();
             let mut index = self.first;
             while passing != 0 {
-                self.window.need(32, self.source);
-                let (run, value) = match self.window.code(&self.table.single)? {
+                self.window.need(LOOKUP_BITS, self.source);
+                let (run, value) = match self.window.code(&self.table.single, self.source)? {
                     Code::Value { run, value } => (run, value),
                     Code::End { blocks } => {
                         self.end_run = blocks;

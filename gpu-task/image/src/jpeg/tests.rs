@@ -327,6 +327,34 @@ fn goldens_come_out_as_from_libjpeg_alone() {
     assert!(OWN_DECODES.get() > before);
 }
 
+#[test]
+fn units_of_more_than_ten_blocks_are_refused() {
+    let mut picture = Picture {
+        width: 40,
+        height: 30,
+        factors: vec![(1, 1); 3],
+        quality: 80,
+        restart_interval: 0,
+        noise: 100,
+        script: Vec::new(),
+    };
+    for many_scans in [false, true] {
+        if many_scans {
+            picture.script = script(3, true, &[1, 2, 3]);
+        }
+        let mut bytes = encode(&picture);
+        let is_frame = |pair: &[u8]| matches!(pair, [0xff, 0xc0 | 0xc2]);
+        let frame = bytes.windows(2).position(is_frame).unwrap();
+        for component in 0..3 {
+            bytes[frame + 11 + component * 3] = 0x22;
+        }
+        for way in [Way::Libjpeg, Way::Own] {
+            let refusal = outcome(&bytes, 8, true, way).unwrap_err();
+            assert!(refusal.contains("too large"), "{refusal}");
+        }
+    }
+}
+
 /// A change of a file.
 #[derive(Debug, Clone)]
 enum Change {
