@@ -1,6 +1,7 @@
 //! JPEG through libjpeg-turbo (as `mozjpeg-sys` builds it with the C compiler
 //! alone), with the accurate integer DCT and fancy upsampling: the reference's
-//! own decoder and settings, so its pixels bit for bit.
+//! own decoder and settings, so its pixels bit for bit. It reads the header; where
+//! nothing is out of order, the scans are read here and give the same, only faster.
 
 mod assemble;
 #[cfg(target_arch = "x86_64")]
