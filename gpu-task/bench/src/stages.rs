@@ -27,7 +27,7 @@ pub struct StageFigures {
     pub done: u64,
     /// Time at work, all of the stage's workers together.
     pub busy_seconds: f64,
-    /// Workers at work on average, over the time that was measured.
+    /// Workers at work on average, from start to last deletion.
     pub workers_busy: f64,
     /// Pieces that waited for the stage when the metrics were written: mean.
     pub mean_waiting: f64,
@@ -44,7 +44,7 @@ struct Sum {
 }
 
 /// Reads the metrics (CloudWatch's embedded format, a JSON line each) from the
-/// worker's output; `seconds` is how long it worked.
+/// worker's output; `seconds` is how long it ran.
 pub fn read(output: &Path, seconds: f64) -> Result<Vec<StageFigures>> {
     let text = std::fs::read_to_string(output).with_context(|| output.display().to_string())?;
     Ok(summarise(&text, seconds))
