@@ -40,8 +40,9 @@ pub struct Run {
     pub dead_letters: String,
     pub topic: String,
     pub cache: String,
+    /// Different documents among the messages.
+    pub documents: usize,
     output_queue: String,
-    documents: usize,
     /// Document URL by ETag: the reference names its vectors by ETag alone.
     by_etag: BTreeMap<String, String>,
 }
@@ -52,13 +53,6 @@ pub struct Published {
     pub events: usize,
     /// Events whose message had one before.
     pub duplicates: usize,
-}
-
-impl Run {
-    /// Different documents among the messages.
-    pub fn documents(&self) -> usize {
-        self.documents
-    }
 }
 
 impl Drop for Cloud {

@@ -209,7 +209,7 @@ async fn main() -> Result<()> {
                     duplicate_events: published.duplicates,
                     rejected,
                     lost: run
-                        .documents()
+                        .documents
                         .saturating_sub(vectors.len() + rejected as usize),
                     exit_code: finished.exit_code,
                     stop_seconds: finished.stop.as_secs_f64(),

@@ -207,8 +207,11 @@ fn commit(batch: Batch) -> Batch {
     let mut kept = Vec::with_capacity(images.len());
     for (position, decoded) in images.into_iter().enumerate() {
         if decoded.image.ticket.commit() {
-            let from = position * each;
-            pixels.copy_within(from..from + each, kept.len() * each);
+            // Only where one before it left does an image move.
+            if kept.len() < position {
+                let from = position * each;
+                pixels.copy_within(from..from + each, kept.len() * each);
+            }
             kept.push(decoded);
         }
     }

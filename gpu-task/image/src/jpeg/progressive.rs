@@ -450,7 +450,7 @@ fn read_blocks(
             first_dc(&mut window, &mut scan.bits, table, last, low, blocks)?;
         }
         Kind::RefinedDc => refined_dc(&mut window, &mut scan.bits, scan.low, blocks),
-        Kind::FirstAc { table } => {
+        Kind::FirstAc { table } | Kind::RefinedAc { table } => {
             let mut reader = AcReader {
                 source: &mut scan.bits,
                 window,
@@ -461,36 +461,15 @@ fn read_blocks(
                 low: scan.low,
                 end_run: scan.end_run,
             };
-            let mut at = 0;
-            while at < blocks.len() {
-                if reader.end_run > 0 {
-                    let skipped = (reader.end_run as usize).min(blocks.len() - at);
-                    reader.end_run -= skipped as u32;
-                    at += skipped;
-                    continue;
+            if matches!(scan.kind, Kind::FirstAc { .. }) {
+                reader.first_ones(blocks, masks)?;
+            } else {
+                let (first, end) = if is_needed { grid.columns } else { (0, 0) };
+                for (index, (block, mask)) in blocks.iter_mut().zip(masks).enumerate() {
+                    let counts = (first..end).contains(&(columns.start + index));
+                    let counting = if counts { grid.counting } else { 0 };
+                    reader.refine(machine, block, mask, counting)?;
                 }
-                reader.new_ones(reader.first, &mut blocks[at], &mut masks[at])?;
-                reader.end_run = reader.end_run.saturating_sub(1);
-                at += 1;
-            }
-            (window, scan.end_run) = (reader.window, reader.end_run);
-        }
-        Kind::RefinedAc { table } => {
-            let mut reader = AcReader {
-                source: &mut scan.bits,
-                window,
-                table,
-                first: scan.first as usize,
-                last: scan.last as usize,
-                range,
-                low: scan.low,
-                end_run: scan.end_run,
-            };
-            let (first, end) = if is_needed { grid.columns } else { (0, 0) };
-            for (index, (block, mask)) in blocks.iter_mut().zip(masks).enumerate() {
-                let counts = (first..end).contains(&(columns.start + index));
-                let counting = if counts { grid.counting } else { 0 };
-                reader.refine(machine, block, mask, counting)?;
             }
             (window, scan.end_run) = (reader.window, reader.end_run);
         }
@@ -513,6 +492,24 @@ struct AcReader<'r, 'a> {
 }
 
 impl AcReader<'_, '_> {
+    /// Reads the blocks of a scan that is the first to have these coefficients.
+    #[inline(always)]
+    fn first_ones(&mut self, blocks: &mut [[i16; 64]], masks: &mut [u64]) -> Step<()> {
+        let mut at = 0;
+        while at < blocks.len() {
+            if self.end_run > 0 {
+                let skipped = (self.end_run as usize).min(blocks.len() - at);
+                self.end_run -= skipped as u32;
+                at += skipped;
+                continue;
+            }
+            self.new_ones(self.first, &mut blocks[at], &mut masks[at])?;
+            self.end_run = self.end_run.saturating_sub(1);
+            at += 1;
+        }
+        Ok(())
+    }
+
     /// Reads new coefficients from `index` on, where all are zero.
     #[inline(always)]
     fn new_ones(&mut self, mut index: usize, block: &mut [i16; 64], mask: &mut u64) -> Step<()> {
