@@ -288,9 +288,9 @@ pub fn bmp(seed: u32, side: u32) -> Vec<u8> {
 
 /// The sample images of the demo, by file name.
 pub fn samples() -> Vec<(String, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../local/samples");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/local/samples");
     let mut samples = Vec::new();
-    for entry in std::fs::read_dir(&folder).expect("local/samples") {
+    for entry in std::fs::read_dir(&folder).expect("tools/local/samples") {
         let path = entry.expect("an entry").path();
         let name = path
             .file_name()

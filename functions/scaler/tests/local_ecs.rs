@@ -2,7 +2,7 @@
 //! (package `local`), whose tasks are real processes. Only the queue's counts
 //! are given.
 
-#[path = "../../../local/tests/rules/shell_cloud.rs"]
+#[path = "../../../tools/local/tests/rules/shell_cloud.rs"]
 mod shell_cloud;
 
 use std::collections::BTreeMap;

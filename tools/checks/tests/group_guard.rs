@@ -63,7 +63,7 @@ def group(*instances):
 /// Runs the function on `event` in an account of `groups` (Python), and
 /// answers its calls and answers.
 fn run(groups: &str, event: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../infra/template.yaml");
     let text = std::fs::read_to_string(path).expect("the template can be read");
     let template = Template::parse(&text).expect("the template can be parsed");
     let code = template

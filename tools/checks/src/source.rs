@@ -29,28 +29,28 @@ pub const PROGRAMS: &[Program] = &[
     Program {
         name: "intake",
         own: &["functions/intake/src"],
-        shared: &["delivery/src", "events/src", "platform/src"],
+        shared: &["lib/delivery/src", "events/src", "lib/platform/src"],
         never_run: &[],
     },
     Program {
         name: "scaler",
         own: &["functions/scaler/src"],
-        shared: &["platform/src"],
+        shared: &["lib/platform/src"],
         never_run: &[],
     },
     Program {
         name: "gpu-task",
         own: &["gpu-task/src"],
         shared: &[
-            "delivery/src",
+            "lib/delivery/src",
             "events/src",
-            "platform/src",
-            "model/src",
-            "gpu-task/image/src",
+            "lib/platform/src",
+            "lib/model/src",
+            "lib/image/src",
         ],
         // `clip-model` the command downloads weights from the model hub; the
         // task only opens the bundle that it made.
-        never_run: &["model/src/main.rs", "model/src/fetch.rs"],
+        never_run: &["lib/model/src/main.rs", "lib/model/src/fetch.rs"],
     },
 ];
 

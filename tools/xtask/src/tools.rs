@@ -33,8 +33,8 @@ impl Environment {
 
     fn requirements(self) -> &'static str {
         match self {
-            Environment::Local => "xtask/requirements/local.txt",
-            Environment::Reference => "xtask/requirements/reference.txt",
+            Environment::Local => "tools/xtask/requirements/local.txt",
+            Environment::Reference => "tools/xtask/requirements/reference.txt",
             Environment::Infra => "infra/requirements.txt",
         }
     }

@@ -400,7 +400,7 @@ fn print_floors(floors: &Floors) {
 /// The built-in labels, for the reference worker.
 fn labels(work: &Path) -> Result<PathBuf> {
     let path = work.join("labels.txt");
-    std::fs::write(&path, include_str!("../../../model/labels.txt"))?;
+    std::fs::write(&path, include_str!("../../../lib/model/labels.txt"))?;
     Ok(path)
 }
 

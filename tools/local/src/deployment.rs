@@ -35,7 +35,7 @@ pub const SOURCE_BUCKET: &str = "clip-source";
 /// The queue that stands for the next middleware.
 const NEXT_QUEUE: &str = "clip-next-middleware";
 /// How a vector store subscribes to this system's topic.
-const NEXT_FILTER: &str = include_str!("../../events/filters/vector-store.json");
+const NEXT_FILTER: &str = include_str!("../../../events/filters/vector-store.json");
 /// Lambda functions must have a role; the emulator asks nothing of it.
 const ROLE_ARN: &str = "arn:aws:iam::000000000000:role/local";
 /// Messages of one receive call (SQS ReceiveMessage API).
@@ -182,7 +182,7 @@ impl DeploymentOptions {
 /// The template of this workspace.
 #[must_use]
 pub fn workspace_template() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../infra/template.yaml")
 }
 
 /// The template's parameters as one machine needs them: names of what stands

@@ -9,7 +9,7 @@ mod tools;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
@@ -200,8 +200,9 @@ fn replace_this_process(mut command: Command) -> anyhow::Result<ExitCode> {
 fn workspace_root() -> anyhow::Result<PathBuf> {
     let manifest_dir = std::env::var_os("CARGO_MANIFEST_DIR")
         .context("CARGO_MANIFEST_DIR is not set: run this through `cargo xtask`")?;
-    PathBuf::from(manifest_dir)
-        .parent()
+    Path::new(&manifest_dir)
+        .ancestors()
+        .nth(2)
         .map(PathBuf::from)
         .context("xtask lies in no workspace")
 }

@@ -156,7 +156,7 @@ impl Linters {
     fn translate(&self, template: &Path, scratch: &Path) -> anyhow::Result<PathBuf> {
         let mut command = self.tool("python");
         command
-            .arg(self.root.join("infra/translate.py"))
+            .arg(self.root.join("tools/checks/translate.py"))
             .arg(template);
         let output = run(&mut command)?;
         if !output.status.success() {
@@ -218,7 +218,7 @@ impl Linters {
     }
 
     fn checkov_with_skips(&self, translated: &Path) -> anyhow::Result<Vec<Finding>> {
-        let skips = read_skips(&self.root.join("infra/checkov-skips.yaml"))?;
+        let skips = read_skips(&self.root.join("tools/checks/checkov-skips.yaml"))?;
         let mut used = BTreeSet::new();
         let mut findings = Vec::new();
         for (check, resource, title) in self.checkov(translated)? {
@@ -240,7 +240,7 @@ impl Linters {
             if !used.contains(&index) {
                 findings.push(Finding::new(
                     "checkov",
-                    "infra/checkov-skips.yaml",
+                    "tools/checks/checkov-skips.yaml",
                     format!(
                         "{} of {} passes: take the skip out",
                         skip.check, skip.resource
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn every_mistake_can_be_seeded() {
-        let template = include_str!("../../template.yaml");
+        let template = include_str!("../../../infra/template.yaml");
         for seed in SEEDS {
             assert!(template.contains(seed.from), "{}", seed.name);
             assert!(!template.contains(seed.to), "{}", seed.name);
