@@ -5,6 +5,8 @@
 //! Nothing here does I/O. What other systems observe of this one is decided
 //! in this crate and nowhere else.
 
+#![warn(missing_docs)]
+
 mod cloud_event;
 mod forms;
 mod image_type;

@@ -310,7 +310,6 @@ pub enum ModelSource {
 /// The configuration. Each field is the variable of its name; see
 /// [`VARIABLES`] for units, defaults and reasons.
 #[derive(Clone, Debug)]
-#[allow(missing_docs)] // `VARIABLES` documents each.
 pub struct Config {
     pub input_queue_url: String,
     pub dead_letter_queue_url: String,

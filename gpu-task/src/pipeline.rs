@@ -53,7 +53,6 @@ const LIMIT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How the pipeline runs.
 #[derive(Clone, Debug)]
-#[allow(missing_docs)] // `config::VARIABLES` documents each that a user sets.
 pub struct Settings {
     pub batch_size: usize,
     pub batch_wait: Duration,

@@ -6,6 +6,8 @@
 //! the same thing wherever it is noticed. It knows events and AWS; it knows
 //! nothing of images or of the input queue.
 
+#![warn(missing_docs)]
+
 mod backoff;
 mod batch;
 mod dead_letters;

@@ -9,6 +9,8 @@
 //! header before anything is allocated for pixels, and a decoder that panics
 //! becomes an [`ImageError::Decoder`].
 
+#![warn(missing_docs)]
+
 mod bmp;
 mod convert;
 mod error;

@@ -3,6 +3,8 @@
 //! [`checkpoint`] reads published weights, [`synthesize`] makes seeded ones, [`towers`] compiles
 //! both into ONNX graphs, [`bundle`] is what lies on disk, and [`engine`] runs it.
 
+#![warn(missing_docs)]
+
 pub mod architecture;
 pub mod bench;
 pub mod build;

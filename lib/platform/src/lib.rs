@@ -2,6 +2,8 @@
 //! metrics and configuration. The same code runs on AWS and on one machine;
 //! only endpoints (`AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_ECS`, …) differ.
 
+#![warn(missing_docs)]
+
 pub mod env;
 mod failure;
 mod logs;

@@ -31,7 +31,6 @@ pub enum Skip {
 /// the others (`sent_again` is a part of `enqueued`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs)] // The same words as in `Skip`.
 pub struct Counts {
     /// Objects seen.
     pub listed: u64,
