@@ -42,6 +42,9 @@ pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCo
     let status = child.wait()?;
     let is_good = status.success() && tally.failed == 0;
     println!("\nall test programs together:");
+    for what in &tally.not_run {
+        println!("{NOT_RUN}{what}");
+    }
     println!("{}", tally.summary(is_good, started.elapsed()));
     Ok(if is_good {
         ExitCode::SUCCESS
@@ -49,6 +52,10 @@ pub fn run_tests(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCo
         ExitCode::FAILURE
     })
 }
+
+/// How a test says, on a line of its own, what this machine could not check: `not run: NAME (no
+/// VNNI)`. It writes to standard output itself, since the runner keeps what a passing test prints.
+const NOT_RUN: &str = "not run: ";
 
 /// The sum over the summaries of all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -58,11 +65,15 @@ struct Tally {
     ignored: u64,
     measured: u64,
     filtered_out: u64,
+    not_run: Vec<String>,
 }
 
 impl Tally {
     /// Adds a line such as `test result: ok. 24 passed; 0 failed; …`.
     fn add(&mut self, line: &str) {
+        if let Some(what) = line.strip_prefix(NOT_RUN) {
+            self.not_run.push(what.to_owned());
+        }
         let Some(summary) = line.strip_prefix("test result: ") else {
             return;
         };
@@ -104,6 +115,7 @@ mod tests {
             "running 3 tests",
             "test result: ok. 24 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.07s",
             "test a ... ok",
+            "not run: the 8-bit engine (no VNNI)",
             "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.50s",
         ] {
             tally.add(line);
@@ -114,6 +126,7 @@ mod tests {
                 passed: 27,
                 failed: 2,
                 ignored: 1,
+                not_run: vec!["the 8-bit engine (no VNNI)".to_owned()],
                 ..Tally::default()
             }
         );
