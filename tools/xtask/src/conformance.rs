@@ -1,22 +1,16 @@
 //! `cargo xtask conformance`: decoder and model beside Pillow and PyTorch CLIP
 //! over any folder of images.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::Args;
 
-use crate::Profile;
-use crate::tools::{Environment, Tools};
+use crate::tools::{Environment, Profile, Tools};
 
-#[derive(Parser)]
-#[command(
-    name = "cargo xtask conformance",
-    about = "Compare decoder and model with Pillow and PyTorch CLIP on a folder of images"
-)]
-struct Arguments {
+#[derive(Args)]
+pub struct Arguments {
     /// Folder to search, with all below it
     folder: PathBuf,
     /// Weights for both sides; without, weights are made from a seed
@@ -31,9 +25,7 @@ struct Arguments {
 }
 
 /// Compares the crops, then the embeddings. Fails when either disagrees.
-pub fn run_command(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
-    let name = OsString::from("conformance");
-    let arguments = Arguments::parse_from(std::iter::once(&name).chain(arguments));
+pub fn run_command(tools: &Tools, arguments: Arguments) -> anyhow::Result<ExitCode> {
     let environment = tools.install(Environment::Reference)?;
     let python = environment
         .iter()

