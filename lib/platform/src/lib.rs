@@ -4,12 +4,14 @@
 
 #![warn(missing_docs)]
 
+pub mod aws;
 pub mod env;
 mod failure;
 mod logs;
 pub mod metrics;
 
-pub use failure::{Failure, classify};
+pub use aws::classify;
+pub use failure::Failure;
 pub use logs::init_logs;
 
 use aws_config::{BehaviorVersion, SdkConfig};
