@@ -3,7 +3,7 @@
 //! next hop is dropped here.
 
 use chrono::{SecondsFormat, Utc};
-use serde::de::Error as _;
+use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Number, Value, json};
 use uuid::Uuid;
@@ -82,11 +82,13 @@ pub struct Data {
     #[serde(deserialize_with = "uuid_text")]
     pub chain_id: String,
     /// The document that began the chain.
+    #[serde(deserialize_with = "without_nulls")]
     pub source: Document,
     /// The document that this event is about.
+    #[serde(deserialize_with = "without_nulls")]
     pub document: Document,
     /// What the middlewares so far have found out.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "without_nulls")]
     pub metadata: Metadata,
     /// The middlewares that the event passed, most recent first.
     #[serde(default)]
@@ -104,18 +106,10 @@ pub struct Document {
     #[serde(rename = "type")]
     pub mime_type: String,
     /// Its size in bytes.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<Number>,
     /// Its ETag, without quotes.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub etag: Option<String>,
 }
 
@@ -123,69 +117,28 @@ pub struct Document {
 /// the business of the middleware that wrote it, so most pass through as they
 /// are.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[allow(missing_docs)] // The names are the contract's own.
 pub struct Metadata {
-    #[serde(
-        rename = "type",
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<Value>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub updated_at: Option<Value>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<Value>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub authors: Option<Vec<String>>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub publisher: Option<Value>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub keywords: Option<Vec<String>>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub topics: Option<Vec<String>>,
     #[serde(
         default,
@@ -193,29 +146,13 @@ pub struct Metadata {
         skip_serializing_if = "Option::is_none"
     )]
     pub rating: Option<Number>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub language: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ontology: Option<Value>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub custom: Option<Map<String, Value>>,
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub properties: Option<Properties>,
 }
 
@@ -365,21 +302,21 @@ impl Document {
     }
 }
 
-/// An optional value that must not be null: the validators of the next
+/// An object none of whose members is null: the validators of the next
 /// middlewares tell "absent" from "null" and reject the second.
-fn present<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+fn without_nulls<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
-    T: Deserialize<'de>,
+    T: DeserializeOwned,
 {
-    // `Value` takes null for itself, so ask for what is really there.
     let value = Value::deserialize(deserializer)?;
-    if value.is_null() {
-        return Err(D::Error::custom(
-            "null where a value or nothing is expected",
-        ));
+    let mut members = value.as_object().into_iter().flatten();
+    if let Some((name, _)) = members.find(|(_, member)| member.is_null()) {
+        return Err(D::Error::custom(format!(
+            "{name} is null where a value or nothing is expected"
+        )));
     }
-    T::deserialize(value).map(Some).map_err(D::Error::custom)
+    serde_json::from_value(value).map_err(D::Error::custom)
 }
 
 fn uuid_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
@@ -410,7 +347,7 @@ fn document_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D:
 }
 
 fn rating<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Number>, D::Error> {
-    let number: Option<Number> = present(deserializer)?;
+    let number: Option<Number> = Option::deserialize(deserializer)?;
     match number.as_ref().and_then(Number::as_f64) {
         Some(rating) if !(1.0..=5.0).contains(&rating) => Err(D::Error::custom(format!(
             "rating {rating} is not within 1 to 5"

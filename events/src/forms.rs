@@ -3,6 +3,11 @@
 //! An envelope may hold another: an SQS record holds an SNS notification that
 //! holds an S3 event. Each layer is recognised by its own shape.
 
+use aws_lambda_events::eventbridge::EventBridgeEvent;
+use aws_lambda_events::s3::{S3Bucket, S3Entity};
+use aws_lambda_events::sns::SnsMessage;
+use aws_lambda_events::sqs::SqsMessage;
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{CloudEvent, Document, EventType, ImageType, S3Url, decode_notification_key};
@@ -99,24 +104,21 @@ pub struct Delivery {
 
 /// Takes a Lambda's payload apart.
 pub fn deliveries(payload: &Value) -> Vec<Delivery> {
-    if let Some(records) = sqs_records(payload) {
-        return records
-            .iter()
-            .map(|record| {
-                let body = record["body"].as_str().unwrap_or_default();
-                Delivery {
-                    message_id: record["messageId"].as_str().map(str::to_owned),
-                    body: body.to_owned(),
-                    items: parse_text(body, 1),
-                }
-            })
-            .collect();
-    }
-    vec![Delivery {
-        message_id: None,
-        body: payload.to_string(),
-        items: parse_value(payload, 0),
-    }]
+    let records = payload["Records"].as_array().filter(|all| !all.is_empty());
+    let messages = records.and_then(|all| all.iter().map(sqs_message).collect());
+    let Some(messages): Option<Vec<(String, String)>> = messages else {
+        return vec![Delivery {
+            message_id: None,
+            body: payload.to_string(),
+            items: parse_value(payload, 0),
+        }];
+    };
+    let delivery = |(message_id, body): (String, String)| Delivery {
+        message_id: Some(message_id),
+        items: parse_text(&body, 1),
+        body,
+    };
+    messages.into_iter().map(delivery).collect()
 }
 
 /// Takes the body of a queue message apart.
@@ -140,24 +142,18 @@ fn parse_value(value: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     }
     // A Pipe hands over an array of whatever its source holds.
     if let Some(elements) = value.as_array() {
-        let mut items = Vec::new();
-        for element in elements {
-            items.extend(parse_value(element, depth + 1)?);
-        }
-        return Ok(items);
+        let parsed = elements.iter().map(|one| parse_value(one, depth + 1));
+        return Ok(parsed.collect::<Result<Vec<_>, _>>()?.concat());
     }
     if let Some(records) = value["Records"].as_array() {
-        let mut items = Vec::new();
-        for record in records {
-            items.extend(parse_record(record, depth)?);
-        }
-        return Ok(items);
+        let parsed = records.iter().map(|one| parse_record(one, depth));
+        return Ok(parsed.collect::<Result<Vec<_>, _>>()?.concat());
     }
-    if is_sqs_record(value) {
-        return parse_text(value["body"].as_str().unwrap_or_default(), depth + 1);
+    if let Some((_, body)) = sqs_message(value) {
+        return parse_text(&body, depth + 1);
     }
     if value["Type"] == "Notification" && value["Message"].is_string() {
-        return parse_text(value["Message"].as_str().unwrap_or_default(), depth + 1);
+        return parse_text(&sns_message(value)?, depth + 1);
     }
     if value["Event"] == "s3:TestEvent" {
         return Ok(vec![ignored("S3's test event")]);
@@ -166,22 +162,18 @@ fn parse_value(value: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
         return Ok(vec![eventbridge_item(value)?]);
     }
     if value["data"].is_object() && value["type"].is_string() {
-        let event =
-            CloudEvent::from_value(value.clone()).map_err(|error| FormError::Malformed {
-                form: "CloudEvent",
-                problem: error.to_string(),
-            })?;
+        let event = CloudEvent::from_value(value.clone()).map_err(malformed("CloudEvent"))?;
         return Ok(vec![Item::Event(Box::new(event))]);
     }
     Err(FormError::Unknown(describe(value)))
 }
 
 fn parse_record(record: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
-    if is_sqs_record(record) {
-        return parse_text(record["body"].as_str().unwrap_or_default(), depth + 1);
+    if let Some((_, body)) = sqs_message(record) {
+        return parse_text(&body, depth + 1);
     }
-    if let Some(message) = record["Sns"]["Message"].as_str() {
-        return parse_text(message, depth + 1);
+    if record["Sns"]["Message"].is_string() {
+        return parse_text(&sns_message(&record["Sns"])?, depth + 1);
     }
     if record["s3"].is_object() {
         return Ok(vec![s3_record_item(record)?]);
@@ -192,14 +184,22 @@ fn parse_record(record: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     )))
 }
 
-fn sqs_records(payload: &Value) -> Option<&Vec<Value>> {
-    let records = payload["Records"].as_array()?;
-    let all_are_messages = !records.is_empty() && records.iter().all(is_sqs_record);
-    all_are_messages.then_some(records)
+/// Id and body of an SQS message, if the value is one.
+fn sqs_message(value: &Value) -> Option<(String, String)> {
+    let message = SqsMessage::deserialize(value).ok()?;
+    Some((message.message_id?, message.body?))
 }
 
-fn is_sqs_record(value: &Value) -> bool {
-    value["messageId"].is_string() && value["body"].is_string()
+/// The message in SNS's envelope. What an envelope leaves out that somebody
+/// has shortened or made (its signature, above all) is not missed.
+fn sns_message(envelope: &Value) -> Result<String, FormError> {
+    let mut whole = serde_json::to_value(SnsMessage::default()).unwrap_or_default();
+    for (name, value) in envelope.as_object().into_iter().flatten() {
+        // SigningCertURL in a queue, SigningCertUrl in a Lambda's payload.
+        whole[name.replace("URL", "Url")] = value.clone();
+    }
+    let message = SnsMessage::deserialize(whole).map_err(malformed("SNS notification"))?;
+    Ok(message.message)
 }
 
 fn ignored(reason: impl Into<String>) -> Item {
@@ -208,16 +208,20 @@ fn ignored(reason: impl Into<String>) -> Item {
     }
 }
 
+fn malformed<E: ToString>(form: &'static str) -> impl Fn(E) -> FormError {
+    move |problem| FormError::Malformed {
+        form,
+        problem: problem.to_string(),
+    }
+}
+
 /// One record of an S3 notification. The version of its structure is not
-/// checked: 2.x only ever adds fields.
+/// checked: 2.x only ever adds fields. Around the object, moto leaves out what
+/// S3 writes (`userIdentity`), so nothing of it is asked for.
 fn s3_record_item(record: &Value) -> Result<Item, FormError> {
-    let malformed = |problem: &str| FormError::Malformed {
-        form: "S3 notification",
-        problem: problem.to_owned(),
-    };
-    let name = record["eventName"]
-        .as_str()
-        .ok_or_else(|| malformed("eventName is missing"))?;
+    const FORM: &str = "S3 notification";
+    let name = record["eventName"].as_str();
+    let name = name.ok_or_else(|| malformed(FORM)("eventName is missing"))?;
     let name = name.strip_prefix("s3:").unwrap_or(name);
     let kind = if name.starts_with("ObjectCreated:") {
         EventType::DocumentCreated
@@ -226,92 +230,87 @@ fn s3_record_item(record: &Value) -> Result<Item, FormError> {
     } else {
         return Ok(ignored(format!("{name} creates and deletes nothing")));
     };
-    let s3 = &record["s3"];
-    let bucket = s3["bucket"]["name"]
-        .as_str()
-        .ok_or_else(|| malformed("s3.bucket.name is missing"))?;
-    let encoded_key = s3["object"]["key"]
-        .as_str()
-        .ok_or_else(|| malformed("s3.object.key is missing"))?;
-    let key =
-        decode_notification_key(encoded_key).map_err(|error| malformed(&error.to_string()))?;
-    Ok(object_item(
-        bucket,
-        &key,
-        kind,
-        &s3["object"],
-        "eTag",
-        "versionId",
-    ))
+    let S3Entity { bucket, object, .. } =
+        S3Entity::deserialize(&record["s3"]).map_err(malformed(FORM))?;
+    let encoded_key = object.key.unwrap_or_default();
+    let key = decode_notification_key(&encoded_key).map_err(malformed(FORM))?;
+    let found = Found {
+        key,
+        size: object.size.and_then(|size| u64::try_from(size).ok()),
+        etag: object.e_tag,
+        version_id: object.version_id,
+    };
+    found.item(FORM, bucket, kind)
 }
 
 /// EventBridge's `Object Created` and `Object Deleted`, whose keys are not
 /// encoded.
 fn eventbridge_item(event: &Value) -> Result<Item, FormError> {
-    let malformed = |problem: String| FormError::Malformed {
-        form: "EventBridge event",
-        problem,
-    };
-    let detail_type = event["detail-type"].as_str().unwrap_or_default();
-    if event["source"] != "aws.s3" {
-        return Err(malformed(format!(
-            "source is {}, only aws.s3 is known",
-            event["source"]
-        )));
+    const FORM: &str = "EventBridge event";
+    let event = EventBridgeEvent::<Value>::deserialize(event).map_err(malformed(FORM))?;
+    if event.source != "aws.s3" {
+        let problem = format!("source is {:?}, only aws.s3 is known", event.source);
+        return Err(malformed(FORM)(problem));
     }
-    let kind = match detail_type {
+    let kind = match event.detail_type.as_str() {
         "Object Created" => EventType::DocumentCreated,
         "Object Deleted" => EventType::DocumentDeleted,
         other => return Ok(ignored(format!("{other:?} creates and deletes nothing"))),
     };
-    let detail = &event["detail"];
-    let bucket = detail["bucket"]["name"]
-        .as_str()
-        .ok_or_else(|| malformed("detail.bucket.name is missing".to_owned()))?;
-    let key = detail["object"]["key"]
-        .as_str()
-        .ok_or_else(|| malformed("detail.object.key is missing".to_owned()))?;
-    Ok(object_item(
-        bucket,
-        key,
-        kind,
-        &detail["object"],
-        "etag",
-        "version-id",
-    ))
+    let detail = S3Detail::deserialize(event.detail).map_err(malformed(FORM))?;
+    detail.object.item(FORM, detail.bucket, kind)
 }
 
-fn object_item(
-    bucket: &str,
-    key: &str,
-    kind: EventType,
-    object: &Value,
-    etag_name: &str,
-    version_name: &str,
-) -> Item {
-    if key.ends_with('/') {
-        return ignored(format!("{key:?} is a folder marker"));
-    }
-    let url = S3Url::new(bucket, key);
-    if let Err(error) = url.to_string().parse::<S3Url>() {
-        return Item::Rejected {
-            object: url.to_string(),
-            reason: error.to_string(),
+#[derive(Deserialize)]
+struct S3Detail {
+    bucket: S3Bucket,
+    object: Found,
+}
+
+/// What is told of an object, in EventBridge's terms.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Found {
+    #[serde(default)]
+    key: String,
+    size: Option<u64>,
+    etag: Option<String>,
+    version_id: Option<String>,
+}
+
+impl Found {
+    fn item(
+        self,
+        form: &'static str,
+        bucket: S3Bucket,
+        kind: EventType,
+    ) -> Result<Item, FormError> {
+        let given = |text: Option<String>| {
+            let text = text?.trim_matches('"').to_owned();
+            (!text.is_empty()).then_some(text)
         };
+        let bucket = given(bucket.name).ok_or_else(|| malformed(form)("bucket.name is missing"))?;
+        if self.key.is_empty() {
+            return Err(malformed(form)("object.key is missing"));
+        }
+        if self.key.ends_with('/') {
+            return Ok(ignored(format!("{:?} is a folder marker", self.key)));
+        }
+        let url = S3Url::new(&bucket, &self.key);
+        if let Err(error) = url.to_string().parse::<S3Url>() {
+            return Ok(Item::Rejected {
+                object: url.to_string(),
+                reason: error.to_string(),
+            });
+        }
+        Ok(Item::Object(S3Object {
+            url,
+            kind,
+            size: self.size,
+            etag: given(self.etag),
+            version_id: given(self.version_id),
+        }))
     }
-    let text = |name: &str| {
-        object[name]
-            .as_str()
-            .map(|value| value.trim_matches('"').to_owned())
-            .filter(|value| !value.is_empty())
-    };
-    Item::Object(S3Object {
-        url,
-        kind,
-        size: object["size"].as_u64(),
-        etag: text(etag_name),
-        version_id: text(version_name),
-    })
 }
 
 /// The names at the top of a value, for an error that a person can act on.
@@ -333,9 +332,11 @@ fn describe(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use aws_lambda_events::s3::S3EventRecord;
     use proptest::prelude::*;
     use serde_json::json;
+
+    use super::*;
 
     fn s3_event(name: &str, key: &str) -> Value {
         json!({"Records": [{
@@ -396,6 +397,46 @@ mod tests {
         for (name, form) in forms {
             let delivery = deliveries(&form).remove(0);
             assert_eq!(only_object(delivery.items.unwrap()), expected, "{name}");
+        }
+    }
+
+    /// What moto 5 sends: no `userIdentity`, which `S3EventRecord` demands.
+    #[test]
+    fn an_s3_record_of_moto_without_a_user_identity_is_work() {
+        let record = json!({
+            "eventVersion": "2.1", "eventSource": "aws:s3", "awsRegion": "eu-west-1",
+            "eventTime": "2026-05-01T10:00:00.000Z", "eventName": "ObjectCreated:Put",
+            "s3": {
+                "s3SchemaVersion": "1.0", "configurationId": "images",
+                "bucket": {"name": "src", "arn": "arn:aws:s3:::src"},
+                "object": {"key": "a%2Fb.png", "size": 12, "eTag": "abc"},
+            },
+        });
+        assert!(serde_json::from_value::<S3EventRecord>(record.clone()).is_err());
+        let object = only_object(parse_value(&json!({"Records": [record]}), 0).unwrap());
+        assert_eq!(object.url.key, "a/b.png");
+    }
+
+    /// An envelope as SNS puts it into a queue, and one that somebody has
+    /// shortened, which `SnsMessage` alone would refuse.
+    #[test]
+    fn an_sns_envelope_is_read_whole_or_shortened() {
+        let text = s3_event("ObjectCreated:Put", "ab.png").to_string();
+        let short = json!({"Type": "Notification", "Message": text});
+        assert!(serde_json::from_value::<SnsMessage>(short.clone()).is_err());
+        let mut whole = json!({
+            "MessageId": "22b80b92-fdea-4c2c-8f9d-bdfb0c7bf324", "Subject": null,
+            "TopicArn": "arn:aws:sns:eu-west-1:123456789012:images",
+            "Timestamp": "2026-05-01T10:00:00.000Z", "SignatureVersion": "1", "Signature": "x",
+            "SigningCertURL": "https://sns.eu-west-1.amazonaws.com/c.pem",
+            "UnsubscribeURL": "https://sns.eu-west-1.amazonaws.com/?Action=Unsubscribe",
+            "MessageAttributes": {"a": {"Type": "String", "Value": "b"}},
+        });
+        whole["Type"] = short["Type"].clone();
+        whole["Message"] = short["Message"].clone();
+        for envelope in [short, whole] {
+            let object = only_object(parse_value(&envelope, 0).unwrap());
+            assert_eq!(object.url.key, "ab.png");
         }
     }
 
