@@ -1,8 +1,9 @@
 //! `delivery` and S3 as the pipeline's services.
 
 use async_trait::async_trait;
-use delivery::{DeadLetters, Outputs, PublishError, Rejection, VectorError};
+use delivery::{DeadLetters, Outputs, PublishError, Rejection};
 use events::CloudEvent;
+use platform::aws;
 
 use crate::services::{Publisher, Rejects, Vectors};
 
@@ -36,11 +37,11 @@ impl Vectors for CacheBucket {
         document_url: &str,
         model: &str,
         body: Vec<u8>,
-    ) -> Result<(), VectorError> {
+    ) -> Result<(), aws::Error> {
         delivery::put_vector(&self.s3, &self.bucket, key, document_url, model, body).await
     }
 
-    async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, VectorError> {
+    async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, aws::Error> {
         let (bucket, prefix) = (&self.bucket, &self.prefix);
         delivery::delete_vectors(&self.s3, bucket, prefix, document_url, Some(model)).await
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use delivery::{PublishError, Rejection, VectorError};
+use delivery::{PublishError, Rejection};
 use events::{CloudEvent, ImageType};
 use futures_util::stream::BoxStream;
+use platform::aws;
 
 use crate::failure::TaskError;
 use crate::queue::Queue;
@@ -45,10 +46,10 @@ pub trait Vectors: Send + Sync {
         document_url: &str,
         model: &str,
         body: Vec<u8>,
-    ) -> Result<(), VectorError>;
+    ) -> Result<(), aws::Error>;
 
     /// Deletes the vectors of a document that one model made.
-    async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, VectorError>;
+    async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, aws::Error>;
 }
 
 /// Where events go.

@@ -4,8 +4,11 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use aws_lambda_events::sqs::SqsBatchResponse;
+use delivery::PublishError;
 use events::{CloudEvent, Delivery, EventType, ImageType, Item, S3Object, S3Url, deliveries};
 use futures_util::stream::{self, StreamExt};
+use platform::aws;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -35,32 +38,33 @@ pub struct Head {
     pub etag: Option<String>,
 }
 
-/// What intake asks of the services around it. An error is transient by its
-/// type: what is permanent has a value of its own.
+/// What intake asks of the services around it.
 #[async_trait]
 pub trait Services: Send + Sync {
     /// Reads the beginning of an object; `None` when it does not exist.
-    async fn head(&self, object: &S3Object) -> Result<Option<Head>, ServiceError>;
+    async fn head(&self, object: &S3Object) -> Result<Option<Head>, aws::Error>;
     /// Sends events to the input queue, a result for each.
-    async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), ServiceError>>;
+    async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>>;
     /// Records a rejection in the dead-letter queue.
-    async fn reject(&self, body: &str, rejection: &Rejected) -> Result<(), ServiceError>;
+    async fn reject(&self, body: &str, rejection: &Rejected) -> Result<(), aws::Error>;
     /// Deletes the vectors of a document and says how many there were.
-    async fn delete_vectors(&self, document_url: &str) -> Result<usize, ServiceError>;
+    async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error>;
     /// Publishes an event to the outputs.
-    async fn publish(&self, event: CloudEvent) -> Result<(), ServiceError>;
+    async fn publish(&self, event: CloudEvent) -> Result<(), PublishError>;
     /// Invokes the scaler asynchronously.
-    async fn wake_scaler(&self) -> Result<(), ServiceError>;
+    async fn wake_scaler(&self) -> Result<(), aws::Error>;
 }
 
-/// A call that may succeed later.
+/// Why a delivery must come again. Lambda and SQS count how often, so that
+/// what never succeeds ends in a queue of failures and not in a circle.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{call}: {problem}")]
-pub struct ServiceError {
-    /// What was called.
-    pub call: &'static str,
-    /// What it answered.
-    pub problem: String,
+pub enum ServiceError {
+    /// A call failed.
+    #[error(transparent)]
+    Call(#[from] aws::Error),
+    /// An event did not leave.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
 }
 
 /// Something that will never become work.
@@ -165,11 +169,9 @@ impl<S: Services> Intake<S> {
         match failure {
             Some(error) if !is_batch => Err(error),
             _ if is_batch => {
-                let failures: Vec<Value> = failed_ids
-                    .iter()
-                    .map(|id| json!({ "itemIdentifier": id }))
-                    .collect();
-                Ok((json!({ "batchItemFailures": failures }), counts))
+                let mut answer = SqsBatchResponse::default();
+                answer.set_failures(failed_ids);
+                Ok((json!(answer), counts))
             }
             _ => Ok((json!(counts), counts)),
         }
@@ -221,7 +223,7 @@ impl<S: Services> Intake<S> {
             for result in self.services.enqueue(to_enqueue).await {
                 match result {
                     Ok(()) => counts.enqueued += 1,
-                    Err(error) => failure = Some(error),
+                    Err(error) => failure = Some(error.into()),
                 }
             }
         }
@@ -278,7 +280,7 @@ impl<S: Services> Intake<S> {
                         warn!(url, %error, "the object cannot be read now: its name decides");
                         Ok(Step::Enqueue(Box::new(creation_event(object, image_type))))
                     }
-                    None => Err(error),
+                    None => Err(error.into()),
                 };
             }
         };
@@ -333,7 +335,7 @@ impl<S: Services> Intake<S> {
             reason = rejected.reason,
             "rejected"
         );
-        self.services.reject(body, rejected).await
+        Ok(self.services.reject(body, rejected).await?)
     }
 
     /// Wakes the scaler unless that was done a moment ago. A failure is no
@@ -428,28 +430,28 @@ mod tests {
         }
     }
 
-    fn failure(call: &'static str) -> ServiceError {
-        ServiceError {
-            call,
-            problem: "SlowDown".to_owned(),
-        }
+    fn failure(operation: &'static str) -> aws::Error {
+        aws::Error::of_code(operation, "InternalError", "")
     }
 
     #[async_trait]
     impl Services for Fake {
-        async fn head(&self, object: &S3Object) -> Result<Option<Head>, ServiceError> {
+        async fn head(&self, object: &S3Object) -> Result<Option<Head>, aws::Error> {
             if self.head_fails {
-                return Err(failure("GetObject"));
+                return Err(failure("s3:GetObject"));
             }
             Ok(self.objects.get(&object.url.key).cloned())
         }
 
-        async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), ServiceError>> {
+        async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>> {
             let results = events
                 .iter()
                 .map(|_| {
                     if self.enqueue_fails {
-                        Err(failure("SendMessageBatch"))
+                        Err(PublishError::Unavailable {
+                            output: "queue".to_owned(),
+                            error: failure("sqs:SendMessageBatch"),
+                        })
                     } else {
                         Ok(())
                     }
@@ -461,25 +463,25 @@ mod tests {
             results
         }
 
-        async fn reject(&self, _body: &str, rejected: &Rejected) -> Result<(), ServiceError> {
+        async fn reject(&self, _body: &str, rejected: &Rejected) -> Result<(), aws::Error> {
             if self.reject_fails {
-                return Err(failure("SendMessage"));
+                return Err(failure("sqs:SendMessageBatch"));
             }
             self.note(format!("rejected: {}", rejected.reason));
             Ok(())
         }
 
-        async fn delete_vectors(&self, document_url: &str) -> Result<usize, ServiceError> {
+        async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error> {
             self.note(format!("vectors deleted: {document_url}"));
             Ok(1)
         }
 
-        async fn publish(&self, event: CloudEvent) -> Result<(), ServiceError> {
+        async fn publish(&self, event: CloudEvent) -> Result<(), PublishError> {
             self.published.lock().unwrap().push(event);
             Ok(())
         }
 
-        async fn wake_scaler(&self) -> Result<(), ServiceError> {
+        async fn wake_scaler(&self) -> Result<(), aws::Error> {
             self.note("woken".to_owned());
             Ok(())
         }

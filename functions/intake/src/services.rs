@@ -1,18 +1,15 @@
 //! AWS behind [`Services`].
 
-use std::sync::Arc;
-
 use async_trait::async_trait;
 use aws_config::SdkConfig;
-use aws_sdk_lambda::error::DisplayErrorContext;
 use aws_sdk_lambda::primitives::Blob;
 use aws_sdk_lambda::types::InvocationType;
-use aws_sdk_s3::error::ProvideErrorMetadata;
-use delivery::{DeadLetters, Destination, Outputs, Queue, Rejection};
+use delivery::{DeadLetters, Outputs, PublishError, Rejection};
 use events::{CloudEvent, DETECTION_BYTES, S3Object};
+use platform::aws;
 
 use crate::config::Config;
-use crate::handler::{Head, Rejected, ServiceError, Services};
+use crate::handler::{Head, Rejected, Services};
 
 /// The clients that intake calls.
 pub struct AwsServices {
@@ -27,12 +24,10 @@ pub struct AwsServices {
 impl AwsServices {
     /// Clients for the configured services.
     pub fn new(sdk: &SdkConfig, config: Config) -> Self {
-        let sqs = aws_sdk_sqs::Client::new(&delivery::with_call_timeout(sdk));
-        let input_queue: Arc<dyn Destination> = Arc::new(Queue::new(sqs, &config.input_queue_url));
         Self {
             s3: platform::s3_client(&delivery::with_call_timeout(sdk)),
             lambda: aws_sdk_lambda::Client::new(&delivery::with_call_timeout(sdk)),
-            input_queue: Outputs::new(vec![input_queue]),
+            input_queue: Outputs::to_queue(&config.input_queue_url, sdk),
             outputs: Outputs::connect(&config.outputs, sdk),
             dead_letters: DeadLetters::new(sdk, &config.dead_letter_queue_url),
             config,
@@ -40,16 +35,10 @@ impl AwsServices {
     }
 }
 
-fn failed(call: &'static str, problem: impl ToString) -> ServiceError {
-    ServiceError {
-        call,
-        problem: problem.to_string(),
-    }
-}
-
 #[async_trait]
 impl Services for AwsServices {
-    async fn head(&self, object: &S3Object) -> Result<Option<Head>, ServiceError> {
+    async fn head(&self, object: &S3Object) -> Result<Option<Head>, aws::Error> {
+        let failed = |error: aws::Error| error.of(object.url.to_string());
         let first_bytes = self
             .s3
             .get_object()
@@ -57,20 +46,21 @@ impl Services for AwsServices {
             .key(&object.url.key)
             .range(format!("bytes=0-{}", DETECTION_BYTES - 1))
             .send()
-            .await;
+            .await
+            .map_err(|error| failed(aws::Error::from_sdk("s3:GetObject", &error)));
         let output = match first_bytes {
             Ok(output) => output,
-            Err(error) => {
-                return match error.code() {
-                    Some("NoSuchKey" | "NotFound") => Ok(None),
-                    // No range lies within an object of no bytes.
-                    Some("InvalidRange") => Ok(Some(Head {
-                        size: Some(0),
-                        ..Head::default()
-                    })),
-                    _ => Err(failed("GetObject", DisplayErrorContext(&error))),
-                };
+            Err(error) if matches!(error.code.as_str(), "NoSuchKey" | "NotFound") => {
+                return Ok(None);
             }
+            // No range lies within an object of no bytes.
+            Err(error) if error.code == "InvalidRange" => {
+                return Ok(Some(Head {
+                    size: Some(0),
+                    ..Head::default()
+                }));
+            }
+            Err(error) => return Err(error),
         };
         let size = output
             .content_range()
@@ -78,11 +68,10 @@ impl Services for AwsServices {
             .and_then(|total| total.parse().ok());
         let etag = output.e_tag().map(|etag| etag.trim_matches('"').to_owned());
         let content_type = output.content_type().map(str::to_owned);
-        let body = output
-            .body
-            .collect()
-            .await
-            .map_err(|error| failed("GetObject", error))?;
+        let body =
+            output.body.collect().await.map_err(|error| {
+                failed(aws::Error::network("s3:GetObject", "BrokenBody", &error))
+            })?;
         Ok(Some(Head {
             first_bytes: body.to_vec(),
             content_type,
@@ -91,16 +80,11 @@ impl Services for AwsServices {
         }))
     }
 
-    async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), ServiceError>> {
-        self.input_queue
-            .publish(&events)
-            .await
-            .into_iter()
-            .map(|result| result.map_err(|error| failed("SendMessageBatch", error)))
-            .collect()
+    async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>> {
+        self.input_queue.publish(&events).await
     }
 
-    async fn reject(&self, body: &str, rejected: &Rejected) -> Result<(), ServiceError> {
+    async fn reject(&self, body: &str, rejected: &Rejected) -> Result<(), aws::Error> {
         let rejection = Rejection {
             stage: "intake".to_owned(),
             reason: rejected.reason.clone(),
@@ -108,13 +92,10 @@ impl Services for AwsServices {
             object: rejected.object.clone(),
             event: None,
         };
-        self.dead_letters
-            .reject(body, &rejection)
-            .await
-            .map_err(|error| failed("SendMessage", error))
+        self.dead_letters.reject(body, &rejection).await
     }
 
-    async fn delete_vectors(&self, document_url: &str) -> Result<usize, ServiceError> {
+    async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error> {
         delivery::delete_vectors(
             &self.s3,
             &self.config.cache_bucket,
@@ -123,18 +104,13 @@ impl Services for AwsServices {
             self.config.model_name.as_deref(),
         )
         .await
-        .map_err(|error| failed("DeleteObjects", error))
     }
 
-    async fn publish(&self, event: CloudEvent) -> Result<(), ServiceError> {
-        let results = self.outputs.publish(&[event]).await;
-        for result in results {
-            result.map_err(|error| failed("Publish", error))?;
-        }
-        Ok(())
+    async fn publish(&self, event: CloudEvent) -> Result<(), PublishError> {
+        self.outputs.publish(&[event]).await.remove(0)
     }
 
-    async fn wake_scaler(&self) -> Result<(), ServiceError> {
+    async fn wake_scaler(&self) -> Result<(), aws::Error> {
         let Some(name) = &self.config.scaler_function_name else {
             return Ok(());
         };
@@ -146,6 +122,6 @@ impl Services for AwsServices {
             .send()
             .await
             .map(|_| ())
-            .map_err(|error| failed("Invoke", DisplayErrorContext(&error)))
+            .map_err(|error| aws::Error::from_sdk("lambda:Invoke", &error).of(name))
     }
 }

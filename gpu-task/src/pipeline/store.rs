@@ -166,11 +166,11 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
     }
 }
 
-fn store_error(error: delivery::VectorError) -> TaskError {
+fn store_error(error: platform::aws::Error) -> TaskError {
     let message = error.to_string();
     TaskError {
         failure: error.failure,
-        ..TaskError::permanent(Stage::Store, cause_of_call(&message), message)
+        ..TaskError::permanent(Stage::Store, cause_of_call(&error.code), message)
     }
 }
 
@@ -328,7 +328,7 @@ fn publish_error(error: PublishError) -> TaskError {
     let cause = match &error {
         PublishError::TooLarge { .. } => Cause::EventTooLarge,
         PublishError::Refused { .. } => Cause::Refused,
-        PublishError::Unavailable { message, .. } => cause_of_call(message),
+        PublishError::Unavailable { error, .. } => cause_of_call(&error.code),
     };
     TaskError {
         failure: error.failure(),

@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use delivery::{
-    Backoff, CallFailure, Destination, Entry, Outcome, Outputs, Rejection, VectorError,
-};
+use delivery::{Answer, Backoff, Destination, Entry, Outputs, Rejection};
 use events::{CloudEvent, Document, EventType, ImageType};
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -22,6 +20,7 @@ use gpu_task::services::{
 };
 use gpu_task::sqs::QueueFacts;
 use gpu_task::stats::Stats;
+use platform::aws;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -347,19 +346,13 @@ impl FakeVectors {
         self.stored.lock().unwrap().keys().cloned().collect()
     }
 
-    fn check(&self, key: &str) -> Result<(), VectorError> {
+    fn check(&self, key: &str) -> Result<(), aws::Error> {
         let mut failures = self.failures.lock().unwrap();
         if failures.0 == 0 {
             return Ok(());
         }
         failures.0 -= 1;
-        Err(VectorError {
-            operation: "PutObject",
-            bucket: "cache".to_owned(),
-            key: key.to_owned(),
-            message: failures.1.to_owned(),
-            failure: Failure::Transient,
-        })
+        Err(aws::Error::of_code("s3:PutObject", failures.1, "").of(key))
     }
 }
 
@@ -375,7 +368,7 @@ impl Vectors for FakeVectors {
         document_url: &str,
         _model: &str,
         body: Vec<u8>,
-    ) -> Result<(), VectorError> {
+    ) -> Result<(), aws::Error> {
         tokio::time::sleep(self.latency).await;
         self.check(key)?;
         self.puts.fetch_add(1, Ordering::Relaxed);
@@ -385,11 +378,7 @@ impl Vectors for FakeVectors {
         Ok(())
     }
 
-    async fn delete_document(
-        &self,
-        document_url: &str,
-        _model: &str,
-    ) -> Result<usize, VectorError> {
+    async fn delete_document(&self, document_url: &str, _model: &str) -> Result<usize, aws::Error> {
         self.check(document_url)?;
         let owners = self.owners.lock().unwrap().clone();
         let mut stored = self.stored.lock().unwrap();
@@ -442,16 +431,7 @@ impl Destination for FakeOutput {
         "fake"
     }
 
-    fn encode(&self, event: &CloudEvent) -> Entry {
-        let body = event.to_json();
-        Entry {
-            bytes: body.len(),
-            kind: event.kind,
-            body,
-        }
-    }
-
-    async fn send(&self, entries: &[&Entry]) -> Result<Vec<Outcome>, CallFailure> {
+    async fn send(&self, entries: &[&Entry]) -> Answer {
         assert!((1..=BATCH_LIMIT).contains(&entries.len()));
         let bytes: usize = entries.iter().map(|entry| entry.body.len()).sum();
         assert!(bytes <= BYTES_LIMIT, "{bytes}");
@@ -465,11 +445,11 @@ impl Destination for FakeOutput {
             outcomes.push(match failing {
                 Some((_, left)) => {
                     *left -= 1;
-                    Outcome::Failed("InternalError".to_owned())
+                    Err(aws::Error::of_code("fake", "InternalError", ""))
                 }
                 None => {
                     self.delivered.lock().unwrap().push(entry.body.clone());
-                    Outcome::Delivered
+                    Ok(())
                 }
             });
         }

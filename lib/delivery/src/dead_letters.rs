@@ -1,13 +1,11 @@
 //! Putting a message that can never succeed into the dead-letter queue, with
 //! the reason as attributes, so that a person or `redrive` can tell why.
 
-use std::time::Duration;
-
 use aws_config::SdkConfig;
 use aws_sdk_sqs::types::{MessageAttributeValue, SendMessageBatchRequestEntry};
-use aws_smithy_types::error::display::DisplayErrorContext;
+use platform::aws;
 
-use crate::{Backoff, BatchLimits, PUBLISH_MAX_BYTES, pack, with_call_timeout};
+use crate::{Answer, PUBLISH_MAX_BYTES, send_all, sqs_answer, with_call_timeout};
 
 /// Names of the attributes of a rejected message.
 pub mod attribute {
@@ -33,14 +31,6 @@ const MAX_ATTRIBUTE_BYTES: usize = 2048;
 /// at most, five of which are short in practice.
 const ATTRIBUTE_RESERVE: usize = 3 * MAX_ATTRIBUTE_BYTES + 1024;
 
-/// Tries of one rejection.
-const MAX_TRIES: u32 = 5;
-
-const BACKOFF: Backoff = Backoff {
-    base: Duration::from_millis(100),
-    cap: Duration::from_secs(2),
-};
-
 /// Why a message was rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
@@ -63,16 +53,6 @@ pub struct DeadLetters {
     queue_url: String,
 }
 
-/// The dead-letter queue did not take a message in several tries.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the dead-letter queue {queue_url} does not take the message: {message}")]
-pub struct RejectError {
-    /// The queue.
-    pub queue_url: String,
-    /// What it said last.
-    pub message: String,
-}
-
 impl DeadLetters {
     /// A dead-letter queue by its URL.
     pub fn new(sdk: &SdkConfig, queue_url: &str) -> Self {
@@ -84,7 +64,7 @@ impl DeadLetters {
 
     /// Puts one message into the queue. Only after `Ok` may it be deleted
     /// elsewhere.
-    pub async fn reject(&self, body: &str, rejection: &Rejection) -> Result<(), RejectError> {
+    pub async fn reject(&self, body: &str, rejection: &Rejection) -> Result<(), aws::Error> {
         let all = [(body.to_owned(), rejection.clone())];
         self.reject_all(&all).await.remove(0)
     }
@@ -94,72 +74,29 @@ impl DeadLetters {
     pub async fn reject_all(
         &self,
         rejected: &[(String, Rejection)],
-    ) -> Vec<Result<(), RejectError>> {
+    ) -> Vec<Result<(), aws::Error>> {
         let letters: Vec<Letter> = rejected
             .iter()
             .map(|(body, rejection)| Letter::new(body, rejection))
             .collect();
-        let mut results: Vec<Result<(), RejectError>> = vec![Ok(()); letters.len()];
-        let mut pending: Vec<usize> = (0..letters.len()).collect();
-        for tries in 1..=MAX_TRIES {
-            let mut failed = Vec::new();
-            let sizes: Vec<usize> = pending.iter().map(|index| letters[*index].bytes).collect();
-            for range in pack(&sizes, LIMITS) {
-                let indices = &pending[range];
-                for (index, message) in self.send(&letters, indices).await {
-                    results[index] = Err(RejectError {
-                        queue_url: self.queue_url.clone(),
-                        message,
-                    });
-                    failed.push(index);
-                }
-            }
-            for index in pending.iter().filter(|index| !failed.contains(index)) {
-                results[*index] = Ok(());
-            }
-            pending = failed;
-            if pending.is_empty() {
-                break;
-            }
-            if tries < MAX_TRIES {
-                tokio::time::sleep(BACKOFF.wait(tries)).await;
-            }
-        }
-        results
+        let send = |batch| self.send(batch);
+        send_all("dead-letter queue", &letters, |letter| letter.bytes, send).await
     }
 
-    /// Sends one request; answers what failed, with the reason.
-    async fn send(&self, letters: &[Letter], indices: &[usize]) -> Vec<(usize, String)> {
+    async fn send(&self, letters: Vec<&Letter>) -> Answer {
         let mut request = self.client.send_message_batch().queue_url(&self.queue_url);
-        for (position, index) in indices.iter().enumerate() {
-            request = request.entries(letters[*index].entry(position));
+        for (position, letter) in letters.iter().enumerate() {
+            request = request.entries(letter.entry(position));
         }
-        let response = match request.send().await {
-            Ok(response) => response,
-            Err(error) => {
-                let message = DisplayErrorContext(&error).to_string();
-                return indices
-                    .iter()
-                    .map(|index| (*index, message.clone()))
-                    .collect();
-            }
-        };
-        let mut failed = Vec::new();
-        for failure in response.failed() {
-            let position = failure.id().parse::<usize>().ok();
-            if let Some(index) = position.and_then(|position| indices.get(position)) {
-                let message = failure.message().unwrap_or_default();
-                failed.push((*index, format!("{}: {message}", failure.code())));
-            }
-        }
-        failed
+        let response = request.send().await.map(|response| response.failed);
+        sqs_answer(
+            "sqs:SendMessageBatch",
+            &self.queue_url,
+            letters.len(),
+            response,
+        )
     }
 }
-
-const LIMITS: BatchLimits = BatchLimits {
-    entries: 10,
-    bytes: PUBLISH_MAX_BYTES,
-};
 
 /// A rejected message as SQS accepts it.
 struct Letter {

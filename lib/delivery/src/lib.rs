@@ -13,16 +13,14 @@ mod batch;
 mod dead_letters;
 mod destinations;
 mod outputs;
-pub mod vectors;
+mod vectors;
 
 pub use backoff::Backoff;
-pub use batch::{BatchLimits, pack};
+pub use batch::{Answer, PUBLISH_MAX_BYTES, send_all, sqs_answer};
 pub use dead_letters::{DeadLetters, Rejection, attribute};
-pub use destinations::{
-    Bus, CallFailure, Destination, Entry, Outcome, PUBLISH_MAX_BYTES, Queue, Topic,
-};
+pub use destinations::{Destination, Entry};
 pub use outputs::{OutputConfig, Outputs, PublishError};
-pub use vectors::{VectorError, delete_vectors, put_vector};
+pub use vectors::{delete_vectors, put_vector};
 
 use std::time::Duration;
 

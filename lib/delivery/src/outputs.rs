@@ -1,30 +1,16 @@
 //! Sending events to every configured output, with retries of what failed.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use aws_config::SdkConfig;
 use events::CloudEvent;
-use futures_util::StreamExt;
 use futures_util::future::join_all;
-use futures_util::stream;
-use platform::Failure;
 use platform::env::{EnvError, Reader, invalid};
+use platform::{Failure, aws};
 
-use crate::destinations::{Bus, Destination, Entry, Outcome, Queue, Topic};
-use crate::{Backoff, pack, with_call_timeout};
-
-/// Tries of one entry. With the backoff below they span about 3 s, so a short
-/// throttling does not send the message back through the whole pipeline.
-const MAX_TRIES: u32 = 5;
-
-const BACKOFF: Backoff = Backoff {
-    base: Duration::from_millis(100),
-    cap: Duration::from_secs(2),
-};
-
-/// Requests to one output at the same time.
-const CONCURRENT_REQUESTS: usize = 4;
+use crate::batch::{MAX_TRIES, PUBLISH_MAX_BYTES, send_all};
+use crate::destinations::{Bus, Destination, Entry, Queue, Topic};
+use crate::with_call_timeout;
 
 /// Where events go. At least one is set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,30 +65,28 @@ impl OutputConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
     /// The event is larger than the output takes.
-    #[error("the event has {bytes} bytes, the output {output} takes {limit}")]
+    #[error("the event has {bytes} bytes, the output {output} takes {PUBLISH_MAX_BYTES}")]
     TooLarge {
         /// The output.
         output: String,
         /// The event's size as that output counts it.
         bytes: usize,
-        /// The output's limit.
-        limit: usize,
     },
     /// The output refuses this event.
-    #[error("the output {output} refuses the event: {message}")]
+    #[error("the output {output} refuses the event: {error}")]
     Refused {
         /// The output.
         output: String,
         /// What it said.
-        message: String,
+        error: aws::Error,
     },
     /// The output did not take the event in several tries.
-    #[error("the output {output} failed {MAX_TRIES} times: {message}")]
+    #[error("the output {output} failed {MAX_TRIES} times: {error}")]
     Unavailable {
         /// The output.
         output: String,
         /// What it said last.
-        message: String,
+        error: aws::Error,
     },
 }
 
@@ -123,11 +107,6 @@ pub struct Outputs {
 }
 
 impl Outputs {
-    /// The outputs that the `OUTPUT_…` variables name.
-    pub fn from_env(env: &Reader<'_>, sdk: &SdkConfig) -> Result<Self, EnvError> {
-        Ok(Self::connect(&OutputConfig::from_env(env)?, sdk))
-    }
-
     /// The outputs of a configuration.
     pub fn connect(config: &OutputConfig, sdk: &SdkConfig) -> Self {
         let sdk = with_call_timeout(sdk);
@@ -147,6 +126,12 @@ impl Outputs {
         Self::new(destinations)
     }
 
+    /// The input queue, which takes events as an output does.
+    pub fn to_queue(url: &str, sdk: &SdkConfig) -> Self {
+        let client = aws_sdk_sqs::Client::new(&with_call_timeout(sdk));
+        Self::new(vec![Arc::new(Queue::new(client, url))])
+    }
+
     /// Outputs of the caller's own.
     pub fn new(destinations: Vec<Arc<dyn Destination>>) -> Self {
         Self { destinations }
@@ -160,7 +145,7 @@ impl Outputs {
         let sends = self
             .destinations
             .iter()
-            .map(|destination| send_all(destination.as_ref(), events));
+            .map(|destination| publish_to(destination.as_ref(), events));
         let by_destination = join_all(sends).await;
         let mut results = vec![Ok(()); events.len()];
         for one in by_destination {
@@ -199,120 +184,39 @@ fn worse(a: Result<(), PublishError>, b: Result<(), PublishError>) -> Result<(),
 }
 
 fn too_large(destination: &dyn Destination, entry: &Entry) -> Option<PublishError> {
-    let limit = destination.limits().bytes;
-    (entry.bytes > limit).then(|| PublishError::TooLarge {
+    (entry.bytes > PUBLISH_MAX_BYTES).then(|| PublishError::TooLarge {
         output: destination.name().to_owned(),
         bytes: entry.bytes,
-        limit,
     })
 }
 
-/// Sends to one output: packs, sends, and tries what failed again.
-async fn send_all(
+async fn publish_to(
     destination: &dyn Destination,
     events: &[CloudEvent],
 ) -> Vec<Result<(), PublishError>> {
     let mut results = vec![Ok(()); events.len()];
-    let mut pending = Vec::with_capacity(events.len());
+    let mut entries = Vec::with_capacity(events.len());
     for (index, event) in events.iter().enumerate() {
         let entry = destination.encode(event);
         match too_large(destination, &entry) {
             Some(error) => results[index] = Err(error),
-            None => pending.push(Pending {
-                index,
-                entry,
-                goes_alone: false,
-                last_failure: String::new(),
-            }),
+            None => entries.push((index, entry)),
         }
     }
-    let mut tries = 0;
-    while !pending.is_empty() {
-        tries += 1;
-        let sent = try_once(destination, pending).await;
-        pending = Vec::new();
-        for (one, outcome) in sent {
-            match outcome {
-                Outcome::Delivered => {}
-                Outcome::Refused(message) => {
-                    results[one.index] = Err(PublishError::Refused {
-                        output: destination.name().to_owned(),
-                        message,
-                    });
-                }
-                Outcome::Failed(message) if tries >= MAX_TRIES => {
-                    results[one.index] = Err(PublishError::Unavailable {
-                        output: destination.name().to_owned(),
-                        message,
-                    });
-                }
-                Outcome::Failed(message) => pending.push(Pending {
-                    last_failure: message,
-                    ..one
-                }),
-            }
-        }
-        if let Some(first) = pending.first() {
-            let wait = BACKOFF.wait(tries);
-            tracing::warn!(
-                output = destination.name(),
-                events = pending.len(),
-                tries,
-                wait_ms = wait.as_millis() as u64,
-                reason = first.last_failure,
-                "output failed, trying again"
-            );
-            tokio::time::sleep(wait).await;
-        }
+    let bytes = |(_, entry): &(usize, Entry)| entry.bytes;
+    let sent = send_all(destination.name(), &entries, bytes, |batch| async move {
+        let entries: Vec<&Entry> = batch.into_iter().map(|(_, entry)| entry).collect();
+        destination.send(&entries).await
+    })
+    .await;
+    for ((index, _), result) in entries.iter().zip(sent) {
+        let output = destination.name().to_owned();
+        results[*index] = result.map_err(|error| match error.failure {
+            Failure::Permanent => PublishError::Refused { output, error },
+            Failure::Transient => PublishError::Unavailable { output, error },
+        });
     }
     results
-}
-
-/// An event on its way to one output.
-struct Pending {
-    index: usize,
-    entry: Entry,
-    /// A request with others in it was refused as a whole: alone, only the
-    /// one at fault is refused.
-    goes_alone: bool,
-    last_failure: String,
-}
-
-async fn try_once(destination: &dyn Destination, pending: Vec<Pending>) -> Vec<(Pending, Outcome)> {
-    let (alone, together): (Vec<Pending>, Vec<Pending>) =
-        pending.into_iter().partition(|one| one.goes_alone);
-    let sizes: Vec<usize> = together.iter().map(|one| one.entry.bytes).collect();
-    let mut requests: Vec<Vec<Pending>> = Vec::new();
-    let mut rest = together.into_iter();
-    for range in pack(&sizes, destination.limits()) {
-        requests.push(rest.by_ref().take(range.len()).collect());
-    }
-    requests.extend(alone.into_iter().map(|one| vec![one]));
-    stream::iter(requests)
-        .map(|request| send_one(destination, request))
-        .buffer_unordered(CONCURRENT_REQUESTS)
-        .concat()
-        .await
-}
-
-async fn send_one(
-    destination: &dyn Destination,
-    mut request: Vec<Pending>,
-) -> Vec<(Pending, Outcome)> {
-    let entries: Vec<&Entry> = request.iter().map(|one| &one.entry).collect();
-    let outcomes = match destination.send(&entries).await {
-        Ok(outcomes) => outcomes,
-        Err(failure) if failure.is_refusal && request.len() == 1 => {
-            vec![Outcome::Refused(failure.message)]
-        }
-        Err(failure) => {
-            for one in &mut request {
-                one.goes_alone |= failure.is_refusal;
-            }
-            vec![Outcome::Failed(failure.message); request.len()]
-        }
-    };
-    request.into_iter().zip(outcomes).collect()
 }
 
 #[cfg(test)]
@@ -324,7 +228,7 @@ mod tests {
     use events::{Document, EventType};
 
     use super::*;
-    use crate::{BatchLimits, CallFailure};
+    use crate::Answer;
 
     /// An output that enforces AWS's limits and fails as it is told.
     #[derive(Default)]
@@ -343,15 +247,7 @@ mod tests {
             "fake"
         }
 
-        fn encode(&self, event: &CloudEvent) -> Entry {
-            super::super::destinations::Entry {
-                body: event.to_json(),
-                kind: event.kind,
-                bytes: event.to_json().len(),
-            }
-        }
-
-        async fn send(&self, entries: &[&Entry]) -> Result<Vec<Outcome>, CallFailure> {
+        async fn send(&self, entries: &[&Entry]) -> Answer {
             let bytes: usize = entries.iter().map(|entry| entry.bytes).sum();
             assert!((1..=10).contains(&entries.len()), "{}", entries.len());
             assert!(bytes <= 256 * 1024, "{bytes}");
@@ -359,10 +255,7 @@ mod tests {
             if let Some(word) = self.poison
                 && entries.iter().any(|entry| entry.body.contains(word))
             {
-                return Err(CallFailure {
-                    is_refusal: true,
-                    message: "InvalidParameter".to_owned(),
-                });
+                return Err(aws::Error::of_code("fake", "InvalidParameter", ""));
             }
             let mut failures = self.failures.lock().unwrap();
             let mut outcomes = Vec::new();
@@ -373,11 +266,11 @@ mod tests {
                 outcomes.push(match failing {
                     Some((_, left)) => {
                         *left -= 1;
-                        Outcome::Failed("InternalError".to_owned())
+                        Err(aws::Error::of_code("fake", "InternalError", ""))
                     }
                     None => {
                         self.delivered.lock().unwrap().push(entry.body.clone());
-                        Outcome::Delivered
+                        Ok(())
                     }
                 });
             }
@@ -457,7 +350,7 @@ mod tests {
         assert!(outputs.check_size(&large).is_err());
         let results = outputs.publish(&[large, event("small.png")]).await;
         assert!(
-            matches!(&results[0], Err(PublishError::TooLarge { bytes, limit, .. }) if bytes > limit)
+            matches!(&results[0], Err(PublishError::TooLarge { bytes, .. }) if *bytes > 262_144)
         );
         assert!(results[1].is_ok());
         assert_eq!(fake.delivered.lock().unwrap().len(), 1);
@@ -479,13 +372,6 @@ mod tests {
         assert!(matches!(results[0], Err(PublishError::Unavailable { .. })));
         assert!(matches!(results[1], Err(PublishError::Refused { .. })));
         assert_eq!(good.delivered.lock().unwrap().len(), 2);
-        assert_eq!(
-            good.limits(),
-            BatchLimits {
-                entries: 10,
-                bytes: 262_144
-            }
-        );
     }
 
     #[test]

@@ -2,67 +2,46 @@
 //! finds them, and deleted only when that metadata agrees.
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::http::HttpResponse;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
-use aws_smithy_runtime_api::client::result::SdkError;
-use aws_smithy_types::error::display::DisplayErrorContext;
-use aws_smithy_types::error::metadata::ProvideErrorMetadata;
-use events::vector;
-use platform::{Failure, classify};
+use events::{S3Url, vector};
+use platform::Failure;
+use platform::aws::{self, ErrorKind};
 use sha2::{Digest, Sha256};
 
 /// Bytes of one value of S3 user metadata here. All of an object's together
 /// may have 2 KB; a percent-encoded key alone can have more.
 const MAX_METADATA_BYTES: usize = 1024;
 
-/// A call about vectors failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{operation} of s3://{bucket}/{key} failed: {message}")]
-pub struct VectorError {
-    /// The S3 operation.
-    pub operation: &'static str,
-    /// The cache bucket.
-    pub bucket: String,
-    /// The vector's key, or the prefix of the keys.
-    pub key: String,
-    /// What S3 or the network said.
-    pub message: String,
-    /// Whether a later try can succeed. A missing or refusing cache bucket
-    /// counts as transient: it is not the image's fault.
-    pub failure: Failure,
-}
-
-fn error_of<E>(
+/// What a call about the cache bucket failed with. A missing bucket is not the
+/// image's fault, so a later try can succeed.
+fn failed<E>(
     operation: &'static str,
     bucket: &str,
     key: &str,
-) -> impl FnOnce(SdkError<E, HttpResponse>) -> VectorError
+) -> impl FnOnce(SdkError<E, HttpResponse>) -> aws::Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    let (bucket, key) = (bucket.to_owned(), key.to_owned());
-    move |error| VectorError {
-        operation,
-        bucket,
-        key,
-        failure: match error.code() {
-            Some("NoSuchBucket" | "InvalidBucketName") => Failure::Transient,
-            _ => classify(&error),
-        },
-        message: DisplayErrorContext(&error).to_string(),
+    let url = S3Url::new(bucket, key).to_string();
+    move |error| {
+        let mut error = aws::Error::from_sdk(operation, &error).of(url);
+        if matches!(error.code.as_str(), "NoSuchBucket" | "InvalidBucketName") {
+            error.failure = Failure::Transient;
+        }
+        error
     }
 }
 
 /// A value as S3 user metadata can carry it: printable ASCII, and short. A
 /// longer one is replaced by its digest, which compares just as well.
-pub fn metadata_value(value: &str) -> String {
+fn metadata_value(value: &str) -> String {
     let is_printable_ascii = value.bytes().all(|byte| (0x20..0x7f).contains(&byte));
     if is_printable_ascii && value.len() <= MAX_METADATA_BYTES && value == value.trim() {
         return value.to_owned();
     }
-    let digest = Sha256::digest(value.as_bytes());
-    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{}", hex::encode(Sha256::digest(value.as_bytes())))
 }
 
 /// Writes a vector. Writing it again (a message delivered twice) writes the
@@ -74,7 +53,7 @@ pub async fn put_vector(
     document_url: &str,
     model: &str,
     body: Vec<u8>,
-) -> Result<(), VectorError> {
+) -> Result<(), aws::Error> {
     s3.put_object()
         .bucket(bucket)
         .key(key)
@@ -84,7 +63,7 @@ pub async fn put_vector(
         .body(ByteStream::from(body))
         .send()
         .await
-        .map_err(error_of("PutObject", bucket, key))?;
+        .map_err(failed("s3:PutObject", bucket, key))?;
     Ok(())
 }
 
@@ -97,7 +76,7 @@ pub async fn delete_vectors(
     prefix: &str,
     document_url: &str,
     model: Option<&str>,
-) -> Result<usize, VectorError> {
+) -> Result<usize, aws::Error> {
     let key_prefix = vector::document_prefix(prefix, document_url);
     let wanted_document = metadata_value(document_url);
     let wanted_model = model.map(metadata_value);
@@ -109,17 +88,18 @@ pub async fn delete_vectors(
         .into_paginator()
         .send();
     while let Some(page) = pages.next().await {
-        let page = page.map_err(error_of("ListObjectsV2", bucket, &key_prefix))?;
+        let page = page.map_err(failed("s3:ListObjectsV2", bucket, &key_prefix))?;
         for object in page.contents() {
             keys.extend(object.key().map(str::to_owned));
         }
     }
     let mut deleted = 0;
     for key in keys {
-        let head = match s3.head_object().bucket(bucket).key(&key).send().await {
+        let head = s3.head_object().bucket(bucket).key(&key).send().await;
+        let head = match head.map_err(failed("s3:HeadObject", bucket, &key)) {
             Ok(head) => head,
-            Err(error) if is_gone(&error) => continue,
-            Err(error) => return Err(error_of("HeadObject", bucket, &key)(error)),
+            Err(error) if error.kind == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
         };
         // The prefix is a short digest: another document may share it.
         let value = |name: &str| head.metadata().and_then(|all| all.get(name));
@@ -136,17 +116,10 @@ pub async fn delete_vectors(
             .key(&key)
             .send()
             .await
-            .map_err(error_of("DeleteObject", bucket, &key))?;
+            .map_err(failed("s3:DeleteObject", bucket, &key))?;
         deleted += 1;
     }
     Ok(deleted)
-}
-
-fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
-    match error {
-        SdkError::ServiceError(service) => service.raw().status().as_u16() == 404,
-        _ => false,
-    }
 }
 
 #[cfg(test)]

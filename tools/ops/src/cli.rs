@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Context, anyhow, bail};
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use events::{ImageType, vector};
@@ -152,22 +153,22 @@ impl BackfillArgs {
     }
 
     /// What no parser of one option sees.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> anyhow::Result<()> {
         if self.max_size.is_some_and(|largest| largest < self.min_size) {
-            return Err("--max-size is below --min-size: nothing would be left".to_owned());
+            bail!("--max-size is below --min-size: nothing would be left");
         }
         if let (Some(since), Some(until)) = (self.since, self.until)
             && until <= since
         {
-            return Err("--until is not after --since: nothing would be left".to_owned());
+            bail!("--until is not after --since: nothing would be left");
         }
         if let Some(manifest) = &self.manifest
             && !manifest.rest.ends_with(".json")
         {
-            return Err(format!(
+            bail!(
                 "--manifest {} is no manifest.json: name the inventory's manifest, not its data",
                 manifest.url()
-            ));
+            );
         }
         Ok(())
     }
@@ -252,38 +253,29 @@ impl RedriveArgs {
     }
 
     /// What no parser of one option sees.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> anyhow::Result<()> {
         if self.ids.iter().any(|id| id.trim().is_empty()) {
-            return Err("--ids names an empty id, which would choose every message".to_owned());
+            bail!("--ids names an empty id, which would choose every message");
         }
         if self.only_shows() {
             if self.delete {
-                return Err(
-                    "--delete needs a choice: --all, --reason REGEX or --ids ID,…".to_owned(),
-                );
+                bail!("--delete needs a choice: --all, --reason REGEX or --ids ID,…");
             }
             return Ok(());
         }
         if self.delete {
             if !self.yes && !self.dry_run {
-                return Err(
-                    "--delete discards messages for good: add --yes, or --dry-run to see \
-                            which"
-                        .to_owned(),
-                );
+                bail!("--delete discards messages for good: add --yes, or --dry-run to see which");
             }
             return Ok(());
         }
-        if self.intake.is_some() {
-            return Ok(());
-        }
         match &self.queue {
-            None if !self.dry_run => Err(
-                "--queue URL or --intake FUNCTION says where the chosen messages go back to"
-                    .to_owned(),
-            ),
+            _ if self.intake.is_some() => Ok(()),
+            None if !self.dry_run => {
+                bail!("--queue URL or --intake FUNCTION says where the chosen messages go back to")
+            }
             Some(queue) if *queue == self.dead_letter_queue => {
-                Err("--queue is the dead-letter queue itself".to_owned())
+                bail!("--queue is the dead-letter queue itself")
             }
             _ => Ok(()),
         }
@@ -293,25 +285,21 @@ impl RedriveArgs {
 /// A bucket and what follows it in a URL, neither decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
-    /// The bucket.
     pub bucket: String,
-    /// The prefix or key; may be empty.
     pub rest: String,
 }
 
 impl Location {
-    /// The location as it was given.
     pub fn url(&self) -> String {
         format!("s3://{}/{}", self.bucket, self.rest)
     }
 }
 
-fn parse_location(text: &str) -> Result<Location, String> {
-    let wrong = || format!("{text:?} is no location: write s3://bucket or s3://bucket/prefix");
-    let path = text.strip_prefix("s3://").ok_or_else(wrong)?;
+fn parse_location(text: &str) -> anyhow::Result<Location> {
+    let path = text.strip_prefix("s3://").unwrap_or_default();
     let (bucket, rest) = path.split_once('/').unwrap_or((path, ""));
     if bucket.is_empty() {
-        return Err(wrong());
+        bail!("{text:?} is no location: write s3://bucket or s3://bucket/prefix");
     }
     Ok(Location {
         bucket: bucket.to_owned(),
@@ -319,31 +307,27 @@ fn parse_location(text: &str) -> Result<Location, String> {
     })
 }
 
-fn parse_queue(text: &str) -> Result<String, String> {
+fn parse_queue(text: &str) -> anyhow::Result<String> {
     if text.ends_with(".fifo") {
-        return Err(format!(
-            "{text:?} is a FIFO queue; this pipeline's are standard queues"
-        ));
+        bail!("{text:?} is a FIFO queue; this pipeline's are standard queues");
     }
     if !text.starts_with("https://") && !text.starts_with("http://") {
-        return Err(format!(
-            "{text:?} is no queue URL: write https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
-        ));
+        bail!("{text:?} is no queue URL: write https://sqs.REGION.amazonaws.com/ACCOUNT/NAME");
     }
     Ok(text.to_owned())
 }
 
-fn parse_type(text: &str) -> Result<ImageType, String> {
+fn parse_type(text: &str) -> anyhow::Result<ImageType> {
     let name = text.trim();
     ImageType::from_name(&format!("x.{name}"))
         .or_else(|| ImageType::from_mime(name))
-        .ok_or_else(|| {
+        .with_context(|| {
             format!("{text:?} is none of the seven types: bmp, gif, jpeg, png, tiff, webp, pcx")
         })
 }
 
-fn parse_regex(text: &str) -> Result<Regex, String> {
-    Regex::new(text).map_err(|problem| format!("{text:?} is no regular expression: {problem}"))
+fn parse_regex(text: &str) -> anyhow::Result<Regex> {
+    Regex::new(text).map_err(|problem| anyhow!("{text:?} is no regular expression: {problem}"))
 }
 
 #[cfg(test)]
@@ -372,7 +356,10 @@ mod tests {
             .map_err(|error| error.to_string())?
             .command
         {
-            Command::Backfill(args) => args.check().map(|()| args),
+            Command::Backfill(args) => args
+                .check()
+                .map(|()| args)
+                .map_err(|error| error.to_string()),
             Command::Redrive(_) => Err("not a backfill".to_owned()),
         }
     }
@@ -383,7 +370,10 @@ mod tests {
             .map_err(|error| error.to_string())?
             .command
         {
-            Command::Redrive(args) => args.check().map(|()| args),
+            Command::Redrive(args) => args
+                .check()
+                .map(|()| args)
+                .map_err(|error| error.to_string()),
             Command::Backfill(_) => Err("not a redrive".to_owned()),
         }
     }
@@ -438,9 +428,15 @@ mod tests {
         assert!(
             parse_queue("https://sqs/1/in.fifo")
                 .unwrap_err()
+                .to_string()
                 .contains("FIFO")
         );
-        assert!(parse_queue("input").unwrap_err().contains("queue URL"));
+        assert!(
+            parse_queue("input")
+                .unwrap_err()
+                .to_string()
+                .contains("queue URL")
+        );
     }
 
     #[test]

@@ -1,4 +1,17 @@
-//! `clip-ops`: wires the clients and tells the results.
+//! `clip-ops`, the operator's commands: wires the clients and tells the results.
+//!
+//! - [`backfill`] puts what lies in a bucket already onto the input queue, as
+//!   the S3 trigger would have when the objects came;
+//! - [`redrive`] shows the dead-letter queue with its reasons and sends chosen
+//!   messages back.
+//!
+//! Both know the queues, the buckets and the event; neither knows images.
+
+mod backfill;
+mod cli;
+mod redrive;
+mod stop;
+mod units;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,18 +20,19 @@ use aws_config::SdkConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use clap::{CommandFactory, Parser};
-use clip_ops::backfill::{
-    BackfillError, CheckpointFile, Display, End, Heads, Inventory, Job, Listing, MAX_TABLE, Report,
-    Scaler, Source, State, Table, TokenBucket, Unknown, Vectors, Waker, Walk, read_checkpoint,
-};
-use clip_ops::cli::{BackfillArgs, Cli, Command, EmbeddedCheck, RedriveArgs};
-use clip_ops::redrive::{Action, Choice, Intake, SqsQueues, WayBack, table};
-use clip_ops::stop::Stop;
-use clip_ops::units;
-use delivery::{OutputConfig, Outputs};
+use delivery::Outputs;
 use platform::Failure;
 use serde_json::json;
 use tokio::time::Instant;
+
+use crate::backfill::{
+    BackfillError, Checkpoint, CheckpointFile, Display, End, Heads, Inventory, Job, Listing,
+    MAX_TABLE, Progress, Scaler, Source, Table, TokenBucket, Unknown, Vectors, Waker, Walk,
+    read_checkpoint,
+};
+use crate::cli::{BackfillArgs, Cli, Command, EmbeddedCheck, RedriveArgs};
+use crate::redrive::{Action, Choice, Counts, Intake, SqsQueues, WayBack, table};
+use crate::stop::Stop;
 
 /// Tries of one call. A walk of hours meets every kind of weather.
 const MAX_ATTEMPTS: u32 = 8;
@@ -57,12 +71,12 @@ async fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Backfill(args) => backfill(&args, &sdk, &stop).await,
-        Command::Redrive(args) => redrive(&args, &sdk, &stop).await,
+        Command::Backfill(args) => run_backfill(&args, &sdk, &stop).await,
+        Command::Redrive(args) => run_redrive(&args, &sdk, &stop).await,
     }
 }
 
-async fn backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
+async fn run_backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
     let job = args.job();
     let (checkpoint, mut state) = match open_checkpoint(args, &job) {
         Ok(opened) => opened,
@@ -107,9 +121,9 @@ async fn backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode
 fn open_checkpoint(
     args: &BackfillArgs,
     job: &Job,
-) -> Result<(CheckpointFile, State), BackfillError> {
+) -> Result<(CheckpointFile, Checkpoint), BackfillError> {
     match &args.checkpoint {
-        None => Ok((CheckpointFile::none(), State::default())),
+        None => Ok((CheckpointFile::none(), Checkpoint::default())),
         // A dry run tells what is left to do, and writes nothing.
         Some(path) if args.dry_run => Ok((CheckpointFile::none(), read_checkpoint(path, job)?)),
         Some(path) => Ok(CheckpointFile::open(path, job)?),
@@ -122,7 +136,7 @@ async fn walk(
     sdk: &SdkConfig,
     stop: &Stop,
     checkpoint: &CheckpointFile,
-    state: &mut State,
+    state: &mut Checkpoint,
     display: &Display,
 ) -> Result<End, BackfillError> {
     let timeouts = TimeoutConfig::builder()
@@ -136,14 +150,7 @@ async fn walk(
         prepared = prepare(args, job, &s3, state, display) => prepared?,
     };
     let (vectors, mut source) = prepared;
-    let queue = Outputs::connect(
-        &OutputConfig {
-            topic_arn: None,
-            event_bus: None,
-            queue_url: Some(job.queue.clone()),
-        },
-        sdk,
-    );
+    let queue = Outputs::to_queue(&job.queue, sdk);
     let scaler = args.wake_scaler.as_ref().map(|function| Scaler {
         lambda: aws_sdk_lambda::Client::new(&delivery::with_call_timeout(sdk)),
         function: function.clone(),
@@ -156,7 +163,7 @@ async fn walk(
         waker: scaler.as_ref().map(|scaler| scaler as &dyn Waker),
         rate: TokenBucket::new(args.rate, Instant::now()),
         checkpoint,
-        report: display,
+        progress: display,
         stop: &stop.token,
     };
     walk.run(state).await
@@ -167,7 +174,7 @@ async fn prepare(
     args: &BackfillArgs,
     job: &Job,
     s3: &aws_sdk_s3::Client,
-    state: &State,
+    state: &Checkpoint,
     display: &Display,
 ) -> Result<(Box<dyn Vectors>, Box<dyn Source>), BackfillError> {
     let heads = || Heads {
@@ -206,7 +213,7 @@ async fn prepare(
     Ok((vectors, source))
 }
 
-fn tell(args: &BackfillArgs, outcome: &str, state: &State) {
+fn tell(args: &BackfillArgs, outcome: &str, state: &Checkpoint) {
     if args.json {
         println!("{}", json!({ "outcome": outcome, "counts": state.counts }));
     } else {
@@ -233,7 +240,7 @@ fn fail(problem: &BackfillError, args: &BackfillArgs) -> ExitCode {
     ExitCode::FAILURE
 }
 
-async fn redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
+async fn run_redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
     let choice = match &args.reason {
         Some(reason) => Choice::Reason(reason.clone()),
         None if args.ids.is_empty() => Choice::All,
@@ -252,38 +259,38 @@ async fn redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
         (None, None) => WayBack::None,
     };
     let queues = SqsQueues::new(sdk, &args.dead_letter_queue, back);
-    let outcome = clip_ops::redrive::run(&queues, &choice, action, args.limit, &stop.token).await;
+    let report = redrive::run(&queues, &choice, action, args.limit, &stop.token).await;
     if args.json {
         let result = json!({
-            "messages": outcome.chosen,
-            "counts": outcome.counts,
-            "problems": outcome.problems,
+            "messages": report.chosen,
+            "counts": report.counts,
+            "problems": report.problems,
         });
         println!("{result:#}");
     } else {
-        if !outcome.chosen.is_empty() {
-            print!("{}", table(&outcome.chosen));
+        if !report.chosen.is_empty() {
+            print!("{}", table(&report.chosen));
         }
-        println!("{}", summary(action, &outcome.counts));
+        println!("{}", summary(action, &report.counts));
     }
-    for problem in &outcome.problems {
+    for problem in &report.problems {
         eprintln!("clip-ops: {problem}");
     }
-    if let Some(error) = &outcome.error {
+    if let Some(error) = &report.error {
         eprintln!("clip-ops: {error}");
         return ExitCode::FAILURE;
     }
-    if outcome.is_stopped {
+    if report.is_stopped {
         eprintln!("stopped; what is not named above was not looked at");
         return ExitCode::from(stop.exit_code());
     }
-    if outcome.counts.failed > 0 {
+    if report.counts.failed > 0 {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
 }
 
-fn summary(action: Action, counts: &clip_ops::redrive::Counts) -> String {
+fn summary(action: Action, counts: &Counts) -> String {
     let mut parts = vec![
         format!("{} seen", units::count(counts.seen)),
         format!("{} chosen", units::count(counts.chosen)),

@@ -21,9 +21,6 @@ pub struct Stop {
 impl Stop {
     /// Listens for SIGINT and SIGTERM. The first asks for an orderly stop, the
     /// second ends the program where it stands.
-    ///
-    /// # Errors
-    /// When the process cannot listen for signals.
     pub fn on_signals() -> std::io::Result<Self> {
         let stop = Self {
             token: CancellationToken::new(),

@@ -1,5 +1,6 @@
 //! Sizes, dates and rates as a person types them.
 
+use anyhow::{Context, bail};
 use chrono::{DateTime, NaiveDate, NaiveTime, Utc};
 
 /// The units of a size: decimal as in `kB`, binary as in `KiB`.
@@ -16,7 +17,7 @@ const SIZE_UNITS: [(&str, u64); 9] = [
 ];
 
 /// Reads `500`, `10kB`, `5 MiB`.
-pub fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> anyhow::Result<u64> {
     let text = text.trim();
     let digits = text
         .find(|character: char| !character.is_ascii_digit())
@@ -28,25 +29,23 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         (Ok(number), Some((_, factor))) => number.checked_mul(*factor),
         _ => None,
     };
-    size.ok_or_else(|| format!("{text:?} is no size: write 500, 10kB or 5MiB"))
+    size.with_context(|| format!("{text:?} is no size: write 500, 10kB or 5MiB"))
 }
 
 /// Reads `2026-01-31` (midnight, UTC) or `2026-01-31T12:30:00Z`.
-pub fn parse_date(text: &str) -> Result<DateTime<Utc>, String> {
+pub fn parse_date(text: &str) -> anyhow::Result<DateTime<Utc>> {
     let text = text.trim();
     if let Ok(day) = text.parse::<NaiveDate>() {
         return Ok(day.and_time(NaiveTime::MIN).and_utc());
     }
-    match DateTime::parse_from_rfc3339(text) {
-        Ok(instant) => Ok(instant.with_timezone(&Utc)),
-        Err(_) => Err(format!(
-            "{text:?} is no date: write 2026-01-31 (midnight, UTC) or 2026-01-31T12:30:00Z"
-        )),
-    }
+    let instant = DateTime::parse_from_rfc3339(text).ok().with_context(|| {
+        format!("{text:?} is no date: write 2026-01-31 (midnight, UTC) or 2026-01-31T12:30:00Z")
+    })?;
+    Ok(instant.with_timezone(&Utc))
 }
 
 /// Reads `500`, `500/s`, `0.5/s` or `max` (no limit, which is `None` inside).
-pub fn parse_rate(text: &str) -> Result<Rate, String> {
+pub fn parse_rate(text: &str) -> anyhow::Result<Rate> {
     let trimmed = text.trim();
     if trimmed.eq_ignore_ascii_case("max") {
         return Ok(Rate(None));
@@ -54,9 +53,7 @@ pub fn parse_rate(text: &str) -> Result<Rate, String> {
     let number = trimmed.strip_suffix("/s").unwrap_or(trimmed).trim();
     match number.parse::<f64>() {
         Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(Rate(Some(rate))),
-        _ => Err(format!(
-            "{text:?} is no rate: write 500/s, 0.5/s, or max for no limit"
-        )),
+        _ => bail!("{text:?} is no rate: write 500/s, 0.5/s, or max for no limit"),
     }
 }
 
@@ -97,10 +94,10 @@ mod tests {
             ("5 MiB", 5 << 20),
             ("1gb", 1_000_000_000),
         ] {
-            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+            assert_eq!(parse_size(text).unwrap(), bytes, "{text}");
         }
         for text in ["", "MiB", "5 apples", "-1", "1.5MB", "99999999999GiB"] {
-            let problem = parse_size(text).unwrap_err();
+            let problem = parse_size(text).unwrap_err().to_string();
             assert!(problem.contains(text.trim()), "{problem}");
         }
     }
@@ -116,9 +113,9 @@ mod tests {
 
     #[test]
     fn a_rate_is_positive_or_no_limit_at_all() {
-        assert_eq!(parse_rate("500/s"), Ok(Rate(Some(500.0))));
-        assert_eq!(parse_rate("0.5"), Ok(Rate(Some(0.5))));
-        assert_eq!(parse_rate("max"), Ok(Rate(None)));
+        assert_eq!(parse_rate("500/s").unwrap(), Rate(Some(500.0)));
+        assert_eq!(parse_rate("0.5").unwrap(), Rate(Some(0.5)));
+        assert_eq!(parse_rate("max").unwrap(), Rate(None));
         for text in ["0", "-5/s", "fast", "inf", "NaN", "5/min"] {
             assert!(parse_rate(text).is_err(), "{text}");
         }

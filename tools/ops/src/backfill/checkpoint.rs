@@ -30,7 +30,7 @@ pub enum Settled {
 /// How far a walk has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct State {
+pub struct Checkpoint {
     /// All objects up to here are settled and counted; `None` at the start.
     pub position: Option<Position>,
     /// What became of the objects up to the position.
@@ -39,7 +39,6 @@ pub struct State {
     pub settled: BTreeMap<Uuid, Settled>,
     /// Events beyond the position whose sending began and was never confirmed.
     pub in_doubt: BTreeSet<Uuid>,
-    /// Whether the walk came to its end.
     pub complete: bool,
 }
 
@@ -49,47 +48,31 @@ struct Form {
     version: u32,
     job: Value,
     #[serde(flatten)]
-    state: State,
+    state: Checkpoint,
 }
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The file cannot be read or written.
     #[error("the checkpoint {path} cannot be {verb}: {problem}")]
     Io {
-        /// The file.
         path: PathBuf,
-        /// `read` or `written`.
         verb: &'static str,
-        /// What the system said.
         problem: io::Error,
     },
-    /// The file is not a checkpoint.
     #[error("{path} is no checkpoint of this program: {problem}; name another file")]
-    Form {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The file belongs to another job.
+    Form { path: PathBuf, problem: String },
     #[error(
         "the checkpoint {path} is of a different job: {differences}; \
          give the same options, or name another file"
     )]
     OtherJob {
-        /// The file.
         path: PathBuf,
         /// Which parameters differ, with both values.
         differences: String,
     },
-    /// Another process uses the file.
     #[error("the checkpoint {path} is in use by another backfill")]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
+    InUse { path: PathBuf },
 }
 
 /// The file that holds the state, or nothing when none is wanted.
@@ -107,14 +90,13 @@ struct Target {
 }
 
 impl CheckpointFile {
-    /// Remembers nothing.
     pub fn none() -> Self {
         Self { target: None }
     }
 
     /// Opens the checkpoint for writing and reads what it holds. No other
     /// process can open it until this value is dropped.
-    pub fn open(path: &Path, job: &Job) -> Result<(Self, State), CheckpointError> {
+    pub fn open(path: &Path, job: &Job) -> Result<(Self, Checkpoint), CheckpointError> {
         let lock = lock(path)?;
         let state = read(path, job)?;
         let target = Target {
@@ -128,14 +110,9 @@ impl CheckpointFile {
         Ok((file, state))
     }
 
-    /// The file's path, if there is one.
-    pub fn path(&self) -> Option<&Path> {
-        self.target.as_ref().map(|target| target.path.as_path())
-    }
-
     /// Replaces the file in one step: whoever reads it, after whatever kind
     /// of end, finds the old state or the new one.
-    pub fn save(&self, state: &State) -> Result<(), CheckpointError> {
+    pub fn save(&self, state: &Checkpoint) -> Result<(), CheckpointError> {
         let Some(target) = &self.target else {
             return Ok(());
         };
@@ -156,10 +133,12 @@ impl CheckpointFile {
 
 /// Reads a checkpoint without opening it for writing; a file that is not
 /// there is a walk's start.
-pub fn read(path: &Path, job: &Job) -> Result<State, CheckpointError> {
+pub fn read(path: &Path, job: &Job) -> Result<Checkpoint, CheckpointError> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(problem) if problem.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
+        Err(problem) if problem.kind() == io::ErrorKind::NotFound => {
+            return Ok(Checkpoint::default());
+        }
         Err(problem) => {
             return Err(CheckpointError::Io {
                 path: path.to_owned(),
@@ -270,8 +249,8 @@ mod tests {
     use super::*;
     use crate::backfill::job::tests::job;
 
-    fn state() -> State {
-        State {
+    fn state() -> Checkpoint {
+        Checkpoint {
             position: Some(Position::Key("a/ü b.png".to_owned())),
             counts: Counts {
                 listed: 7,
@@ -290,7 +269,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("walk.json");
         let (file, at_start) = CheckpointFile::open(&path, &job()).unwrap();
-        assert_eq!(at_start, State::default());
+        assert_eq!(at_start, Checkpoint::default());
         file.save(&state()).unwrap();
         drop(file);
         let (_file, read) = CheckpointFile::open(&path, &job()).unwrap();

@@ -7,13 +7,9 @@ use crate::units;
 /// Why an object is not enqueued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Skip {
-    /// Its name is not that of one of the seven image types.
     NoImageByName,
-    /// It is an image of a type that was not asked for.
     OtherType,
-    /// It is smaller than asked for.
     TooSmall,
-    /// It is larger than asked for.
     TooLarge,
     /// It was last modified before the time asked for.
     TooOld,
@@ -32,7 +28,6 @@ pub enum Skip {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Counts {
-    /// Objects seen.
     pub listed: u64,
     pub no_image_by_name: u64,
     pub other_type: u64,
@@ -55,7 +50,6 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Counts an object that is not enqueued.
     pub fn skip(&mut self, skip: Skip) {
         *match skip {
             Skip::NoImageByName => &mut self.no_image_by_name,
@@ -83,6 +77,7 @@ impl Counts {
     }
 
     /// Objects of which it is decided and done what becomes of them.
+    #[cfg(test)]
     pub fn settled(&self) -> u64 {
         self.filtered() + self.already_embedded + self.enqueued + self.refused
     }

@@ -6,13 +6,14 @@
 use std::fs::File;
 use std::io::{BufReader, Seek, SeekFrom, Write};
 
+use anyhow::{Context, bail};
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
-use aws_smithy_types::error::display::DisplayErrorContext;
 use chrono::{DateTime, Utc};
 use csv::StringRecord;
-use events::decode_notification_key;
+use events::{S3Url, decode_notification_key};
 use flate2::read::MultiGzDecoder;
+use platform::aws;
 use serde::Deserialize;
 
 use super::job::{Job, Object, Position};
@@ -57,11 +58,11 @@ struct Columns {
 }
 
 impl Columns {
-    fn of(schema: &str, job: &Job) -> Result<Self, String> {
+    fn of(schema: &str, job: &Job) -> anyhow::Result<Self> {
         let names: Vec<&str> = schema.split(',').map(str::trim).collect();
         let find = |name: &str| names.iter().position(|one| one.eq_ignore_ascii_case(name));
         let need = |name: &str, what: &str| {
-            find(name).ok_or_else(|| {
+            find(name).with_context(|| {
                 format!("it has no column {name}, which {what} needs: add it to the inventory's optional fields")
             })
         };
@@ -85,29 +86,30 @@ impl Columns {
         })
     }
 
-    fn object(&self, row: &StringRecord) -> Result<Object, String> {
+    fn object(&self, row: &StringRecord) -> anyhow::Result<Object> {
         if row.len() != self.count {
-            return Err(format!(
+            bail!(
                 "it has {} columns, the manifest names {}",
                 row.len(),
                 self.count
-            ));
+            );
         }
         let text = |column: Option<usize>| column.map(|column| &row[column]).unwrap_or_default();
-        let key = decode_notification_key(&row[self.key]).map_err(|error| error.to_string())?;
+        let key = decode_notification_key(&row[self.key])?;
         let size = match text(self.size) {
             "" => None,
             size => Some(
                 size.parse::<u64>()
-                    .map_err(|_| format!("{size:?} is no size"))?,
+                    .ok()
+                    .with_context(|| format!("{size:?} is no size"))?,
             ),
         };
         let last_modified = match text(self.last_modified) {
             "" => None,
-            date => Some(
-                date.parse::<DateTime<Utc>>()
-                    .map_err(|_| format!("{date:?} is no date"))?,
-            ),
+            date => {
+                let parsed = date.parse::<DateTime<Utc>>().ok();
+                Some(parsed.with_context(|| format!("{date:?} is no date"))?)
+            }
         };
         let is_old = text(self.is_latest).eq_ignore_ascii_case("false");
         let is_delete_marker = text(self.is_delete_marker).eq_ignore_ascii_case("true");
@@ -122,7 +124,6 @@ impl Columns {
     }
 }
 
-/// The rows of an inventory.
 pub struct Inventory {
     s3: Client,
     /// The manifest's URL, for errors.
@@ -146,7 +147,7 @@ impl Inventory {
         position: Option<&Position>,
     ) -> Result<Self, SourceError> {
         let url = format!("s3://{manifest_bucket}/{manifest_key}");
-        let unusable = |problem: String| SourceError::Inventory {
+        let unusable = |problem: anyhow::Error| SourceError::Inventory {
             manifest: url.clone(),
             problem,
         };
@@ -154,11 +155,12 @@ impl Inventory {
         download(&s3, manifest_bucket, manifest_key, &mut |bytes| {
             content.extend_from_slice(bytes);
             if content.len() > MAX_MANIFEST_BYTES {
-                return Err(format!("a manifest has at most {MAX_MANIFEST_BYTES} bytes"));
+                bail!("a manifest has at most {MAX_MANIFEST_BYTES} bytes");
             }
             Ok(())
         })
-        .await?;
+        .await?
+        .map_err(unusable)?;
         let manifest = parse_manifest(&content, job).map_err(unusable)?;
         let columns = Columns::of(&manifest.file_schema, job).map_err(unusable)?;
         let (file, rows) = match position {
@@ -189,24 +191,22 @@ impl Inventory {
     /// longer than S3 keeps a connection.
     async fn fetch(&self) -> Result<csv::Reader<MultiGzDecoder<BufReader<File>>>, SourceError> {
         let key = &self.files[self.file];
-        let on_disk = |error: std::io::Error| self.unusable(format!("no temporary file: {error}"));
         let mut tries = 0;
-        let file = loop {
+        let mut file = loop {
             tries += 1;
-            let mut file = tempfile::tempfile().map_err(on_disk)?;
-            let fetched = download(&self.s3, &self.bucket, key, &mut |bytes| {
-                file.write_all(bytes)
-                    .map_err(|error| format!("no temporary file: {error}"))
-            })
-            .await;
-            match fetched {
-                Ok(()) => break file,
-                Err(error) if tries == DOWNLOAD_TRIES => return Err(error),
+            let mut file = tempfile::tempfile().map_err(|error| self.no_file(error))?;
+            let mut write = |bytes: &[u8]| Ok(file.write_all(bytes)?);
+            match download(&self.s3, &self.bucket, key, &mut write).await {
+                Ok(written) => {
+                    written.map_err(|problem| self.no_file(problem))?;
+                    break file;
+                }
+                Err(error) if tries == DOWNLOAD_TRIES => return Err(error.into()),
                 Err(error) => tracing::warn!(%error, "fetching the inventory's file again"),
             }
         };
-        let mut file = file;
-        file.seek(SeekFrom::Start(0)).map_err(on_disk)?;
+        file.seek(SeekFrom::Start(0))
+            .map_err(|error| self.no_file(error))?;
         let mut reader = csv::ReaderBuilder::new()
             .has_headers(false)
             // Counted in `Columns`, with a better error.
@@ -216,7 +216,7 @@ impl Inventory {
         for number in 0..self.rows {
             let is_there = reader
                 .read_record(&mut row)
-                .map_err(|error| self.wrong_row(number, &error.to_string()))?;
+                .map_err(|error| self.wrong_row(number, error.into()))?;
             if !is_there {
                 break;
             }
@@ -224,16 +224,20 @@ impl Inventory {
         Ok(reader)
     }
 
-    fn unusable(&self, problem: String) -> SourceError {
+    fn unusable(&self, problem: anyhow::Error) -> SourceError {
         SourceError::Inventory {
             manifest: self.url.clone(),
             problem,
         }
     }
 
-    fn wrong_row(&self, number: u64, problem: &str) -> SourceError {
+    fn no_file(&self, problem: impl Into<anyhow::Error>) -> SourceError {
+        self.unusable(problem.into().context("no temporary file"))
+    }
+
+    fn wrong_row(&self, number: u64, problem: anyhow::Error) -> SourceError {
         let file = self.files.get(self.file).map_or("", String::as_str);
-        self.unusable(format!("row {} of {file}: {problem}", number + 1))
+        self.unusable(problem.context(format!("row {} of {file}", number + 1)))
     }
 }
 
@@ -252,7 +256,7 @@ impl Source for Inventory {
         for _ in 0..PAGE_ROWS {
             let is_there = reader
                 .read_record(&mut row)
-                .map_err(|error| self.wrong_row(self.rows, &error.to_string()))?;
+                .map_err(|error| self.wrong_row(self.rows, error.into()))?;
             if !is_there {
                 self.file += 1;
                 self.rows = 0;
@@ -261,7 +265,7 @@ impl Source for Inventory {
             let object = self
                 .columns
                 .object(&row)
-                .map_err(|problem| self.wrong_row(self.rows, &problem))?;
+                .map_err(|problem| self.wrong_row(self.rows, problem))?;
             self.rows += 1;
             if object.key.starts_with(&self.prefix) {
                 entries.push(Entry {
@@ -278,46 +282,47 @@ impl Source for Inventory {
     }
 }
 
-fn parse_manifest(content: &[u8], job: &Job) -> Result<Manifest, String> {
-    let manifest: Manifest = serde_json::from_slice(content)
-        .map_err(|error| format!("it is no manifest.json of S3 Inventory: {error}"))?;
+fn parse_manifest(content: &[u8], job: &Job) -> anyhow::Result<Manifest> {
+    let manifest: Manifest =
+        serde_json::from_slice(content).context("it is no manifest.json of S3 Inventory")?;
     if !manifest.file_format.eq_ignore_ascii_case("CSV") {
-        return Err(format!(
+        bail!(
             "it is in {}, and only CSV is read: set the inventory's output format to CSV, or \
              leave --manifest out and the bucket is listed",
             manifest.file_format
-        ));
+        );
     }
     if manifest.source_bucket != job.bucket {
-        return Err(format!(
+        bail!(
             "it is of the bucket {}, and the backfill is of {}",
-            manifest.source_bucket, job.bucket
-        ));
+            manifest.source_bucket,
+            job.bucket
+        );
     }
     Ok(manifest)
 }
 
+/// Gives the object's bytes to the sink; the inner error is the sink's.
 async fn download(
     s3: &Client,
     bucket: &str,
     key: &str,
-    sink: &mut (dyn FnMut(&[u8]) -> Result<(), String> + Send),
-) -> Result<(), SourceError> {
-    let failed = |problem: String| SourceError::Call {
-        operation: "GetObject",
-        bucket: bucket.to_owned(),
-        key: key.to_owned(),
-        problem,
-    };
+    sink: &mut (dyn FnMut(&[u8]) -> anyhow::Result<()> + Send),
+) -> Result<anyhow::Result<()>, aws::Error> {
+    const OPERATION: &str = "s3:GetObject";
+    let about = |error: aws::Error| error.of(S3Url::new(bucket, key).to_string());
     let response = s3.get_object().bucket(bucket).key(key).send().await;
     let mut body = response
-        .map_err(|error| failed(DisplayErrorContext(&error).to_string()))?
+        .map_err(|error| about(aws::Error::from_sdk(OPERATION, &error)))?
         .body;
     while let Some(bytes) = body.next().await {
-        let bytes = bytes.map_err(|error| failed(DisplayErrorContext(&error).to_string()))?;
-        sink(&bytes).map_err(failed)?;
+        let bytes =
+            bytes.map_err(|error| about(aws::Error::network(OPERATION, "BrokenBody", &error)))?;
+        if let Err(problem) = sink(&bytes) {
+            return Ok(Err(problem));
+        }
     }
-    Ok(())
+    Ok(Ok(()))
 }
 
 #[cfg(test)]
@@ -365,10 +370,12 @@ mod tests {
     fn a_column_that_a_filter_needs_is_asked_for_by_name() {
         let mut job = job();
         assert!(Columns::of("Bucket, Key, ETag", &job).is_ok());
-        let problem = Columns::of("Bucket, Key", &job).unwrap_err();
+        let problem = Columns::of("Bucket, Key", &job).unwrap_err().to_string();
         assert!(problem.contains("ETag"), "{problem}");
         job.max_size = Some(1);
-        let problem = Columns::of("Bucket, Key, ETag", &job).unwrap_err();
+        let problem = Columns::of("Bucket, Key, ETag", &job)
+            .unwrap_err()
+            .to_string();
         assert!(problem.contains("Size"), "{problem}");
     }
 
@@ -393,14 +400,14 @@ mod tests {
         };
         for format in ["ORC", "Parquet"] {
             let problem = parse_manifest(manifest(format, "photos").as_bytes(), &job());
-            let problem = problem.err().unwrap();
+            let problem = problem.err().unwrap().to_string();
             assert!(
                 problem.contains(format) && problem.contains("CSV"),
                 "{problem}"
             );
         }
         let problem = parse_manifest(manifest("CSV", "other").as_bytes(), &job());
-        assert!(problem.err().unwrap().contains("other"));
+        assert!(problem.err().unwrap().to_string().contains("other"));
         assert!(parse_manifest(b"Bucket,Key", &job()).is_err());
     }
 }

@@ -23,29 +23,23 @@ const ARCHIVE_CLASSES: [&str; 2] = ["GLACIER", "DEEP_ARCHIVE"];
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Job {
-    /// The bucket to walk.
     pub bucket: String,
     /// What the keys begin with.
     pub prefix: String,
     /// The S3 Inventory manifest that is read instead of listing the bucket.
     pub manifest: Option<String>,
-    /// The input queue.
     pub queue: String,
     /// Where the vectors lie.
     pub cache_bucket: String,
     /// What the vectors' keys begin with.
     pub cache_prefix: String,
-    /// The model whose vectors count.
     pub model: String,
     /// The wanted types, sorted.
     pub types: Vec<ImageType>,
-    /// The smallest wanted size in bytes.
     pub min_size: u64,
-    /// The largest wanted size in bytes.
     pub max_size: Option<u64>,
     /// Wanted are objects that were last modified then or later.
     pub since: Option<DateTime<Utc>>,
-    /// Wanted are objects that were last modified before.
     pub until: Option<DateTime<Utc>>,
     /// Whether archived objects are wanted, because they have been restored.
     pub include_archived: bool,
@@ -54,15 +48,11 @@ pub struct Job {
 /// An object as a listing or an inventory tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Object {
-    /// Its key, decoded.
     pub key: String,
     /// Its ETag without quotes.
     pub etag: String,
-    /// Its size, where it is told.
     pub size: Option<u64>,
-    /// When it was last modified, where that is told.
     pub last_modified: Option<DateTime<Utc>>,
-    /// Its storage class, where it is told.
     pub storage_class: Option<String>,
     /// Whether it is the current version, and no delete marker.
     pub is_current: bool,
@@ -71,13 +61,9 @@ pub struct Object {
 /// An object that is to be enqueued unless it has its vector already.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Its event.
     pub event: CloudEvent,
-    /// The event's id.
     pub id: Uuid,
-    /// The key of its vector in the cache bucket.
     pub vector_key: String,
-    /// Its size, where it is told.
     pub size: u64,
 }
 
@@ -147,7 +133,6 @@ fn event_id(namespace: Uuid, url: &str, etag: &str, model: &str) -> Uuid {
     Uuid::new_v5(&namespace, name.as_bytes())
 }
 
-/// How far a walk has come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Position {
@@ -157,7 +142,6 @@ pub enum Position {
     Row {
         /// The file's position in the manifest.
         file: usize,
-        /// Rows of that file.
         rows: u64,
     },
 }

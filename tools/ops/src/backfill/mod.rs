@@ -15,43 +15,41 @@ mod source;
 mod vectors;
 mod waker;
 
-pub use checkpoint::{CheckpointError, CheckpointFile, Settled, State, read as read_checkpoint};
+pub use checkpoint::{
+    Checkpoint, CheckpointError, CheckpointFile, Settled, read as read_checkpoint,
+};
 pub use counts::{Counts, Skip};
 pub use inventory::Inventory;
-pub use job::{Job, Object, Position, Wanted};
+pub use job::{Job, Wanted};
 pub use progress::Display;
-pub use rate::{MAX_WINDOW, TokenBucket};
+pub use rate::TokenBucket;
 pub use source::{Entry, Listing, Source, SourceError};
-pub use vectors::{Heads, MAX_TABLE, Table, Unknown, Vectors, VectorsError};
+pub use vectors::{Heads, MAX_TABLE, Table, Unknown, Vectors};
 pub use waker::{Scaler, Waker};
 
-use delivery::Outputs;
+use delivery::{Outputs, PublishError};
 use events::CloudEvent;
-use platform::Failure;
+use platform::{Failure, aws};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Why a walk ended before its end, other than by a wish.
 #[derive(Debug, thiserror::Error)]
 pub enum BackfillError {
-    /// The objects could not be told.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The vectors could not be asked for.
     #[error(transparent)]
-    Vectors(#[from] VectorsError),
-    /// The checkpoint cannot be used.
+    Vectors(#[from] aws::Error),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The queue did not take some events in several tries.
     #[error("the queue did not take {failed} of {sent} events: {problem}")]
     Queue {
-        /// Events that it did not take.
         failed: usize,
         /// Events of the window.
         sent: usize,
         /// What it said of the first.
-        problem: String,
+        problem: PublishError,
     },
 }
 
@@ -61,13 +59,12 @@ impl BackfillError {
         match self {
             BackfillError::Queue { .. }
             | BackfillError::Vectors(_)
-            | BackfillError::Source(SourceError::Call { .. }) => Failure::Transient,
+            | BackfillError::Source(SourceError::Call(_)) => Failure::Transient,
             BackfillError::Source(_) | BackfillError::Checkpoint(_) => Failure::Permanent,
         }
     }
 }
 
-/// How a walk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// Every object is settled.
@@ -77,39 +74,30 @@ pub enum End {
 }
 
 /// What a walk tells while it goes.
-pub trait Report: Send + Sync {
-    /// The counts so far.
+pub trait Progress: Send + Sync {
     fn counts(&self, counts: &Counts);
     /// Something that a person wants to know.
     fn note(&self, line: &str);
 }
 
-/// What a walk works with.
 pub struct Walk<'a> {
-    /// What is asked for.
     pub job: &'a Job,
     /// Where the objects come from, beginning after the state's position.
     pub source: &'a mut dyn Source,
-    /// Which vectors exist.
     pub vectors: &'a dyn Vectors,
     /// The input queue; `None` sends nothing (a dry run).
     pub queue: Option<&'a Outputs>,
-    /// Who is told that there is work.
     pub waker: Option<&'a dyn Waker>,
-    /// The rate limit.
     pub rate: TokenBucket,
-    /// Where the state is kept.
     pub checkpoint: &'a CheckpointFile,
-    /// Whom the progress is told.
-    pub report: &'a dyn Report,
-    /// The wish to stop.
+    pub progress: &'a dyn Progress,
     pub stop: &'a CancellationToken,
 }
 
 impl Walk<'_> {
     /// Goes on from `state` to the end, to the first failure, or until asked
     /// to stop. `state` is what the checkpoint holds, also after an error.
-    pub async fn run(self, state: &mut State) -> Result<End, BackfillError> {
+    pub async fn run(self, state: &mut Checkpoint) -> Result<End, BackfillError> {
         let mut window = Vec::with_capacity(self.rate.window());
         let mut engine = Engine {
             ahead: state.clone(),
@@ -129,7 +117,7 @@ impl Walk<'_> {
             engine.kept.complete = matches!(end, Ok(End::Complete));
             engine.walk.checkpoint.save(engine.kept)?;
         }
-        engine.walk.report.counts(&engine.kept.counts);
+        engine.walk.progress.counts(&engine.kept.counts);
         end
     }
 }
@@ -137,10 +125,10 @@ impl Walk<'_> {
 struct Engine<'a, 'b> {
     walk: Walk<'a>,
     /// The state that the checkpoint holds.
-    kept: &'b mut State,
+    kept: &'b mut Checkpoint,
     /// The state with everything that has been decided since: it becomes the
     /// kept one when the open window is settled.
-    ahead: State,
+    ahead: Checkpoint,
     is_awake: bool,
 }
 
@@ -176,7 +164,7 @@ impl Engine<'_, '_> {
                     }
                 }
             }
-            self.walk.report.counts(&self.ahead.counts);
+            self.walk.progress.counts(&self.ahead.counts);
         }
         if !window.is_empty() && !self.send(window).await? {
             return Ok(End::Stopped);
@@ -197,7 +185,7 @@ impl Engine<'_, '_> {
 
     /// Decides about a page, in its order: what is settled already, then what
     /// the filters say, then whether the vector exists.
-    async fn decide(&self, page: &[Entry]) -> Result<Vec<Decision>, VectorsError> {
+    async fn decide(&self, page: &[Entry]) -> Result<Vec<Decision>, aws::Error> {
         let filtered: Vec<Result<Wanted, Skip>> = page
             .iter()
             .map(|entry| self.walk.job.decide(&entry.object))
@@ -271,7 +259,7 @@ impl Engine<'_, '_> {
                 Ok(()) => outcomes.push((wanted, Settled::Enqueued)),
                 Err(problem) if problem.failure() == Failure::Permanent => {
                     let url = &wanted.event.data.document.url;
-                    self.walk.report.note(&format!("{url}: {problem}"));
+                    self.walk.progress.note(&format!("{url}: {problem}"));
                     outcomes.push((wanted, Settled::Refused));
                 }
                 Err(problem) => {
@@ -291,7 +279,7 @@ impl Engine<'_, '_> {
             return Err(BackfillError::Queue {
                 failed,
                 sent: window.len(),
-                problem: problem.to_string(),
+                problem,
             });
         }
         for (wanted, settled) in outcomes {
@@ -303,7 +291,7 @@ impl Engine<'_, '_> {
         window.clear();
         *self.kept = self.ahead.clone();
         self.walk.checkpoint.save(self.kept)?;
-        self.walk.report.counts(&self.kept.counts);
+        self.walk.progress.counts(&self.kept.counts);
         if !self.is_awake {
             self.wake().await;
         }
@@ -322,7 +310,7 @@ impl Engine<'_, '_> {
         self.is_awake = true;
         if let Err(problem) = waker.wake().await {
             let line = format!("the scaler was not woken, its schedule will run it: {problem}");
-            self.walk.report.note(&line);
+            self.walk.progress.note(&line);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::Report;
+use super::Progress;
 use super::counts::Counts;
 
 /// Between two lines where there is no terminal.
@@ -23,7 +23,6 @@ pub struct Display {
 }
 
 impl Display {
-    /// A display that begins now.
     pub fn new() -> Self {
         let bar = ProgressBar::new_spinner();
         let style = ProgressStyle::with_template("{spinner} {elapsed_precise} {msg}")
@@ -69,7 +68,7 @@ impl Default for Display {
     }
 }
 
-impl Report for Display {
+impl Progress for Display {
     fn counts(&self, counts: &Counts) {
         let line = format!("{} ({:.0}/s)", counts.line(), self.rate(counts.enqueued));
         if self.bar.is_hidden() {

@@ -22,7 +22,6 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A full bucket.
     pub fn new(rate: Rate, now: Instant) -> Self {
         // A window is at most a second's worth, so that a slow walk is even
         // and stops within a second.

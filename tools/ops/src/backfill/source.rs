@@ -3,27 +3,16 @@
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::types::EncodingType;
-use aws_smithy_types::error::display::DisplayErrorContext;
 use chrono::DateTime;
-use events::decode_notification_key;
+use events::{S3Url, S3UrlError, decode_notification_key};
+use platform::aws;
 
 use super::job::{Job, Object, Position};
 
-/// The objects could not be told.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// A call failed.
-    #[error("{operation} of s3://{bucket}/{key} failed: {problem}")]
-    Call {
-        /// The S3 operation.
-        operation: &'static str,
-        /// The bucket.
-        bucket: String,
-        /// The key, or the prefix of the keys.
-        key: String,
-        /// What S3 or the network said.
-        problem: String,
-    },
+    #[error(transparent)]
+    Call(#[from] aws::Error),
     /// The bucket does not list its keys in order, so a walk of it cannot be
     /// resumed.
     #[error(
@@ -31,29 +20,25 @@ pub enum SourceError {
          order and cannot be walked; use --manifest with an inventory of it"
     )]
     Order {
-        /// The bucket.
         bucket: String,
-        /// The key before.
         earlier: String,
-        /// The key that is out of order.
         later: String,
     },
-    /// The inventory cannot be used.
-    #[error("the inventory {manifest} cannot be used: {problem}")]
+    /// S3 lists a key that is not UTF-8.
+    #[error(transparent)]
+    Key(#[from] S3UrlError),
+    #[error("the inventory {manifest} cannot be used: {problem:#}")]
     Inventory {
-        /// The manifest's URL.
         manifest: String,
         /// Why, and what to do.
-        problem: String,
+        problem: anyhow::Error,
     },
 }
 
 /// An object, and the position of a walk that has it behind itself.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// The object.
     pub object: Object,
-    /// The position after it.
     pub position: Position,
 }
 
@@ -64,7 +49,6 @@ pub trait Source: Send {
     async fn next_page(&mut self) -> Result<Option<Vec<Entry>>, SourceError>;
 }
 
-/// A listing of a bucket.
 pub struct Listing {
     s3: Client,
     bucket: String,
@@ -108,13 +92,16 @@ impl Source for Listing {
             .encoding_type(EncodingType::Url)
             .send()
             .await
-            .map_err(|error| self.failed(&DisplayErrorContext(&error).to_string()))?;
+            .map_err(|error| {
+                let place = S3Url::new(&self.bucket, &self.prefix).to_string();
+                aws::Error::from_sdk("s3:ListObjectsV2", &error).of(place)
+            })?;
         let is_encoded = response.encoding_type() == Some(&EncodingType::Url);
         let mut entries = Vec::with_capacity(response.contents().len());
         for listed in response.contents() {
             let key = listed.key().unwrap_or_default();
             let key = if is_encoded {
-                decode_notification_key(key).map_err(|error| self.failed(&error.to_string()))?
+                decode_notification_key(key)?
             } else {
                 key.to_owned()
             };
@@ -150,16 +137,5 @@ impl Source for Listing {
         }
         self.is_finished = response.is_truncated() != Some(true) || entries.is_empty();
         Ok(Some(entries))
-    }
-}
-
-impl Listing {
-    fn failed(&self, problem: &str) -> SourceError {
-        SourceError::Call {
-            operation: "ListObjectsV2",
-            bucket: self.bucket.clone(),
-            key: self.prefix.clone(),
-            problem: problem.to_owned(),
-        }
     }
 }

@@ -6,11 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use delivery::{CallFailure, Destination, Entry as Message, Outcome};
+use delivery::{Answer, Destination, Entry as Message};
 use proptest::prelude::*;
 use tokio::sync::Notify;
 
 use super::job::tests::{job, object};
+use super::job::{Object, Position};
+use super::rate::MAX_WINDOW;
 use super::*;
 use crate::units::Rate;
 
@@ -80,15 +82,7 @@ impl Destination for FakeQueue {
         "queue"
     }
 
-    fn encode(&self, event: &CloudEvent) -> Message {
-        Message {
-            body: event.to_json(),
-            kind: event.kind,
-            bytes: event.to_json().len(),
-        }
-    }
-
-    async fn send(&self, entries: &[&Message]) -> Result<Vec<Outcome>, CallFailure> {
+    async fn send(&self, entries: &[&Message]) -> Answer {
         assert!(entries.len() <= 10);
         let number = self.requests.fetch_add(1, Ordering::SeqCst);
         let death = *self.death.lock().unwrap();
@@ -100,7 +94,11 @@ impl Destination for FakeQueue {
         let mut outcomes = Vec::new();
         for entry in entries {
             if self.refused.is_some_and(|key| entry.body.contains(key)) {
-                outcomes.push(Outcome::Refused("InvalidMessageContents".to_owned()));
+                outcomes.push(Err(aws::Error::of_code(
+                    "fake",
+                    "InvalidMessageContents",
+                    "",
+                )));
                 continue;
             }
             let mut failures = self.failures.lock().unwrap();
@@ -109,12 +107,12 @@ impl Destination for FakeQueue {
                 .find(|(key, left)| **left > 0 && entry.body.contains(key.as_str()));
             if let Some((_, left)) = failing {
                 *left -= 1;
-                outcomes.push(Outcome::Failed("InternalError".to_owned()));
+                outcomes.push(Err(aws::Error::of_code("fake", "InternalError", "")));
                 continue;
             }
             let event = CloudEvent::parse(entry.body.as_bytes()).expect("a valid event");
             *self.received.lock().unwrap().entry(event.id).or_default() += 1;
-            outcomes.push(Outcome::Delivered);
+            outcomes.push(Ok(()));
         }
         if dies.is_some() {
             self.dying.notify_one();
@@ -129,14 +127,14 @@ struct Held(BTreeSet<String>);
 
 #[async_trait]
 impl Vectors for Held {
-    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, VectorsError> {
+    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, aws::Error> {
         Ok(keys.iter().map(|key| self.0.contains(key)).collect())
     }
 }
 
 struct Silent;
 
-impl Report for Silent {
+impl Progress for Silent {
     fn counts(&self, _: &Counts) {}
     fn note(&self, _: &str) {}
 }
@@ -146,7 +144,7 @@ struct Bell(AtomicUsize);
 
 #[async_trait]
 impl Waker for Bell {
-    async fn wake(&self) -> Result<(), String> {
+    async fn wake(&self) -> Result<(), aws::Error> {
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
@@ -206,7 +204,7 @@ impl<'a> Run<'a> {
     }
 
     /// One process: from the checkpoint to its end, or to its death.
-    async fn go(self) -> Option<Result<(End, State), BackfillError>> {
+    async fn go(self) -> Option<Result<(End, Checkpoint), BackfillError>> {
         let (checkpoint, mut state) = CheckpointFile::open(self.path, &job()).unwrap();
         let mut source = Pages::after(&self.bucket.objects, state.position.as_ref(), self.page);
         let outputs = Outputs::new(vec![self.queue.clone()]);
@@ -219,7 +217,7 @@ impl<'a> Run<'a> {
             waker: None,
             rate: TokenBucket::new(self.rate, Instant::now()),
             checkpoint: &checkpoint,
-            report: &Silent,
+            progress: &Silent,
             stop: &self.stop,
         };
         let end = tokio::select! {
@@ -392,7 +390,7 @@ async fn a_dry_run_counts_the_same_and_sends_nothing() {
     let bucket = bucket(500);
     let mut source = Pages::after(&bucket.objects, None, 100);
     let (job, stop, bell) = (job(), CancellationToken::new(), Bell::default());
-    let mut state = State::default();
+    let mut state = Checkpoint::default();
     let walk = Walk {
         job: &job,
         source: &mut source,
@@ -401,7 +399,7 @@ async fn a_dry_run_counts_the_same_and_sends_nothing() {
         waker: Some(&bell),
         rate: TokenBucket::new(Rate(Some(1.0)), Instant::now()),
         checkpoint: &CheckpointFile::none(),
-        report: &Silent,
+        progress: &Silent,
         stop: &stop,
     };
     assert_eq!(walk.run(&mut state).await.unwrap(), End::Complete);
@@ -425,10 +423,10 @@ async fn the_scaler_is_woken_with_the_first_work_and_at_the_end() {
         waker: Some(&bell),
         rate: TokenBucket::new(Rate(None), Instant::now()),
         checkpoint: &CheckpointFile::none(),
-        report: &Silent,
+        progress: &Silent,
         stop: &stop,
     };
-    walk.run(&mut State::default()).await.unwrap();
+    walk.run(&mut Checkpoint::default()).await.unwrap();
     assert_eq!(bell.0.load(Ordering::SeqCst), 2);
 }
 

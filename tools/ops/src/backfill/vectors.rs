@@ -10,8 +10,9 @@
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
-use aws_smithy_types::error::display::DisplayErrorContext;
+use events::S3Url;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use platform::aws::{self, ErrorKind};
 
 /// Vectors that the table holds at most: 8 bytes each, so 256 MiB (and, while
 /// it grows, half as much again).
@@ -20,21 +21,11 @@ pub const MAX_TABLE: usize = 32 << 20;
 /// HEAD requests at the same time.
 const CONCURRENT_HEADS: usize = 32;
 
-/// The cache bucket could not be asked.
-#[derive(Debug, thiserror::Error)]
-#[error("{operation} of s3://{bucket}/{key} failed: {problem}")]
-pub struct VectorsError {
-    operation: &'static str,
-    bucket: String,
-    key: String,
-    problem: String,
-}
-
 /// Tells which vectors exist.
 #[async_trait]
 pub trait Vectors: Send + Sync {
     /// One answer per key.
-    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, VectorsError>;
+    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, aws::Error>;
 }
 
 /// All vectors of a cache, as the numbers that their keys are.
@@ -50,7 +41,7 @@ impl Table {
         bucket: &str,
         prefix: &str,
         max: usize,
-    ) -> Result<Option<Self>, VectorsError> {
+    ) -> Result<Option<Self>, aws::Error> {
         let folder = format!("{}/", prefix.trim_matches('/'));
         let parts: Vec<String> = (0..16).map(|digit| format!("{folder}{digit:x}")).collect();
         let pages = parts.iter().map(|part| pages(s3, bucket, part));
@@ -71,14 +62,8 @@ impl Table {
         Self { sorted: numbers }
     }
 
-    /// Vectors in the table.
     pub fn len(&self) -> usize {
         self.sorted.len()
-    }
-
-    /// Whether the cache holds no vector.
-    pub fn is_empty(&self) -> bool {
-        self.sorted.is_empty()
     }
 }
 
@@ -86,7 +71,7 @@ fn pages<'a>(
     s3: &'a Client,
     bucket: &'a str,
     part: &'a str,
-) -> impl stream::Stream<Item = Result<Vec<u64>, VectorsError>> + 'a {
+) -> impl stream::Stream<Item = Result<Vec<u64>, aws::Error>> + 'a {
     let request = s3.list_objects_v2().bucket(bucket).prefix(part);
     let paginator = request.into_paginator().send();
     stream::unfold(paginator, move |mut paginator| async move {
@@ -96,12 +81,10 @@ fn pages<'a>(
                 let keys = page.contents().iter().filter_map(|object| object.key());
                 Ok(keys.filter_map(number_of).collect())
             }
-            Err(error) => Err(VectorsError {
-                operation: "ListObjectsV2",
-                bucket: bucket.to_owned(),
-                key: part.to_owned(),
-                problem: DisplayErrorContext(&error).to_string(),
-            }),
+            Err(error) => {
+                let place = S3Url::new(bucket, part).to_string();
+                Err(aws::Error::from_sdk("s3:ListObjectsV2", &error).of(place))
+            }
         };
         Some((numbers, paginator))
     })
@@ -116,7 +99,7 @@ fn number_of(key: &str) -> Option<u64> {
 
 #[async_trait]
 impl Vectors for Table {
-    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, VectorsError> {
+    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, aws::Error> {
         let is_there = |key: &String| {
             number_of(key).is_some_and(|number| self.sorted.binary_search(&number).is_ok())
         };
@@ -124,17 +107,14 @@ impl Vectors for Table {
     }
 }
 
-/// Asks for each vector.
 pub struct Heads {
-    /// The client.
     pub s3: Client,
-    /// The cache bucket.
     pub bucket: String,
 }
 
 #[async_trait]
 impl Vectors for Heads {
-    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, VectorsError> {
+    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, aws::Error> {
         let asked = keys.iter().cloned().map(|key| self.exists(key));
         stream::iter(asked)
             .buffered(CONCURRENT_HEADS)
@@ -144,17 +124,12 @@ impl Vectors for Heads {
 }
 
 impl Heads {
-    async fn exists(&self, key: String) -> Result<bool, VectorsError> {
+    async fn exists(&self, key: String) -> Result<bool, aws::Error> {
         let head = self.s3.head_object().bucket(&self.bucket).key(&key);
-        match head.send().await {
+        match head.send().await.map_err(aws::failed("s3:HeadObject")) {
             Ok(_) => Ok(true),
-            Err(error) if error.as_service_error().is_some_and(|e| e.is_not_found()) => Ok(false),
-            Err(error) => Err(VectorsError {
-                operation: "HeadObject",
-                bucket: self.bucket.clone(),
-                key,
-                problem: DisplayErrorContext(&error).to_string(),
-            }),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error.of(S3Url::new(&self.bucket, &key).to_string())),
         }
     }
 }
@@ -164,7 +139,7 @@ pub struct Unknown;
 
 #[async_trait]
 impl Vectors for Unknown {
-    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, VectorsError> {
+    async fn exist(&self, keys: &[String]) -> Result<Vec<bool>, aws::Error> {
         Ok(vec![false; keys.len()])
     }
 }

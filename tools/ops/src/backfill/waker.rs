@@ -4,18 +4,16 @@ use async_trait::async_trait;
 use aws_sdk_lambda::Client;
 use aws_sdk_lambda::primitives::Blob;
 use aws_sdk_lambda::types::InvocationType;
-use aws_smithy_types::error::display::DisplayErrorContext;
+use platform::aws;
 
 /// Someone who starts tasks.
 #[async_trait]
 pub trait Waker: Send + Sync {
-    /// Tells of work; the error is for a person.
-    async fn wake(&self) -> Result<(), String>;
+    async fn wake(&self) -> Result<(), aws::Error>;
 }
 
 /// The scaler's Lambda.
 pub struct Scaler {
-    /// The client.
     pub lambda: Client,
     /// The function's name or ARN.
     pub function: String,
@@ -23,7 +21,7 @@ pub struct Scaler {
 
 #[async_trait]
 impl Waker for Scaler {
-    async fn wake(&self) -> Result<(), String> {
+    async fn wake(&self) -> Result<(), aws::Error> {
         self.lambda
             .invoke()
             .function_name(&self.function)
@@ -32,12 +30,6 @@ impl Waker for Scaler {
             .send()
             .await
             .map(|_| ())
-            .map_err(|error| {
-                format!(
-                    "Invoke of {}: {}",
-                    self.function,
-                    DisplayErrorContext(&error)
-                )
-            })
+            .map_err(|error| aws::Error::from_sdk("lambda:Invoke", &error).of(&self.function))
     }
 }

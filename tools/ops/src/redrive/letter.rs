@@ -23,19 +23,15 @@ const REJECTION_ATTRIBUTES: [&str; 6] = [
     attribute::ORIGINAL_BYTES,
 ];
 
-/// A received message.
 #[derive(Clone, Debug)]
 pub struct Letter {
-    /// What is shown of it.
     pub fields: Fields,
-    /// Its body.
     pub body: String,
     /// What intake was invoked with, when the message is Lambda's record of an
     /// invocation that failed for good.
     pub payload: Option<String>,
     /// Its attributes other than those of the rejection.
     pub attributes: HashMap<String, MessageAttributeValue>,
-    /// The handle of this receive.
     pub receipt: String,
 }
 
@@ -43,26 +39,18 @@ pub struct Letter {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Fields {
-    /// The message's id.
     pub id: String,
-    /// Why it was rejected.
     pub reason: String,
-    /// In which stage.
     pub stage: Option<String>,
     /// By which program; `SQS` when it moved the message itself, `Lambda` when
     /// intake failed, `EventBridge` when intake could not be reached.
     pub by: String,
-    /// The object that it is about.
     pub object: Option<String>,
     /// Where the finished event lies that no output took.
     pub event: Option<String>,
-    /// How often it has been received.
     pub receive_count: Option<u64>,
-    /// When it was sent.
     pub sent_at: Option<DateTime<Utc>>,
-    /// How long ago.
     pub age_seconds: Option<u64>,
-    /// The body's size.
     pub bytes: usize,
     /// The body's size before it was cut to fit, if it was.
     pub original_bytes: Option<u64>,
@@ -81,7 +69,6 @@ impl Fields {
 }
 
 impl Letter {
-    /// Reads a received message.
     pub fn new(
         id: &str,
         receipt: &str,
@@ -135,19 +122,15 @@ impl Letter {
     }
 }
 
-/// Which messages are chosen.
 #[derive(Clone, Debug)]
 pub enum Choice {
-    /// All.
     All,
-    /// Those whose reason matches.
     Reason(Regex),
     /// Those whose id begins with one of these.
     Ids(Vec<String>),
 }
 
 impl Choice {
-    /// Whether the message is chosen.
     pub fn takes(&self, fields: &Fields) -> bool {
         match self {
             Choice::All => true,

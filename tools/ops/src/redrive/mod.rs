@@ -19,13 +19,15 @@ mod table;
 pub use intake::Intake;
 pub use letter::{Choice, Fields, Letter};
 pub use sqs::{SqsQueues, WayBack};
-pub use table::{row, table};
+pub use table::table;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use platform::aws;
 use serde::Serialize;
+use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -40,42 +42,49 @@ const MAX_BATCH: usize = 10;
 /// Each asks all of SQS's servers (long polling), so two are ample.
 const EMPTY_RECEIVES: u32 = 2;
 
-/// Why a call failed as a whole.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{operation} on {queue} failed: {problem}")]
-pub struct QueueError {
-    /// The SQS operation.
-    pub operation: &'static str,
-    /// The queue's URL.
-    pub queue: String,
-    /// What SQS or the network said.
-    pub problem: String,
+/// Why a message was not sent back or deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    #[error(transparent)]
+    Call(#[from] aws::Error),
+    #[error("intake failed ({kind}): {message}")]
+    IntakeFailed { kind: String, message: String },
+    #[error("intake could not take {0} of the messages in it")]
+    NotTaken(usize),
+    #[error("{0} is no answer of intake's: is it the right function?")]
+    NotIntake(Value),
+    /// No task could read it in the input queue.
+    #[error(
+        "it is Lambda's record of a failed invocation; \
+         --intake FUNCTION has intake take what is in it"
+    )]
+    NeedsIntake,
+    #[error("no way back is named")]
+    NoWayBack,
 }
 
-/// What one message of a request got: nothing, or why it failed.
-pub type Results = Vec<Result<(), String>>;
+/// One result per message of a request.
+pub type Results = Vec<Result<(), Problem>>;
 
 /// The two queues. Every slice has at most ten letters.
 #[async_trait]
 pub trait Queues: Send + Sync {
     /// Receives from the dead-letter queue, invisible to others for [`HOLD`].
-    async fn receive(&self) -> Result<Vec<Letter>, QueueError>;
-    /// Changes for how long messages stay invisible.
-    async fn hold(&self, receipts: &[&str], time: Duration) -> Results;
+    async fn receive(&self) -> Result<Vec<Letter>, aws::Error>;
+    /// Changes for how long messages stay invisible. What fails becomes visible
+    /// by itself when its time is over.
+    async fn hold(&self, receipts: &[&str], time: Duration);
     /// Sends what is in the letters back: to the input queue, or through intake.
     async fn send(&self, letters: &[&Letter]) -> Results;
-    /// Deletes from the dead-letter queue.
     async fn delete(&self, receipts: &[&str]) -> Results;
 }
 
 /// What becomes of the chosen messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// They are shown.
     Show,
     /// They are sent back and deleted here.
     SendBack,
-    /// They are deleted.
     Discard,
 }
 
@@ -83,11 +92,8 @@ pub enum Action {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Counts {
-    /// Messages looked at.
     pub seen: u64,
-    /// Messages chosen.
     pub chosen: u64,
-    /// Messages sent back.
     pub sent: u64,
     /// Messages deleted from the dead-letter queue.
     pub deleted: u64,
@@ -100,17 +106,15 @@ pub struct Counts {
 
 /// What a run brought.
 #[derive(Debug, Default)]
-pub struct Outcome {
-    /// The counts.
+pub struct Report {
     pub counts: Counts,
     /// The chosen messages, as they were when they were seen.
     pub chosen: Vec<Fields>,
     /// What failed, with the message's id.
     pub problems: Vec<String>,
-    /// Whether the run ended by a wish.
     pub is_stopped: bool,
     /// Why the run ended before it had seen every message.
-    pub error: Option<QueueError>,
+    pub error: Option<aws::Error>,
 }
 
 /// Goes through the dead-letter queue once.
@@ -120,17 +124,17 @@ pub async fn run(
     action: Action,
     limit: Option<u64>,
     stop: &CancellationToken,
-) -> Outcome {
+) -> Report {
     let mut pass = Pass {
         queues,
         action,
-        outcome: Outcome::default(),
+        report: Report::default(),
         held: HashMap::new(),
         done: HashSet::new(),
     };
     pass.go(choice, limit, stop).await;
     pass.let_go().await;
-    pass.outcome
+    pass.report
 }
 
 struct Held {
@@ -141,7 +145,7 @@ struct Held {
 struct Pass<'a> {
     queues: &'a dyn Queues,
     action: Action,
-    outcome: Outcome,
+    report: Report,
     /// Messages that stay, by id.
     held: HashMap<String, Held>,
     /// Ids of messages that were sent or deleted here. One of them can come
@@ -154,10 +158,10 @@ impl Pass<'_> {
         let mut empty_receives = 0;
         while empty_receives < EMPTY_RECEIVES {
             if stop.is_cancelled() {
-                self.outcome.is_stopped = true;
+                self.report.is_stopped = true;
                 return;
             }
-            let left = limit.map(|limit| limit.saturating_sub(self.outcome.counts.chosen));
+            let left = limit.map(|limit| limit.saturating_sub(self.report.counts.chosen));
             if left == Some(0) {
                 return;
             }
@@ -165,7 +169,7 @@ impl Pass<'_> {
             let letters = match self.queues.receive().await {
                 Ok(letters) => letters,
                 Err(error) => {
-                    self.outcome.error = Some(error);
+                    self.report.error = Some(error);
                     return;
                 }
             };
@@ -184,11 +188,11 @@ impl Pass<'_> {
                     continue;
                 }
                 is_new = true;
-                self.outcome.counts.seen += 1;
+                self.report.counts.seen += 1;
                 let has_room = left.is_none_or(|left| (chosen.len() as u64) < left);
                 if has_room && choice.takes(&letter.fields) {
-                    self.outcome.counts.chosen += 1;
-                    self.outcome.chosen.push(letter.fields.clone());
+                    self.report.counts.chosen += 1;
+                    self.report.chosen.push(letter.fields.clone());
                     chosen.push(letter);
                 }
             }
@@ -213,7 +217,7 @@ impl Pass<'_> {
         for (letter, result) in to_delete.iter().zip(results) {
             match result {
                 Ok(()) => {
-                    self.outcome.counts.deleted += 1;
+                    self.report.counts.deleted += 1;
                     self.held.remove(&letter.fields.id);
                 }
                 Err(problem) if self.action == Action::SendBack => {
@@ -228,7 +232,7 @@ impl Pass<'_> {
     async fn send<'l>(&mut self, letters: &'l [Letter]) -> Vec<&'l Letter> {
         let (cut, whole): (Vec<&Letter>, Vec<&Letter>) =
             letters.iter().partition(|letter| letter.fields.is_cut());
-        self.outcome.counts.cut += cut.len() as u64;
+        self.report.counts.cut += cut.len() as u64;
         if whole.is_empty() {
             return Vec::new();
         }
@@ -237,7 +241,7 @@ impl Pass<'_> {
         for (letter, result) in whole.into_iter().zip(results) {
             match result {
                 Ok(()) => {
-                    self.outcome.counts.sent += 1;
+                    self.report.counts.sent += 1;
                     self.done.insert(letter.fields.id.clone());
                     sent.push(letter);
                 }
@@ -247,10 +251,10 @@ impl Pass<'_> {
         sent
     }
 
-    fn fail(&mut self, letter: &Letter, what: &str, problem: &str) {
-        self.outcome.counts.failed += 1;
+    fn fail(&mut self, letter: &Letter, what: &str, problem: &Problem) {
+        self.report.counts.failed += 1;
         let line = format!("{} {what}: {problem}", letter.fields.id);
-        self.outcome.problems.push(line);
+        self.report.problems.push(line);
     }
 
     /// Keeps what is held from becoming visible, and from being received over
@@ -278,8 +282,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Makes everything that stays visible again. What fails becomes visible
-    /// by itself when its time is over.
+    /// Makes everything that stays visible again.
     async fn let_go(&mut self) {
         let receipts: Vec<&str> = self
             .held

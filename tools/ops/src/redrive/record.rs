@@ -13,7 +13,6 @@ use events::{Item, deliveries};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// Lambda's record of an invocation.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
@@ -62,7 +61,6 @@ impl Record {
     }
 }
 
-/// The message of a function's error response.
 pub fn error_message(response: &Value) -> Option<&str> {
     response["errorMessage"].as_str()
 }

@@ -9,7 +9,6 @@ const OBJECT_WIDTH: usize = 60;
 
 const HEADER: [&str; 7] = ["ID", "AGE", "RECEIVED", "BY", "STAGE", "OBJECT", "REASON"];
 
-/// The cells of a message.
 pub fn row(fields: &Fields) -> [String; 7] {
     let optional = |value: Option<&String>| value.cloned().unwrap_or_else(|| "-".to_owned());
     let mut reason = one_line(&fields.reason);

@@ -61,7 +61,7 @@ fn id_of(receipt: &str) -> &str {
 
 #[async_trait]
 impl Queues for FakeQueues {
-    async fn receive(&self) -> Result<Vec<Letter>, QueueError> {
+    async fn receive(&self) -> Result<Vec<Letter>, aws::Error> {
         tokio::time::sleep(self.slowness).await;
         let now = Instant::now();
         let mut stored = self.stored.lock().unwrap();
@@ -73,14 +73,13 @@ impl Queues for FakeQueues {
         Ok(received.collect())
     }
 
-    async fn hold(&self, receipts: &[&str], time: Duration) -> Results {
+    async fn hold(&self, receipts: &[&str], time: Duration) {
         assert!(receipts.len() <= MAX_BATCH);
         let mut stored = self.stored.lock().unwrap();
         for receipt in receipts {
             let found = stored.iter_mut().find(|one| one.letter.receipt == *receipt);
             found.expect("a stored message").hidden_until = Instant::now() + time;
         }
-        vec![Ok(()); receipts.len()]
     }
 
     async fn send(&self, letters: &[&Letter]) -> Results {
@@ -88,7 +87,9 @@ impl Queues for FakeQueues {
         let send = |letter: &&Letter| {
             let id = letter.fields.id.as_str();
             if self.send_fails.contains(id) {
-                return Err("InternalError".to_owned());
+                return Err(
+                    aws::Error::of_code("sqs:SendMessageBatch", "InternalError", "").into(),
+                );
             }
             self.log.lock().unwrap().push(format!("send {id}"));
             self.input.lock().unwrap().push(letter.body.clone());
@@ -102,7 +103,12 @@ impl Queues for FakeQueues {
         let delete = |receipt: &&str| {
             let id = id_of(receipt);
             if self.delete_fails.contains(id) {
-                return Err("ReceiptHandleIsInvalid".to_owned());
+                return Err(aws::Error::of_code(
+                    "sqs:DeleteMessageBatch",
+                    "ReceiptHandleIsInvalid",
+                    "",
+                )
+                .into());
             }
             self.log.lock().unwrap().push(format!("delete {id}"));
             self.stored
@@ -128,7 +134,7 @@ fn letters(count: usize) -> Vec<Letter> {
         .collect()
 }
 
-async fn go(queues: &FakeQueues, choice: Choice, action: Action, limit: Option<u64>) -> Outcome {
+async fn go(queues: &FakeQueues, choice: Choice, action: Action, limit: Option<u64>) -> Report {
     run(queues, &choice, action, limit, &CancellationToken::new()).await
 }
 
