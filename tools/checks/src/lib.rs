@@ -1,6 +1,5 @@
 //! Checks the deployment on a machine that cannot deploy.
 //!
-//! - [`template`]: the SAM template, read and evaluated for given parameters;
 //! - [`source`]: what the programs' sources read and call;
 //! - [`checks`]: the project's own assertions, each a function from template
 //!   and sources to [`Finding`]s;
@@ -13,7 +12,6 @@ pub mod checks;
 pub mod image;
 pub mod linters;
 pub mod source;
-pub mod template;
 
 use std::fmt;
 use std::path::Path;

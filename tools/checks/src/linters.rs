@@ -15,7 +15,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use crate::Finding;
-use crate::template::read_yaml;
+use template::read_yaml;
 
 /// Region that the linters assume; the template itself names none.
 const REGION: &str = "us-east-1";

@@ -1,16 +1,15 @@
 //! What the programs' sources read from the environment, call on AWS and
-//! report as metrics.
+//! report as metrics, found in their tokens.
 //!
-//! A lexer, not a compiler: comments and test modules are taken out, then
-//! method calls and string literals are looked for. It is exact about the
-//! forms this project uses and reports what it cannot follow, so that nothing
-//! slips by.
+//! It is exact about the forms this project uses and reports what it cannot
+//! follow, so that nothing slips by.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
+use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// A program that the template deploys.
 pub struct Program {
@@ -89,395 +88,301 @@ impl Programs {
     }
 }
 
-fn read_folders(root: &Path, folders: &[&str], never_run: &[&str]) -> anyhow::Result<Vec<String>> {
-    let mut texts = Vec::new();
-    for folder in folders {
-        let mut waiting = vec![root.join(folder)];
-        while let Some(path) = waiting.pop() {
-            let entries = fs::read_dir(&path)
-                .with_context(|| format!("{} cannot be read", path.display()))?;
-            let mut paths: Vec<PathBuf> =
-                entries.filter_map(Result::ok).map(|e| e.path()).collect();
-            paths.sort();
-            for path in paths {
-                let is_never_run = never_run.iter().any(|file| path == root.join(file));
-                if path.is_dir() {
-                    waiting.push(path);
-                } else if path.extension().is_some_and(|kind| kind == "rs") && !is_never_run {
-                    texts.push(fs::read_to_string(&path)?);
-                }
+fn read_folders(root: &Path, folders: &[&str], never_run: &[&str]) -> anyhow::Result<Vec<Source>> {
+    let mut sources = Vec::new();
+    let mut waiting: Vec<_> = folders.iter().map(|folder| root.join(folder)).collect();
+    while let Some(path) = waiting.pop() {
+        let unreadable = || format!("{} cannot be read", path.display());
+        if path.is_dir() {
+            for entry in fs::read_dir(&path).with_context(unreadable)? {
+                waiting.push(entry.with_context(unreadable)?.path());
             }
+        } else if path.extension().is_some_and(|kind| kind == "rs")
+            && !never_run.iter().any(|file| path == root.join(file))
+        {
+            let text = fs::read_to_string(&path).with_context(unreadable)?;
+            sources.push(Source::parse(&text).with_context(unreadable)?);
         }
     }
-    Ok(texts)
+    Ok(sources)
 }
 
 /// The facts of a program of `own` files that uses `shared` ones. A public
 /// function of a shared file counts only if code that counts names it.
-fn facts(own: &[String], shared: &[String]) -> Facts {
-    let code = |text: &String| without_imports(&without_tests(&without_comments(text)));
-    let own: Vec<String> = own.iter().map(code).collect();
-    let shared: Vec<String> = shared.iter().map(code).collect();
-    let mut names: BTreeSet<String> = own.iter().flat_map(|text| identifiers(text)).collect();
+fn facts(own: &[Source], shared: &[Source]) -> Facts {
+    let mut names: BTreeSet<String> = own.iter().flat_map(Source::words).collect();
     let reached = loop {
-        let reached: Vec<String> = shared
-            .iter()
-            .map(|text| without_unused_functions(text, &names))
-            .collect();
+        let reached: Vec<Source> = shared.iter().map(|file| file.used(&names)).collect();
         let before = names.len();
-        names.extend(reached.iter().flat_map(|text| identifiers(text)));
+        names.extend(reached.iter().flat_map(Source::words));
         if names.len() == before {
             break reached;
         }
     };
-    let all: Vec<String> = own.into_iter().chain(reached).collect();
-    let constants: BTreeMap<String, String> = all.iter().flat_map(|text| constants(text)).collect();
+    let all: Vec<&Source> = own.iter().chain(&reached).collect();
+    let constants: BTreeMap<String, String> =
+        all.iter().flat_map(|file| file.constants()).collect();
     let mut facts = Facts::default();
-    for text in &all {
-        facts.variables.extend(variables(text, &constants));
-        facts.literals.extend(literals(text));
-        let (operations, unknown) = operations(text);
-        facts.operations.extend(operations);
-        facts.unknown_calls.extend(unknown);
+    for file in all {
+        facts.variables.extend(file.variables(&constants));
+        facts
+            .literals
+            .extend(file.0.iter().filter_map(|token| literal(token)));
+        file.find_operations(&mut facts);
+    }
+    // Read by tracing_subscriber.
+    if names.contains("try_from_default_env") {
+        facts.variables.insert("RUST_LOG".to_owned());
     }
     facts
 }
 
-/// Blanks comments; string literals stay as they are.
-fn without_comments(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut kept = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        if bytes[at..].starts_with(b"//") {
-            while at < bytes.len() && bytes[at] != b'\n' {
-                at += 1;
-            }
-        } else if bytes[at..].starts_with(b"/*") {
-            let end = text[at..]
-                .find("*/")
-                .map_or(bytes.len(), |end| at + end + 2);
-            at = end;
-        } else {
-            let end = literal_end(bytes, at).unwrap_or(at + 1);
-            kept.extend_from_slice(&bytes[at..end]);
-            at = end;
-        }
-    }
-    String::from_utf8_lossy(&kept).into_owned()
-}
-
-/// Where a string or character literal that starts at `at` ends.
-fn literal_end(bytes: &[u8], at: usize) -> Option<usize> {
-    let rest = &bytes[at..];
-    if rest[0] == b'r' && (at == 0 || !is_name(bytes[at - 1])) {
-        let hashes = rest[1..].iter().take_while(|byte| **byte == b'#').count();
-        if rest.get(1 + hashes) != Some(&b'"') {
-            return None;
-        }
-        let mut close = vec![b'"'];
-        close.extend(std::iter::repeat_n(b'#', hashes));
-        let body = 2 + hashes;
-        let length = rest[body..]
-            .windows(close.len())
-            .position(|window| window == close)?;
-        return Some(at + body + length + close.len());
-    }
-    if rest[0] == b'\'' {
-        // A character, not a lifetime.
-        let is_character = matches!(rest, [b'\'', b'\\', ..]) || rest.get(2) == Some(&b'\'');
-        if !is_character {
-            return None;
-        }
-        let skip = if rest[1] == b'\\' { 3 } else { 2 };
-        let end = rest[skip..].iter().position(|byte| *byte == b'\'')?;
-        return Some(at + skip + end + 1);
-    }
-    if rest[0] != b'"' {
-        return None;
-    }
-    let mut end = 1;
-    while end < rest.len() && rest[end] != b'"' {
-        end += if rest[end] == b'\\' { 2 } else { 1 };
-    }
-    Some((at + end + 1).min(bytes.len()))
-}
-
-fn is_name(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || byte == b'_'
-}
-
-/// Takes out every item under `#[cfg(test)]`.
-fn without_tests(text: &str) -> String {
-    let mut kept = String::new();
-    let mut rest = text;
-    while let Some(start) = rest.find("#[cfg(test)]") {
-        kept.push_str(&rest[..start]);
-        let after = &rest[start..];
-        rest = &after[block_end(after)..];
-    }
-    kept.push_str(rest);
-    kept
-}
-
-/// Takes out `use` declarations: to import a function is not to call it.
-fn without_imports(text: &str) -> String {
-    let mut kept = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find("use ") {
-        let line = rest[..at].rsplit('\n').next().unwrap_or_default().trim();
-        let is_declaration = line.is_empty() || line.starts_with("pub");
-        if is_declaration {
-            kept.push_str(&rest[..at]);
-            rest = rest[at..].split_once(';').map_or("", |(_, after)| after);
-        } else {
-            kept.push_str(&rest[..at + "use ".len()]);
-            rest = &rest[at + "use ".len()..];
-        }
-    }
-    kept.push_str(rest);
-    kept
-}
-
-/// Where the first block in `text` ends, or the first `;` before any block.
-fn block_end(text: &str) -> usize {
-    let bytes = text.as_bytes();
-    let mut depth = 0_usize;
-    let mut at = 0;
-    while at < bytes.len() {
-        if let Some(end) = literal_end(bytes, at) {
-            at = end;
-            continue;
-        }
-        match bytes[at] {
-            b'{' => depth += 1,
-            b'}' => {
-                depth = depth.saturating_sub(1);
-                if depth == 0 {
-                    return at + 1;
-                }
-            }
-            b';' if depth == 0 => return at + 1,
-            _ => {}
-        }
-        at += 1;
-    }
-    bytes.len()
-}
-
-/// Takes out public functions at the file's top level that are not in `used`.
-fn without_unused_functions(text: &str, used: &BTreeSet<String>) -> String {
-    let mut kept = String::new();
-    let mut rest = text;
-    loop {
-        let next = ["\npub async fn ", "\npub fn "]
-            .iter()
-            .filter_map(|start| rest.find(start).map(|at| (at, start.len())))
-            .min();
-        let Some((at, length)) = next else {
-            kept.push_str(rest);
-            return kept;
-        };
-        let (before, function) = rest.split_at(at);
-        kept.push_str(before);
-        let name: String = function[length..]
-            .bytes()
-            .take_while(|byte| is_name(*byte))
-            .map(char::from)
-            .collect();
-        let end = block_end(function);
-        if used.contains(&name) {
-            kept.push_str(&function[..end]);
-        }
-        rest = &function[end..];
-    }
-}
-
-fn identifiers(text: &str) -> Vec<String> {
-    text.split(|character: char| !character.is_ascii_alphanumeric() && character != '_')
-        .filter(|word| !word.is_empty())
-        .map(str::to_owned)
-        .collect()
-}
-
-/// `const NAME: &str = "value";`
-fn constants(text: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    for (at, _) in text.match_indices("const ") {
-        let rest = &text[at + "const ".len()..];
-        let Some((name, rest)) = rest.split_once(": &str = \"") else {
-            continue;
-        };
-        if !name.bytes().all(is_name) {
-            continue;
-        }
-        if let Some((value, _)) = rest.split_once('"') {
-            found.push((name.to_owned(), value.to_owned()));
-        }
-    }
-    found
-}
-
-/// How a variable is read: `platform::env::Reader`'s methods and the standard
-/// library's functions.
+/// How a variable is read: the methods of `platform::env::Reader`.
 const READERS: &[&str] = &[
-    ".optional(",
-    ".required(",
-    ".parsed(",
-    ".within(",
-    ".seconds(",
-    ".flag(",
-    ".choice(",
-    "env::var(",
-    "env::var_os(",
-    // A helper that is handed the reader: `queue_url(env, "INPUT_QUEUE_URL")`.
-    "(env, ",
+    "optional", "required", "parsed", "within", "seconds", "flag", "choice",
 ];
 
-/// Read by `tracing_subscriber`'s `EnvFilter::try_from_default_env`.
-const LOG_FILTER_CALL: &str = "EnvFilter::try_from_default_env(";
+/// Methods without arguments before the one that names an operation.
+const CONVERSIONS: &[&str] = &["clone", "client", "as_ref"];
 
-fn variables(text: &str, constants: &BTreeMap<String, String>) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for reader in READERS {
-        for (at, _) in text.match_indices(reader) {
-            let argument = text[at + reader.len()..].trim_start();
-            let name = match argument.strip_prefix('"') {
-                Some(literal) => literal.split('"').next().map(str::to_owned),
-                None => identifiers(argument.split([',', ')']).next().unwrap_or_default())
-                    .last()
-                    .and_then(|constant| constants.get(constant).cloned()),
+/// Words that may stand before an expression.
+const KEYWORDS: &[&str] = &["match", "return", "if", "let", "while"];
+
+/// The tokens of a file, without comments, tests and imports: to import a
+/// function is not to call it. A string literal keeps its quotes.
+#[derive(Clone)]
+struct Source(Vec<String>);
+
+impl Source {
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let stream: TokenStream = text.parse().map_err(|error| anyhow!("no Rust: {error}"))?;
+        let mut all = Vec::new();
+        flatten(stream, &mut all);
+        let mut kept = Vec::new();
+        let mut at = 0;
+        while at < all.len() {
+            at = match strings(&all[at..]) {
+                ["#", "[", "cfg", "(", "test", ")", "]", ..] => item_end(&all, at + 7),
+                ["#", "[", "doc", ..] => at + 6,
+                // `use<'a>` in a bound is no import.
+                ["use", next, ..] if next != "<" => item_end(&all, at),
+                _ => {
+                    kept.push(all[at].clone());
+                    at + 1
+                }
             };
+        }
+        Ok(Self(kept))
+    }
+
+    fn words(&self) -> impl Iterator<Item = String> {
+        let is_word = |token: &&String| token.starts_with(|first: char| first.is_alphabetic());
+        self.0.iter().filter(is_word).cloned()
+    }
+
+    /// Without the public functions at the top level that nobody names.
+    fn used(&self, names: &BTreeSet<String>) -> Self {
+        let mut kept = Vec::new();
+        let (mut at, mut depth) = (0, 0);
+        while at < self.0.len() {
+            let name = match strings(&self.0[at..]) {
+                ["pub", "fn", name, ..] | ["pub", "async", "fn", name, ..] if depth == 0 => {
+                    Some(name)
+                }
+                _ => None,
+            };
+            if name.is_some_and(|name| !names.contains(name)) {
+                at = item_end(&self.0, at);
+                continue;
+            }
+            depth += nesting(&self.0[at]);
+            kept.push(self.0[at].clone());
+            at += 1;
+        }
+        Self(kept)
+    }
+
+    /// `const NAME: &str = "value";`
+    fn constants(&self) -> Vec<(String, String)> {
+        let constant = |window: &[String]| match strings(window) {
+            ["const", name, ":", "&", "str", "=", value] => {
+                Some((name.to_owned(), literal(value)?))
+            }
+            _ => None,
+        };
+        self.0.windows(7).filter_map(constant).collect()
+    }
+
+    fn variables(&self, constants: &BTreeMap<String, String>) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for at in 0..self.0.len() {
+            // Where the name stands, as a literal or a path to a constant.
+            let skipped = match strings(&self.0[at..]) {
+                [".", reader, "(", ..] if READERS.contains(&reader) => 3,
+                ["env", ":", ":", "var" | "var_os", "(", ..] => 5,
+                // A helper that is handed the reader: `queue_url(env, "QUEUE_URL")`.
+                ["(", "env", ",", ..] => 3,
+                // An argument of the command line that the environment gives, too.
+                ["env", "=", ..] => 2,
+                ["#", "[", "arg", "(", ..] => {
+                    found.extend(self.named_by_its_field(at));
+                    continue;
+                }
+                _ => continue,
+            };
+            let rest = &self.0[at + skipped..];
+            let end = rest
+                .iter()
+                .position(|token| [",", ")"].contains(&token.as_str()));
+            let name = rest[..end.unwrap_or(0)].last();
+            let name = name.and_then(|token| literal(token).or(constants.get(token).cloned()));
             found.extend(name.filter(|name| is_variable(name)));
         }
+        found
     }
-    if text.contains(LOG_FILTER_CALL) {
-        found.insert("RUST_LOG".to_owned());
+
+    /// `#[arg(long, env)] queue_url: Url`: the field's name in capitals.
+    fn named_by_its_field(&self, at: usize) -> Option<String> {
+        let end = at + 2 + block_length(&self.0[at + 1..]);
+        let is_bare = |pair: &[String]| pair[0] == "env" && [",", ")"].contains(&pair[1].as_str());
+        self.0[at..end].windows(2).find(|pair| is_bare(pair))?;
+        let field = self.0[end..].windows(2).find(|pair| pair[1] == ":")?;
+        Some(field[0].to_uppercase())
     }
-    found
+
+    /// The operations whose requests are sent, and the sends whose operation
+    /// cannot be told.
+    fn find_operations(&self, facts: &mut Facts) {
+        for at in 0..self.0.len() {
+            let [".", "send" | "into_paginator", "(", ")", ..] = strings(&self.0[at..]) else {
+                continue;
+            };
+            let expression = &self.0[self.expression_start(at)..at];
+            match operation_of(expression).or_else(|| self.operation_of_variable(at, expression)) {
+                Some(operation) => {
+                    facts.operations.insert(operation);
+                }
+                // `.into_paginator().send()`: counted at the paginator.
+                None if expression
+                    .ends_with(&[".", "into_paginator", "(", ")"].map(str::to_owned)) => {}
+                None => {
+                    let call = [expression, &self.0[at..at + 4]].concat();
+                    facts.unknown_calls.push(call.concat());
+                }
+            }
+        }
+    }
+
+    /// Where the expression that `at` ends begins.
+    fn expression_start(&self, at: usize) -> usize {
+        let mut depth = 0;
+        for start in (0..at).rev() {
+            let token = self.0[start].as_str();
+            let is_outside = depth == 0;
+            depth -= nesting(token);
+            // A block that ended before, or the one that this is in.
+            let is_boundary = matches!(token, ";" | "," | "}" | "=") || nesting(token) > 0;
+            let is_arrow = token == ">" && start > 0 && self.0[start - 1] == "=";
+            if is_outside && (is_boundary || is_arrow) {
+                return start + 1;
+            }
+        }
+        0
+    }
+
+    /// `let request = client.run_task()…; … request.send()`, or the same with
+    /// `mut` and later assignments.
+    fn operation_of_variable(&self, at: usize, expression: &[String]) -> Option<String> {
+        let is_keyword = |token: &&String| KEYWORDS.contains(&token.as_str());
+        let name = expression.iter().find(|token| !is_keyword(token))?;
+        let binds = |start: &usize| match strings(&self.0[*start..]) {
+            ["let", bound, "=", ..] | ["let", "mut", bound, "=", ..] => bound == name,
+            _ => false,
+        };
+        let start = (0..at).rev().find(binds)?;
+        let value = self.0[start..at].iter().position(|token| token == "=")? + start + 1;
+        let end = self.0[value..at].iter().position(|token| token == ";")? + value;
+        operation_of(&self.0[value..end])
+    }
+}
+
+fn flatten(stream: TokenStream, all: &mut Vec<String>) {
+    for token in stream {
+        match token {
+            TokenTree::Group(group) => {
+                let (open, close) = match group.delimiter() {
+                    Delimiter::Parenthesis => ("(", ")"),
+                    Delimiter::Brace => ("{", "}"),
+                    Delimiter::Bracket => ("[", "]"),
+                    Delimiter::None => ("", ""),
+                };
+                all.push(open.to_owned());
+                flatten(group.stream(), all);
+                all.push(close.to_owned());
+            }
+            other => all.push(other.to_string()),
+        }
+    }
+}
+
+/// The next few tokens, to be matched.
+fn strings(tokens: &[String]) -> [&str; 7] {
+    std::array::from_fn(|index| tokens.get(index).map_or("", String::as_str))
+}
+
+fn nesting(token: &str) -> i32 {
+    match token {
+        "(" | "[" | "{" => 1,
+        ")" | "]" | "}" => -1,
+        _ => 0,
+    }
+}
+
+/// Up to the end of the group that the first token opens.
+fn block_length(tokens: &[String]) -> usize {
+    let mut depth = 0;
+    let closes = tokens.iter().position(|token| {
+        depth += nesting(token);
+        depth == 0
+    });
+    closes.unwrap_or(tokens.len())
+}
+
+/// Where the item at `at` ends: after its block or, before any, its `;`.
+fn item_end(tokens: &[String], mut at: usize) -> usize {
+    while at < tokens.len() {
+        match tokens[at].as_str() {
+            ";" => return at + 1,
+            "{" => return at + block_length(&tokens[at..]) + 1,
+            "(" | "[" => at += block_length(&tokens[at..]),
+            _ => at += 1,
+        }
+    }
+    at
+}
+
+fn literal(token: &str) -> Option<String> {
+    Some(token.strip_prefix('"')?.strip_suffix('"')?.to_owned())
 }
 
 fn is_variable(name: &str) -> bool {
-    let all_capitals =
-        |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
-    name.starts_with(|first: char| first.is_ascii_uppercase()) && name.bytes().all(all_capitals)
-}
-
-fn literals(text: &str) -> BTreeSet<String> {
-    let bytes = text.as_bytes();
-    let mut found = BTreeSet::new();
-    let mut at = 0;
-    while at < bytes.len() {
-        match literal_end(bytes, at) {
-            Some(end) => {
-                if bytes[at] == b'"' {
-                    found.insert(text[at + 1..end - 1].to_owned());
-                }
-                at = end;
-            }
-            None => at += 1,
-        }
-    }
-    found
-}
-
-/// How a request of the SDK goes out.
-const SENDS: &[&str] = &[".send()", ".into_paginator()"];
-
-/// The operations whose requests are sent in `text`, and the sends whose
-/// operation cannot be told.
-fn operations(text: &str) -> (BTreeSet<String>, Vec<String>) {
-    let mut found = BTreeSet::new();
-    let mut unknown = Vec::new();
-    for send in SENDS {
-        for (at, _) in text.match_indices(send) {
-            let statement = statement_before(text, at);
-            match operation_of(statement).or_else(|| operation_of_variable(text, at, statement)) {
-                Some(operation) => {
-                    found.insert(operation);
-                }
-                // `.into_paginator().send()`: counted at the paginator.
-                None if statement.trim_end().ends_with(".into_paginator()") => {}
-                None => unknown.push(format!("{}{send}", statement.trim())),
-            }
-        }
-    }
-    (found, unknown)
-}
-
-/// The expression that `at` ends, back to where its statement begins.
-fn statement_before(text: &str, at: usize) -> &str {
-    let bytes = text.as_bytes();
-    let mut depth = 0_i32;
-    let mut start = at;
-    while start > 0 {
-        match bytes[start - 1] {
-            // A block that ended before the statement began.
-            b'}' if depth == 0 => break,
-            b')' | b']' | b'}' => depth += 1,
-            b'(' | b'[' | b'{' if depth == 0 => break,
-            b'(' | b'[' | b'{' => depth -= 1,
-            b';' | b',' if depth == 0 => break,
-            _ => {}
-        }
-        start -= 1;
-    }
-    &text[start..at]
-}
-
-/// What a `let` binds, or the statement itself.
-fn right_side(statement: &str) -> &str {
-    let is_binding = statement.trim_start().starts_with("let ");
-    match statement.split_once(" = ") {
-        Some((_, right)) if is_binding => right,
-        _ => statement,
-    }
+    let is_capital = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
+    name.starts_with(|first: char| first.is_ascii_uppercase()) && name.bytes().all(is_capital)
 }
 
 /// The first method without arguments in a chain: `client.get_object()…`.
-fn operation_of(statement: &str) -> Option<String> {
-    let expression = right_side(statement);
-    let bytes = expression.as_bytes();
-    let mut depth = 0_i32;
-    for (at, byte) in bytes.iter().enumerate() {
-        match byte {
-            b'(' | b'[' | b'{' => depth += 1,
-            b')' | b']' | b'}' => depth -= 1,
-            b'.' if depth == 0 => {
-                let name: String = bytes[at + 1..]
-                    .iter()
-                    .take_while(|byte| is_name(**byte))
-                    .map(|byte| char::from(*byte))
-                    .collect();
-                let is_empty_call = expression[at + 1 + name.len()..].starts_with("()");
-                let is_conversion = ["clone", "client", "await", "as_ref"].contains(&name.as_str());
-                if is_empty_call && !name.is_empty() && !is_conversion {
-                    return Some(name).filter(|name| name != "into_paginator");
-                }
-            }
-            _ => {}
+fn operation_of(expression: &[String]) -> Option<String> {
+    let mut depth = 0;
+    for (at, token) in expression.iter().enumerate() {
+        depth += nesting(token);
+        if depth == 0
+            && let [".", name, "(", ")", ..] = strings(&expression[at..])
+            && !CONVERSIONS.contains(&name)
+        {
+            return Some(name.to_owned()).filter(|name| name != "into_paginator");
         }
     }
     None
-}
-
-/// `let request = client.run_task()…; … request.send()`, or the same with
-/// `mut` and later assignments.
-fn operation_of_variable(text: &str, at: usize, statement: &str) -> Option<String> {
-    let keywords = ["match", "return", "if", "let", "while"];
-    let receiver = identifiers(right_side(statement));
-    let name = receiver
-        .iter()
-        .find(|word| !keywords.contains(&word.as_str()))?;
-    [format!("let {name} = "), format!("let mut {name} = ")]
-        .iter()
-        .filter_map(|binding| {
-            text[..at]
-                .rfind(binding.as_str())
-                .map(|from| from + binding.len())
-        })
-        .max()
-        .and_then(|from| operation_of(text[from..at].split(';').next().unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -485,7 +390,10 @@ mod tests {
     use super::*;
 
     fn of(own: &str, shared: &str) -> Facts {
-        facts(&[own.to_owned()], &[shared.to_owned()])
+        facts(
+            &[Source::parse(own).unwrap()],
+            &[Source::parse(shared).unwrap()],
+        )
     }
 
     #[test]
@@ -498,6 +406,7 @@ mod tests {
                 env.within(
                     "BATCH_SIZE", 8, 1..=256, "images");
                 let path = std::env::var_os(LIBRARY);
+                logs();
                 let dead = queue_url(env, "DEAD_LETTER_QUEUE_URL");
                 // env.optional("IN_A_COMMENT")
                 let greeting = "env.optional";
@@ -518,6 +427,27 @@ mod tests {
                 "RUST_LOG"
             ]
         );
+    }
+
+    #[test]
+    fn variables_of_the_command_line_are_found_by_name_and_by_field() {
+        let found = of(
+            r#"
+            #[derive(Parser)]
+            struct Arguments {
+                /// Read from "A_COMMENT"
+                #[arg(long, env = "MODEL_URI", value_name = "URI")]
+                model: Uri,
+                #[arg(long, env, default_value_t = 8)]
+                pub batch_size: usize,
+                #[arg(long)]
+                not_from_there: bool,
+            }
+            "#,
+            "",
+        );
+        let names: Vec<&str> = found.variables.iter().map(String::as_str).collect();
+        assert_eq!(names, ["BATCH_SIZE", "MODEL_URI"]);
     }
 
     #[test]

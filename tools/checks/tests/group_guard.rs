@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use infra_checks::template::Template;
+use template::Template;
 
 /// Stand-ins for `boto3` and `cfnresponse`; `GROUPS` is the account. A group's
 /// unprotected instances are gone at the next look, as with a capacity of 0.

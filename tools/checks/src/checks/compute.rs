@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::in_each_stack;
 use super::storage::container_variable;
-use crate::template::{Stack, list, number, referred};
 use crate::{Finding, Project};
+use template::{Stack, list, number, referred};
 
 /// Longest stop timeout: Fargate's limit, and the two minutes' notice of a
 /// Spot interruption (ECS developer guide, task definition parameters).

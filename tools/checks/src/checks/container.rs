@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::template::list;
 use crate::{Finding, Project};
+use template::list;
 
 /// Names of the variables that the Dockerfile's `ENV` instructions set.
 pub fn variables(dockerfile: &str) -> BTreeSet<String> {

@@ -6,8 +6,8 @@ use events::ImageType;
 use serde_json::{Value, json};
 
 use super::in_each_stack;
-use crate::template::{list, referred};
 use crate::{Finding, Project};
+use template::{list, referred};
 
 /// The input queue's subscription takes exactly what the contract says, raw.
 pub fn subscription(project: &Project) -> Vec<Finding> {

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::{container, in_each_stack};
-use crate::template::{Stack, list};
 use crate::{Finding, Project};
+use template::{Stack, list};
 
 /// Read by the AWS SDK and its runtime, not by a program.
 const READ_BY_THE_SDK: &[&str] = &["AWS_REGION"];

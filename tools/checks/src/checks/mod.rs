@@ -8,7 +8,10 @@ mod operation;
 mod permissions;
 mod storage;
 
-use crate::template::Stack;
+use std::ops::Deref;
+
+use template::{NotDeployed, Stack};
+
 use crate::{Finding, Project};
 
 /// A check, from the project to what is wrong with it.
@@ -83,29 +86,43 @@ const LEAST: &[(&str, &str)] = &[
     ("ReserveScalerConcurrency", "false"),
 ];
 
-/// The template for three choices of parameters, or why it has none.
-fn stacks(project: &Project) -> Result<Vec<Stack>, Finding> {
+/// The template for one choice of parameters.
+struct Choice {
+    /// For messages and for what holds for some choices only.
+    name: &'static str,
+    stack: Stack,
+}
+
+impl Deref for Choice {
+    type Target = Stack;
+
+    fn deref(&self) -> &Stack {
+        &self.stack
+    }
+}
+
+/// The template for three choices, or why it has none.
+fn choices(project: &Project) -> Result<Vec<Choice>, Finding> {
     let choices: [(&'static str, &[(&str, &str)]); 3] = [
         ("defaults", &[]),
         ("everything on", EVERYTHING),
         ("everything off", LEAST),
     ];
-    let mut stacks = Vec::new();
-    for (name, choice) in choices {
-        let parameters: Vec<(&str, &str)> = REQUIRED.iter().chain(choice).copied().collect();
-        let stack = project
-            .template
-            .evaluate(name, &parameters)
-            .map_err(|error| Finding::new("template", name, format!("{error:#}")))?;
-        stacks.push(stack);
-    }
-    Ok(stacks)
+    let resolved = choices.into_iter().map(|(name, choice)| {
+        let given = REQUIRED.iter().chain(choice);
+        let given = given.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        match project.template.resolve(&given.collect(), &NotDeployed) {
+            Ok(stack) => Ok(Choice { name, stack }),
+            Err(error) => Err(Finding::new("template", name, error.to_string())),
+        }
+    });
+    resolved.collect()
 }
 
 /// Runs `check` on the template for each choice of parameters.
-fn in_each_stack(project: &Project, check: impl Fn(&Stack) -> Vec<Finding>) -> Vec<Finding> {
-    match stacks(project) {
-        Ok(stacks) => stacks.iter().flat_map(check).collect(),
+fn in_each_stack(project: &Project, check: impl Fn(&Choice) -> Vec<Finding>) -> Vec<Finding> {
+    match choices(project) {
+        Ok(choices) => choices.iter().flat_map(check).collect(),
         Err(finding) => vec![finding],
     }
 }

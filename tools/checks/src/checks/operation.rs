@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::in_each_stack;
-use crate::template::{Stack, list, number, referred};
+use super::{Choice, in_each_stack};
 use crate::{Finding, Project};
+use template::{Stack, list, number, referred};
 
 /// Where the programs' own metrics go.
 const NAMESPACE: &str = "ClipImageProcessor";
@@ -152,7 +152,7 @@ pub fn functions(project: &Project) -> Vec<Finding> {
     in_each_stack(project, function_findings)
 }
 
-fn function_findings(stack: &Stack) -> Vec<Finding> {
+fn function_findings(stack: &Choice) -> Vec<Finding> {
     const CHECK: &str = "functions";
     let mut findings = Vec::new();
     for (id, function) in all_functions(stack) {

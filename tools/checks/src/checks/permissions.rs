@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::in_each_stack;
-use crate::template::{Stack, list, referred};
 use crate::{Finding, Project};
+use template::{Stack, list, referred};
 
 const CHECK: &str = "permissions";
 

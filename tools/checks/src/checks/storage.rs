@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::in_each_stack;
-use crate::template::{Stack, list, number, referred};
 use crate::{Finding, Project};
+use template::{Stack, list, number, referred};
 
 /// SQS counts in seconds, S3 in days.
 const SECONDS_PER_DAY: f64 = 86_400.0;

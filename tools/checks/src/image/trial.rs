@@ -1,20 +1,16 @@
 //! Runs the task in the assembled root filesystem: as the unprivileged user of
 //! the task definition, with a read-only root, against the AWS emulator.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use ministack::{MiniStack, REGION};
 use serde_json::{Value, json};
 
 use super::Request;
 use super::assemble::USER;
-
-/// How long the emulator may take to answer.
-const EMULATOR_START: Duration = Duration::from_secs(30);
 
 /// A mount namespace in which the image's root is read-only, with what the
 /// task definition mounts: a temporary folder, and here the model. Arguments:
@@ -115,7 +111,7 @@ fn ensure_root() -> anyhow::Result<()> {
 /// One image through the whole task: message in, vector in the bucket, event
 /// out, message gone.
 fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
-    let emulator = Emulator::start(request.emulator)?;
+    let emulator = Emulator(MiniStack::start(request.emulator, Path::new("/dev/null"))?);
     for bucket in ["images", "cache"] {
         emulator.s3("PUT", bucket, b"")?;
     }
@@ -146,7 +142,7 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
         json!({ "QueueUrl": input, "MessageBody": event.to_string() }),
     )?;
     let variables = [
-        ("AWS_ENDPOINT_URL", emulator.url()),
+        ("AWS_ENDPOINT_URL", emulator.0.endpoint().to_owned()),
         ("AWS_REGION", REGION.to_owned()),
         ("AWS_ACCESS_KEY_ID", "test".to_owned()),
         ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
@@ -196,54 +192,10 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
     ))
 }
 
-/// Region of the emulator.
-const REGION: &str = "us-east-1";
-
 /// The AWS emulator, until it is dropped.
-struct Emulator {
-    child: Child,
-    port: u16,
-}
-
-impl Drop for Emulator {
-    fn drop(&mut self) {
-        // It may have ended by itself; there is nobody left to tell.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+struct Emulator(MiniStack);
 
 impl Emulator {
-    fn start(program: &Path) -> anyhow::Result<Self> {
-        // The port is free again at once; a clash would end the trial with an error.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let child = Command::new(program)
-            .env("GATEWAY_PORT", port.to_string())
-            .env("BIND_HOST", "127.0.0.1")
-            .env("MINISTACK_HOST", "127.0.0.1")
-            .env("MINISTACK_REGION", REGION)
-            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("the AWS emulator {} cannot be started", program.display()))?;
-        let emulator = Self { child, port };
-        let deadline = Instant::now() + EMULATOR_START;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            ensure!(
-                Instant::now() < deadline,
-                "the AWS emulator does not answer"
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(emulator)
-    }
-
-    fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
-    }
-
     fn s3(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<Vec<u8>> {
         self.request(method, &format!("/{path}"), "s3", &[], body)
     }
@@ -270,8 +222,7 @@ impl Emulator {
             .context("the message is no JSON")
     }
 
-    /// One HTTP request; the emulator asks for no signature, but tells the
-    /// services apart by it.
+    /// The emulator asks for no signature, but tells the services apart by it.
     fn request(
         &self,
         method: &str,
@@ -280,38 +231,12 @@ impl Emulator {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> anyhow::Result<Vec<u8>> {
-        let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
-        connection.set_read_timeout(Some(EMULATOR_START))?;
-        let mut head = format!(
-            "{method} {path} HTTP/1.0\r\nHost: 127.0.0.1:{}\r\nContent-Length: {}\r\n\
-             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/{REGION}/{service}/aws4_request, \
-             SignedHeaders=host, Signature=0\r\n",
-            self.port,
-            body.len()
+        let signed = format!(
+            "AWS4-HMAC-SHA256 Credential=test/20260101/{REGION}/{service}/aws4_request, \
+             SignedHeaders=host, Signature=0"
         );
-        for (name, value) in headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        head.push_str("\r\n");
-        connection.write_all(head.as_bytes())?;
-        connection.write_all(body)?;
-        let mut answer = Vec::new();
-        connection.read_to_end(&mut answer)?;
-        let Some(split) = answer.windows(4).position(|window| window == b"\r\n\r\n") else {
-            bail!("the emulator's answer to {method} {path} is no HTTP");
-        };
-        let status = text(&answer[..split])
-            .split(' ')
-            .nth(1)
-            .unwrap_or_default()
-            .to_owned();
-        let content = answer[split + 4..].to_vec();
-        ensure!(
-            status.starts_with('2'),
-            "{method} {path}: {status}: {}",
-            text(&content)
-        );
-        Ok(content)
+        let headers = [headers, &[("Authorization", signed.as_str())]].concat();
+        Ok(self.0.request(method, path, &headers, body)?)
     }
 }
 
