@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -12,9 +11,9 @@ use aws_sdk_sqs::types::{
 };
 use events::{CloudEvent, Document, EventType, S3Url};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use ministack::{MiniStack, REGION};
 
 const SOURCE: &str = "bench-source";
-const REGION: &str = "us-east-1";
 
 /// Requests at the same time while the emulator's own ceiling is measured.
 const CEILING_LOOPS: usize = 4;
@@ -24,7 +23,7 @@ const CEILING_VECTOR_BYTES: usize = 6_000;
 
 /// The emulator and clients for it.
 pub struct Cloud {
-    process: Child,
+    _emulator: MiniStack,
     pub port: u16,
     pub endpoint: String,
     s3: aws_sdk_s3::Client,
@@ -55,31 +54,11 @@ pub struct Published {
     pub duplicates: usize,
 }
 
-impl Drop for Cloud {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 impl Cloud {
     /// Starts MiniStack on a free port.
     pub async fn start(ministack: &Path, logs: &Path) -> Result<Self> {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")?
-            .local_addr()?
-            .port();
-        let endpoint = format!("http://127.0.0.1:{port}");
-        let log = std::fs::File::create(logs.join("ministack.log"))?;
-        let process = Command::new(ministack)
-            .env("GATEWAY_PORT", port.to_string())
-            .env("BIND_HOST", "127.0.0.1")
-            .env("MINISTACK_REGION", REGION)
-            .env("AWS_ENDPOINT_URL", &endpoint)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("starting {}", ministack.display()))?;
+        let emulator = MiniStack::start(ministack, &logs.join("ministack.log"))?;
+        let (port, endpoint) = (emulator.port(), emulator.endpoint().to_owned());
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .region(REGION)
             .endpoint_url(&endpoint)
@@ -93,7 +72,7 @@ impl Cloud {
             .load()
             .await;
         let cloud = Self {
-            process,
+            _emulator: emulator,
             port,
             s3: platform::s3_client(&config),
             sqs: aws_sdk_sqs::Client::new(&config),
@@ -102,13 +81,8 @@ impl Cloud {
             etags: std::sync::Mutex::default(),
             runs: std::sync::atomic::AtomicUsize::new(0),
         };
-        for _ in 0..100 {
-            if cloud.s3.create_bucket().bucket(SOURCE).send().await.is_ok() {
-                return Ok(cloud);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        bail!("MiniStack did not start; see ministack.log")
+        cloud.s3.create_bucket().bucket(SOURCE).send().await?;
+        Ok(cloud)
     }
 
     /// Puts the files of a set into the source bucket.
