@@ -2,8 +2,8 @@
 //! model, images to put into it, and the outside view on what comes out.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -19,11 +19,15 @@ use tempfile::TempDir;
 /// The longest that anything here may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A model of CLIP's form that is small enough to load in milliseconds, made
-/// once for all tests of a program.
-pub fn tiny_bundle() -> &'static Path {
-    static BUNDLE: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = BUNDLE.get_or_init(|| {
+/// Where the bundle lies in its folder.
+const BUNDLE: &str = "bundle";
+
+/// A model of CLIP's form that is small enough to load in milliseconds, shared
+/// by the pipelines that are up at the same time and removed with the last.
+fn tiny_bundle() -> Arc<TempDir> {
+    static SHARED: Mutex<Weak<TempDir>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.upgrade().unwrap_or_else(|| {
         let folder = TempDir::new().expect("a temporary folder");
         let weights = folder.path().join("weights.safetensors");
         let architecture = Architecture::named("tiny").expect("a known model");
@@ -39,11 +43,12 @@ pub fn tiny_bundle() -> &'static Path {
             ),
             ..BuildOptions::default()
         };
-        let path = folder.path().join("bundle");
+        let path = folder.path().join(BUNDLE);
         build(&checkpoint, &path, &options, &|_| {}).expect("a bundle is built");
-        (folder, path)
-    });
-    path
+        let folder = Arc::new(folder);
+        *shared = Arc::downgrade(&folder);
+        folder
+    })
 }
 
 /// A deployed pipeline and the folder that its logs are in.
@@ -51,6 +56,7 @@ pub struct Pipeline {
     /// The pipeline.
     pub deployment: Deployment,
     folder: TempDir,
+    _bundle: Arc<TempDir>,
 }
 
 impl Pipeline {
@@ -60,7 +66,9 @@ impl Pipeline {
         adjust: impl FnOnce(DeploymentOptions) -> DeploymentOptions,
     ) -> anyhow::Result<Self> {
         let folder = TempDir::new()?;
-        let mut options = DeploymentOptions::new(tiny_bundle(), folder.path())?;
+        let bundle = tiny_bundle();
+        let path = bundle.path().join(BUNDLE);
+        let mut options = DeploymentOptions::new(&path, folder.path())?;
         options.timings = local::cloud::Timings::fast();
         // The bundle names its model itself; deletions must not be bound to
         // the template's choice of published names.
@@ -68,7 +76,11 @@ impl Pipeline {
             .function_environment
             .insert("MODEL_NAME".to_owned(), String::new());
         let deployment = Deployment::start(&adjust(options)).await?;
-        Ok(Self { deployment, folder })
+        Ok(Self {
+            deployment,
+            folder,
+            _bundle: bundle,
+        })
     }
 
     /// Collects what arrives at the next middleware until `count` different
@@ -95,7 +107,7 @@ impl Pipeline {
     pub async fn rejections(
         &self,
         count: usize,
-    ) -> anyhow::Result<Vec<local::deployment::Rejection>> {
+    ) -> anyhow::Result<Vec<local::deployment::DeadLetter>> {
         let started = Instant::now();
         let mut rejections = Vec::new();
         loop {

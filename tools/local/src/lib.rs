@@ -1,28 +1,16 @@
 //! The pipeline on one machine.
 //!
-//! - [`cloud`]: ECS and Auto Scaling with AWS's own rules, where a RUNNING task
-//!   is a real `gpu-task` process; served over HTTP by [`Cloud::serve`];
-//! - [`ecs`], [`autoscaling`]: the rules of the two APIs;
-//! - [`emulator`]: MiniStack as a child process;
-//! - [`template`]: the SAM template, resolved;
-//! - [`deployment`]: the pipeline of that template, deployed into the two;
-//! - [`demo`]: the main job, shown as it goes;
-//! - [`process`]: children that cannot outlive this program.
+//! - [`emulator`]: ECS and Auto Scaling with AWS's own rules, where a RUNNING
+//!   task is a real `gpu-task` process;
+//! - [`deployment`]: the pipeline of the template, deployed into these and into
+//!   MiniStack;
+//! - [`demo`]: the main job, shown as it goes.
 
-mod autoscaling;
-pub mod cloud;
 pub mod demo;
 pub mod deployment;
-pub mod ecs;
 pub mod emulator;
-mod http;
-pub mod process;
-mod router;
+mod process;
 pub mod sdk;
-mod server;
-pub mod template;
-mod xml;
 
-pub use cloud::{Cloud, CloudConfig};
 pub use deployment::{Deployment, DeploymentOptions};
-pub use http::HttpError;
+pub use emulator::cloud::{self, Cloud, CloudConfig};

@@ -54,7 +54,7 @@ enum Command {
     },
 }
 
-fn parameter(text: &str) -> Result<(String, String), String> {
+fn parameter(text: &str) -> Result<(String, String), &'static str> {
     let (name, value) = text.split_once('=').ok_or("NAME=VALUE is accepted")?;
     Ok((name.to_owned(), value.to_owned()))
 }

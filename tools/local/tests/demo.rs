@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 /// A bundle of the tiny model, made by `clip-model` as a user makes one.
 fn tiny_bundle(folder: &TempDir) -> PathBuf {
-    let clip_model = local::process::sibling("clip-model");
+    let clip_model = ministack::process::sibling("clip-model");
     let weights = folder.path().join("tiny.safetensors");
     let bundle = folder.path().join("tiny");
     let run = |arguments: &[&str]| {
@@ -57,9 +57,24 @@ fn demo(folder: &TempDir, arguments: &[&Path]) -> Command {
         .arg(tiny_bundle(folder))
         .arg("--work-dir")
         .arg(folder.path().join("work"))
+        .env("TMPDIR", temporary(folder))
         .args(arguments)
         .stdin(Stdio::null());
     command
+}
+
+/// The demo's temporary folder, of which nothing must be left.
+fn temporary(folder: &TempDir) -> PathBuf {
+    let path = folder.path().join("tmp");
+    fs::create_dir_all(&path).expect("a folder");
+    path
+}
+
+fn left_behind(folder: &TempDir) -> Vec<String> {
+    let mut left = processes_in(folder.path());
+    let files = fs::read_dir(temporary(folder)).expect("a folder").flatten();
+    left.extend(files.map(|file| file.path().display().to_string()));
+    left
 }
 
 fn text(output: &Output) -> String {
@@ -86,6 +101,7 @@ fn the_samples_come_out_as_vectors_and_events_and_the_cluster_is_at_zero_again()
         said.lines().last(),
         Some("the cluster is back at 0 tasks and 0 instances")
     );
+    assert_eq!(left_behind(&folder), Vec::<String>::new());
 
     let results = folder.path().join("work/demo");
     let events = fs::read_to_string(results.join("events.jsonl")).expect("events");
@@ -173,11 +189,11 @@ fn an_interrupt_stops_everything_that_was_started() {
     rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
     assert_eq!(running.wait().expect("its end").code(), Some(130));
     let stopped = Instant::now();
-    while !processes_in(folder.path()).is_empty() {
+    while !left_behind(&folder).is_empty() {
         assert!(
             stopped.elapsed() < Duration::from_secs(5),
             "left: {:?}",
-            processes_in(folder.path())
+            left_behind(&folder)
         );
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -15,8 +15,6 @@ use local::{
     Deployment, DeploymentOptions,
     cloud::{TaskStatus, Timings},
     deployment::WayIn,
-    emulator::{self, Emulator},
-    process,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -63,53 +61,6 @@ const PNG: &[u8] = &[
     0x78, 0x9C, 0x63, 0, 1, 0, 0, 5, 0, 1, 0x0D, 0x0A, 0x2D, 0xB4, 0, 0, 0, 0, 0x49, 0x45, 0x4E,
     0x44, 0xAE, 0x42, 0x60, 0x82,
 ];
-
-#[tokio::test]
-async fn the_emulator_starts_and_leaves_nothing_behind() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = emulator::program_from_env().expect("LOCAL_MINISTACK is set");
-    let mut running = Emulator::start(&program, folder.path())
-        .await
-        .expect("it starts");
-    let port = running
-        .endpoint()
-        .rsplit(':')
-        .next()
-        .unwrap_or_default()
-        .to_owned();
-    assert!(
-        listeners(&port).contains("127.0.0.1") && !listeners(&port).contains("0.0.0.0:"),
-        "only on 127.0.0.1"
-    );
-    let started = Instant::now();
-    running.stop().await;
-    drop(running);
-    assert!(started.elapsed() < Duration::from_secs(4));
-    assert_eq!(listeners(&port), "");
-    assert!(!folder.path().join("tmp").exists());
-}
-
-/// Listening sockets of a port, as /proc/net/tcp has them, addresses in decimal.
-fn listeners(port: &str) -> String {
-    let port: u16 = port.parse().expect("a port");
-    let table = fs::read_to_string("/proc/net/tcp").expect("a table");
-    let mut found = String::new();
-    for line in table.lines().skip(1) {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let (local, state) = (fields[1], fields[3]);
-        let (address, hex_port) = local.split_once(':').expect("address:port");
-        if state == "0A" && u16::from_str_radix(hex_port, 16) == Ok(port) {
-            let address = u32::from_str_radix(address, 16)
-                .expect("an address")
-                .to_le_bytes();
-            found.push_str(&format!(
-                "{}.{}.{}.{}:{port} ",
-                address[0], address[1], address[2], address[3]
-            ));
-        }
-    }
-    found
-}
 
 #[tokio::test]
 async fn an_upload_becomes_work_and_the_scaler_starts_a_task_for_it() {
@@ -198,7 +149,7 @@ async fn an_upload_becomes_work_and_the_scaler_starts_a_task_for_it() {
     assert!(
         lines
             .iter()
-            .filter_map(local::emulator::LogLine::json)
+            .filter_map(local::deployment::LogLine::json)
             .count()
             > 0,
         "the scaler's lines are JSON"
@@ -319,51 +270,32 @@ async fn stopping_leaves_no_process() {
         .upload("one.png", PNG.to_vec(), None)
         .await
         .expect("uploaded");
-    let pid = until("a running task", || async {
-        pipeline
-            .cloud
-            .snapshot()
-            .tasks
-            .iter()
-            .find_map(|task| task.pid)
+    until("a running task", || async {
+        let tasks = pipeline.cloud.snapshot().tasks;
+        tasks.iter().find_map(|task| task.pid)
     })
     .await;
-    let before = children();
+    let endpoint = pipeline.emulator.endpoint().to_owned();
+    let before = processes_with(&endpoint);
     assert!(
-        before.iter().any(|name| name.contains("debug/scaler")),
-        "the Lambdas are warm: {before:?}"
+        ["sleep", "intake", "scaler", "ministack"]
+            .iter()
+            .all(|name| before.iter().any(|line| line.contains(name))),
+        "emulator, warm functions and a task: {before:?}"
     );
     pipeline.stop().await;
-    for _ in 0..100 {
-        if children_in(folder.path()).is_empty() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    assert_eq!(children_in(folder.path()), Vec::<String>::new());
-    assert!(!process::group_is_alive(pid));
+    assert_eq!(processes_with(&endpoint), Vec::<String>::new());
 }
 
-/// Command lines of every process.
-fn children() -> Vec<String> {
+/// Command lines of the processes that have this endpoint in their environment.
+fn processes_with(endpoint: &str) -> Vec<String> {
+    let variable = format!("AWS_ENDPOINT_URL={endpoint}\0");
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-        if let Ok(line) = fs::read(entry.path().join("cmdline")) {
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if String::from_utf8_lossy(&environment).contains(&variable) {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             found.push(String::from_utf8_lossy(&line).replace('\0', " "));
-        }
-    }
-    found
-}
-
-/// Processes whose working directory or program lies in `folder`.
-fn children_in(folder: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-        let inside = |link: &str| {
-            fs::read_link(entry.path().join(link)).is_ok_and(|path| path.starts_with(folder))
-        };
-        if inside("cwd") || inside("exe") {
-            found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
         }
     }
     found

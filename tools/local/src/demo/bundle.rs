@@ -10,7 +10,9 @@ use std::{
 use clip_model::Bundle;
 use thiserror::Error;
 
-use crate::{demo::screen::Screen, process};
+use ministack::process;
+
+use crate::demo::screen::Screen;
 
 /// Why there is no bundle.
 #[derive(Debug, Error)]

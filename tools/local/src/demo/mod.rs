@@ -4,9 +4,10 @@
 
 mod bundle;
 mod files;
-mod ledger;
 mod screen;
 mod stages;
+mod tally;
+mod upload;
 mod watch;
 
 use std::{
@@ -17,26 +18,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use events::{ImageType, S3Url};
+use events::S3Url;
+use ministack::{CREDENTIALS, REGION};
 use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
 pub use bundle::BundleProblem;
-pub use files::{FilesError, InputFile};
-pub use ledger::{Entry, Ledger, Outcome};
-pub use screen::Screen;
+pub use files::FilesError;
 
 use crate::{
     Deployment, DeploymentOptions,
-    deployment::{DeployError, SOURCE_BUCKET},
-    emulator::EmulatorError,
+    deployment::{DeployError, QueueCounts, SOURCE_BUCKET},
 };
 use bundle::ReadyBundle;
+use files::InputFile;
+use screen::Screen;
+use tally::{Fate, Tally, TrackedFile};
+use upload::Uploaded;
 use watch::Watch;
 
-/// Uploads at a time: enough to keep intake busy on two cores.
-const PARALLEL_UPLOADS: usize = 8;
 /// How often the queues, the tasks and the instances are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the functions' logs are read, which costs more.
@@ -88,7 +89,7 @@ pub enum DemoError {
     Bundle(#[from] BundleProblem),
     /// The emulator.
     #[error(transparent)]
-    Emulator(#[from] EmulatorError),
+    Emulator(#[from] ministack::StartError),
     /// The pipeline.
     #[error(transparent)]
     Deploy(#[from] DeployError),
@@ -139,13 +140,8 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     } else {
         files::collect(&options.paths)?
     };
-    let bundle = bundle::ready(
-        options.bundle.as_deref(),
-        &options.model,
-        &options.work_dir,
-        screen,
-    )
-    .await?;
+    let given = options.bundle.as_deref();
+    let bundle = bundle::ready(given, &options.model, &options.work_dir, screen).await?;
     let warning = bundle
         .synthesized
         .then(|| synthesized_warning(&bundle, &options.work_dir));
@@ -155,15 +151,13 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     let results = options.work_dir.join(RESULTS);
     let logs = results.join("logs");
     start_afresh(&results)?;
-    let size: u64 = files
+    let sizes = files
         .iter()
-        .filter_map(|file| fs::metadata(&file.path).ok())
-        .map(|meta| meta.len())
-        .sum();
+        .filter_map(|file| fs::metadata(&file.path).ok());
     screen.note(&format!(
         "{} files, {:.1} MB; model {} ({})",
         files.len(),
-        to_megabytes(size),
+        to_megabytes(sizes.map(|file| file.len()).sum()),
         bundle.model,
         bundle.precision
     ));
@@ -184,21 +178,19 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         pipeline.cloud_endpoint
     ));
 
-    let mut ledger = Ledger::new(files);
     let first_upload = Instant::now();
-    let events_path = results.join("events.jsonl");
-    let mut watch = Watch::new(&pipeline);
-    let settled = follow(&pipeline, &mut watch, &mut ledger, screen, &events_path).await?;
+    let mut show = Show::new(&pipeline, screen, files, results.join("events.jsonl"))?;
+    let settled = show.follow().await?;
     let work_time = first_upload.elapsed();
-    ledger.close();
+    show.tally.close();
 
     screen.note("every image is settled; the cluster goes back to zero");
-    let at_zero = until_zero(&pipeline, &mut watch, screen, &ledger).await?;
+    let at_zero = show.until_zero().await?;
     screen.finish();
 
     let vectors = results.join("vectors");
-    let vector_count = save_vectors(&pipeline, &ledger, &vectors).await?;
-    report(screen, &ledger, work_time);
+    let vector_count = save_vectors(&pipeline, &show.tally, &vectors).await?;
+    print_results(screen, &show.tally, work_time);
     if !settled {
         screen.print("\nnot every file was settled: the logs below say more");
     }
@@ -210,14 +202,14 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     ));
     screen.print(&format!(
         "events    {} ({} lines)",
-        events_path.display(),
-        ledger.embedded()
+        show.events_path.display(),
+        show.tally.embedded()
     ));
     screen.print(&format!(
         "logs      {} (one per task, and the emulator's)",
         logs.display()
     ));
-    screen.print(&format!("stages    {}", watch.stages.total()));
+    screen.print(&format!("stages    {}", show.watch.stages.total()));
     screen.print(&format!(
         "cluster   at most {} instance(s) and {} task(s) at a time, {} and {} in all",
         snapshot.peak_instances,
@@ -229,9 +221,9 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         screen.print("");
         screen.loud(warning);
     }
-    let all_good = settled && at_zero && ledger.embedded() == ledger.entries.len();
+    let all_good = settled && at_zero && show.tally.embedded() == show.tally.files.len();
     if options.keep {
-        keep_up(&pipeline, screen).await;
+        show.keep().await?;
     }
     screen.print("");
     screen.print(&last_line(&pipeline, at_zero));
@@ -277,16 +269,12 @@ fn synthesized_warning(bundle: &ReadyBundle, work_dir: &Path) -> Vec<String> {
 }
 
 fn start_afresh(results: &Path) -> Result<(), DemoError> {
-    let failed = |source| DemoError::Write {
-        path: results.to_owned(),
-        source,
-    };
     match fs::remove_dir_all(results) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
+        Err(error) => return Err(write_failed(results)(error)),
     }
-    fs::create_dir_all(results.join("vectors")).map_err(failed)
+    fs::create_dir_all(results.join("vectors")).map_err(write_failed(results))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
@@ -294,214 +282,200 @@ fn to_megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// Uploads everything and follows it until each file is settled. False when
-/// some never were.
-async fn follow(
-    pipeline: &Deployment,
-    watch: &mut Watch<'_>,
-    ledger: &mut Ledger,
-    screen: &Screen,
-    events_path: &Path,
-) -> Result<bool, DemoError> {
-    let write_failed = |source| DemoError::Write {
-        path: events_path.to_owned(),
-        source,
-    };
-    let mut events_file = fs::File::create(events_path).map_err(write_failed)?;
-    let total = ledger.entries.len();
-    let mut uploads = start_uploads(pipeline, ledger);
-    let mut last_progress = Instant::now();
-    let mut quiet_since: Option<Instant> = None;
-    let mut logs_read: Option<Instant> = None;
-    let mut uploading = true;
-    screen.note(&format!("uploading {total} files to s3://{SOURCE_BUCKET}"));
-    loop {
-        let before = ledger.settled();
-        while let Ok((index, at, result)) = uploads.try_recv() {
-            ledger.uploaded(index, at, result);
+/// The running demo.
+struct Show<'a> {
+    pipeline: &'a Deployment,
+    screen: &'a Screen,
+    watch: Watch<'a>,
+    tally: Tally,
+    uploads: mpsc::UnboundedReceiver<Uploaded>,
+    is_uploading: bool,
+    events_path: PathBuf,
+    events_file: fs::File,
+    logs_read: Option<Instant>,
+}
+
+impl<'a> Show<'a> {
+    /// Uploads begin here.
+    fn new(
+        pipeline: &'a Deployment,
+        screen: &'a Screen,
+        files: Vec<InputFile>,
+        events_path: PathBuf,
+    ) -> Result<Self, DemoError> {
+        screen.note(&format!(
+            "uploading {} files to s3://{SOURCE_BUCKET}",
+            files.len()
+        ));
+        let tally = Tally::new(files);
+        let events_file = fs::File::create(&events_path).map_err(write_failed(&events_path))?;
+        Ok(Self {
+            watch: Watch::new(pipeline),
+            uploads: upload::start(pipeline, &tally),
+            is_uploading: true,
+            tally,
+            events_path,
+            events_file,
+            logs_read: None,
+            pipeline,
+            screen,
+        })
+    }
+
+    /// Takes everything that is new and tells it. Answers what is in the queue.
+    async fn look(&mut self) -> Result<QueueCounts, DemoError> {
+        while let Ok((index, at, result)) = self.uploads.try_recv() {
+            self.tally.uploaded(index, at, result);
         }
-        if uploading && ledger.uploads() + not_uploaded(ledger) == total {
-            uploading = false;
-            screen.note("all uploaded");
+        if self.is_uploading && self.uploads.is_closed() && self.uploads.is_empty() {
+            self.is_uploading = false;
+            self.screen.note("all uploaded");
         }
-        for event in pipeline.take_events().await? {
+        for event in self.pipeline.take_events().await? {
             let line = event.to_string();
-            if let Some(entry) = ledger.event(event, Instant::now()) {
-                writeln!(events_file, "{line}").map_err(write_failed)?;
-                if let (None, Some(Outcome::Embedded { after, .. })) =
-                    (screen.columns(), &entry.outcome)
-                {
-                    screen.line(
-                        "event",
-                        &format!("{} after {:.1} s", entry.file.key, after.as_secs_f64()),
-                    );
+            if let Some(file) = self.tally.event(event, Instant::now()) {
+                writeln!(self.events_file, "{line}").map_err(write_failed(&self.events_path))?;
+                // Progress bars tell as much.
+                if !self.screen.has_bars() {
+                    show_embedded(self.screen, file);
                 }
             }
         }
-        for rejection in pipeline.take_rejections().await? {
-            match ledger.rejection(&rejection) {
-                Some(entry) => show_rejected(screen, entry),
-                None => screen.line(
+        for letter in self.pipeline.take_rejections().await? {
+            match self.tally.rejection(&letter) {
+                Some(file) => show_rejected(self.screen, file),
+                None => self.screen.line(
                     "rejected",
                     &format!(
                         "{}: {}",
-                        rejection.object.unwrap_or_default(),
-                        rejection.reason.unwrap_or_default()
+                        letter.object.unwrap_or_default(),
+                        letter.reason.unwrap_or_default()
                     ),
                 ),
             }
         }
-        if logs_read.is_none_or(|at| at.elapsed() > LOG_INTERVAL) {
-            for line in watch.intake_lines().await? {
-                if let Some(entry) = ledger.intake_line(&line) {
-                    show_rejected(screen, entry);
+        if self.logs_read.is_none_or(|at| at.elapsed() > LOG_INTERVAL) {
+            for line in self.watch.intake_lines().await? {
+                if let Some(file) = self.tally.intake_line(&line) {
+                    show_rejected(self.screen, file);
                 }
             }
-            watch.show_scaler(screen).await?;
-            logs_read = Some(Instant::now());
+            self.watch.show_scaler(self.screen).await?;
+            self.logs_read = Some(Instant::now());
         }
-        watch.show_cluster(screen);
-        let queue = pipeline.queue_counts(&pipeline.input_queue_url()).await?;
-        screen.progress(
-            ledger.settled(),
-            total,
-            &watch.summary(ledger.embedded(), ledger.uploads(), queue),
-            &watch.stages.now(),
+        self.watch.show_cluster(self.screen);
+        let queue = self.pipeline.input_queue_url();
+        let queue = self.pipeline.queue_counts(&queue).await?;
+        let (embedded, uploads) = (self.tally.embedded(), self.tally.uploads());
+        self.screen.progress(
+            self.tally.settled(),
+            self.tally.files.len(),
+            &self.watch.summary(embedded, uploads, queue),
+            &self.watch.stages.now(),
         );
-
-        if ledger.settled() == total {
-            return Ok(true);
-        }
-        if ledger.settled() > before {
-            last_progress = Instant::now();
-        }
-        let quiet = !uploading && queue.total() == 0 && watch.is_at_rest();
-        quiet_since = if quiet {
-            quiet_since.or_else(|| Some(Instant::now()))
-        } else {
-            None
-        };
-        if quiet_since.is_some_and(|since| since.elapsed() > QUIET_LIMIT) {
-            screen.note("the pipeline is at rest, and some files were never heard of again");
-            return Ok(false);
-        }
-        if last_progress.elapsed() > STALL_LIMIT {
-            screen.note(&format!(
-                "no file was settled for {} s",
-                STALL_LIMIT.as_secs()
-            ));
-            return Ok(false);
-        }
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        Ok(queue)
     }
-}
 
-fn not_uploaded(ledger: &Ledger) -> usize {
-    ledger
-        .entries
-        .iter()
-        .filter(|entry| entry.uploaded.is_none() && entry.outcome.is_some())
-        .count()
-}
-
-fn show_rejected(screen: &Screen, entry: &Entry) {
-    if let Some(Outcome::Rejected { by, reason }) = &entry.outcome {
-        screen.line("rejected", &format!("{} by {by}: {reason}", entry.file.key));
-    }
-}
-
-type Uploaded = (usize, Instant, Result<(), String>);
-
-/// Uploads in the background, some at a time.
-fn start_uploads(pipeline: &Deployment, ledger: &Ledger) -> mpsc::UnboundedReceiver<Uploaded> {
-    let (sender, receiver) = mpsc::unbounded_channel();
-    let queue: Vec<(usize, InputFile)> = ledger
-        .entries
-        .iter()
-        .enumerate()
-        .map(|(index, entry)| (index, entry.file.clone()))
-        .rev()
-        .collect();
-    let queue = std::sync::Arc::new(std::sync::Mutex::new(queue));
-    for _ in 0..PARALLEL_UPLOADS.min(ledger.entries.len()) {
-        let (s3, sender, queue) = (pipeline.s3.clone(), sender.clone(), queue.clone());
-        tokio::spawn(async move {
-            loop {
-                let next = queue
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner)
-                    .pop();
-                let Some((index, file)) = next else { return };
-                let result = upload(&s3, &file).await;
-                // The demo was given up: nobody waits for the rest.
-                if sender.send((index, Instant::now(), result)).is_err() {
-                    return;
-                }
+    /// Follows the files until each is settled. False when some never were.
+    async fn follow(&mut self) -> Result<bool, DemoError> {
+        let mut last_progress = Instant::now();
+        let mut last_noise = Instant::now();
+        loop {
+            let before = self.tally.settled();
+            let queue = self.look().await?;
+            if self.tally.settled() == self.tally.files.len() {
+                return Ok(true);
             }
-        });
+            if self.tally.settled() > before {
+                last_progress = Instant::now();
+            }
+            let is_quiet = !self.is_uploading && queue.total() == 0 && self.watch.is_at_rest();
+            if !is_quiet {
+                last_noise = Instant::now();
+            }
+            if last_noise.elapsed() > QUIET_LIMIT {
+                self.screen
+                    .note("the pipeline is at rest, and some files were never heard of again");
+                return Ok(false);
+            }
+            if last_progress.elapsed() > STALL_LIMIT {
+                let limit = STALL_LIMIT.as_secs();
+                self.screen
+                    .note(&format!("no file was settled for {limit} s"));
+                return Ok(false);
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
     }
-    receiver
+
+    async fn until_zero(&mut self) -> Result<bool, DemoError> {
+        let started = Instant::now();
+        loop {
+            self.look().await?;
+            if self.watch.is_at_rest() {
+                self.watch.show_scaler(self.screen).await?;
+                return Ok(true);
+            }
+            if started.elapsed() > ZERO_LIMIT {
+                return Ok(false);
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Leaves the pipeline up for trials by hand and goes on telling what
+    /// happens in it; Ctrl-C ends it.
+    async fn keep(&mut self) -> Result<(), DemoError> {
+        let cloud = &self.pipeline.cloud_endpoint;
+        self.screen.print("");
+        for line in [
+            "the pipeline stays up until Ctrl-C. Against it:".to_owned(),
+            format!(
+                "  export AWS_ENDPOINT_URL={} AWS_REGION={REGION}",
+                self.pipeline.emulator.endpoint()
+            ),
+            format!("  export AWS_ACCESS_KEY_ID={CREDENTIALS} AWS_SECRET_ACCESS_KEY={CREDENTIALS}"),
+            format!("  export AWS_ENDPOINT_URL_ECS={cloud} AWS_ENDPOINT_URL_AUTO_SCALING={cloud}"),
+            format!("  aws s3 cp photo.jpg s3://{SOURCE_BUCKET}/"),
+        ] {
+            self.screen.print(&line);
+        }
+        self.tally.open();
+        loop {
+            self.look().await?;
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
 }
 
-async fn upload(s3: &aws_sdk_s3::Client, file: &InputFile) -> Result<(), String> {
-    let content = tokio::fs::read(&file.path)
-        .await
-        .map_err(|error| format!("{}: {error}", file.path.display()))?;
-    // As an ordinary uploader does: the type by the name.
-    let content_type = ImageType::from_name(&file.key).map(|kind| kind.mime().to_owned());
-    let request = s3
-        .put_object()
-        .bucket(SOURCE_BUCKET)
-        .key(&file.key)
-        .set_content_type(content_type)
-        .body(content.into());
-    request
-        .send()
-        .await
-        .map(|_| ())
-        .map_err(|error| format!("S3 refused it: {}", error.into_service_error()))
+fn write_failed(path: &Path) -> impl FnOnce(std::io::Error) -> DemoError {
+    let path = path.to_owned();
+    move |source| DemoError::Write { path, source }
 }
 
-async fn until_zero(
-    pipeline: &Deployment,
-    watch: &mut Watch<'_>,
-    screen: &Screen,
-    ledger: &Ledger,
-) -> Result<bool, DemoError> {
-    let started = Instant::now();
-    let mut logs_read = Instant::now();
-    loop {
-        watch.show_cluster(screen);
-        if logs_read.elapsed() > LOG_INTERVAL {
-            watch.show_scaler(screen).await?;
-            logs_read = Instant::now();
-        }
-        let queue = pipeline.queue_counts(&pipeline.input_queue_url()).await?;
-        screen.progress(
-            ledger.settled(),
-            ledger.entries.len(),
-            &watch.summary(ledger.embedded(), ledger.uploads(), queue),
-            &watch.stages.now(),
-        );
-        if watch.is_at_rest() {
-            watch.show_scaler(screen).await?;
-            return Ok(true);
-        }
-        if started.elapsed() > ZERO_LIMIT {
-            return Ok(false);
-        }
-        tokio::time::sleep(LOOK_INTERVAL).await;
+fn show_embedded(screen: &Screen, file: &TrackedFile) {
+    if let Some(Fate::Embedded { after, event }) = &file.fate {
+        let after = after.map(|after| format!(" after {:.1} s", after.as_secs_f64()));
+        let told = format!("{}{}", file.input.key, after.unwrap_or_default());
+        let labels = labels(event);
+        screen.line("event", &[told, labels].join("  "));
+    }
+}
+
+fn show_rejected(screen: &Screen, file: &TrackedFile) {
+    if let Some(Fate::Rejected { by, reason }) = &file.fate {
+        screen.line("rejected", &format!("{} by {by}: {reason}", file.input.key));
     }
 }
 
 async fn save_vectors(
     pipeline: &Deployment,
-    ledger: &Ledger,
+    tally: &Tally,
     folder: &Path,
 ) -> Result<usize, DemoError> {
     let mut saved = 0;
-    for entry in &ledger.entries {
-        let Some(Outcome::Embedded { event, .. }) = &entry.outcome else {
+    for file in &tally.files {
+        let Some(Fate::Embedded { event, .. }) = &file.fate else {
             continue;
         };
         let url = embeddings(event)["vectors"].as_str().unwrap_or_default();
@@ -511,8 +485,8 @@ async fn save_vectors(
         let Some(content) = pipeline.object(&url.bucket, &url.key).await? else {
             continue;
         };
-        let path = folder.join(format!("{}.json", entry.file.key.replace('/', "__")));
-        fs::write(&path, content).map_err(|source| DemoError::Write { path, source })?;
+        let path = folder.join(format!("{}.json", file.input.key.replace('/', "__")));
+        fs::write(&path, content).map_err(write_failed(&path))?;
         saved += 1;
     }
     Ok(saved)
@@ -523,32 +497,32 @@ fn embeddings(event: &Value) -> &Value {
 }
 
 /// The table, and whatever has no row in it.
-fn report(screen: &Screen, ledger: &Ledger, work_time: Duration) {
+fn print_results(screen: &Screen, tally: &Tally, work_time: Duration) {
     let mut rows = Vec::new();
     let mut failed = Vec::new();
-    for entry in &ledger.entries {
-        match &entry.outcome {
-            Some(Outcome::Embedded { after, event }) => rows.push(vec![
-                entry.file.key.clone(),
+    for file in &tally.files {
+        match &file.fate {
+            Some(Fate::Embedded { after, event }) => rows.push(vec![
+                file.input.key.clone(),
                 event["data"]["document"]["type"]
                     .as_str()
                     .unwrap_or_default()
                     .to_owned(),
                 embeddings(event)["dimensions"].to_string(),
-                format!("{:.1} s", after.as_secs_f64()),
+                format!("{:.1} s", after.unwrap_or_default().as_secs_f64()),
                 labels(event),
             ]),
-            Some(Outcome::Rejected { by, reason }) => {
-                failed.push(vec![entry.file.key.clone(), by.clone(), reason.clone()])
+            Some(Fate::Rejected { by, reason }) => {
+                failed.push(vec![file.input.key.clone(), by.clone(), reason.clone()])
             }
-            Some(Outcome::NotUploaded { reason }) => failed.push(vec![
-                entry.file.key.clone(),
+            Some(Fate::NotUploaded { reason }) => failed.push(vec![
+                file.input.key.clone(),
                 "demo".to_owned(),
                 reason.clone(),
             ]),
-            Some(Outcome::Lost) | None => {
+            Some(Fate::Lost) | None => {
                 failed.push(vec![
-                    entry.file.key.clone(),
+                    file.input.key.clone(),
                     "-".to_owned(),
                     "LOST: neither an event nor a rejection".to_owned(),
                 ]);
@@ -577,15 +551,15 @@ fn report(screen: &Screen, ledger: &Ledger, work_time: Duration) {
     screen.print("");
     screen.print(&format!(
         "{} of {} files embedded, {} not, in {:.1} s from the first upload to the last event",
-        ledger.embedded(),
-        ledger.entries.len(),
-        ledger.entries.len() - ledger.embedded(),
+        tally.embedded(),
+        tally.files.len(),
+        tally.files.len() - tally.embedded(),
         work_time.as_secs_f64()
     ));
-    if ledger.repeated_events > 0 {
+    if tally.repeated_events > 0 {
         screen.print(&format!(
             "{} event(s) were delivered more than once, as queues may",
-            ledger.repeated_events
+            tally.repeated_events
         ));
     }
 }
@@ -609,26 +583,4 @@ fn last_line(pipeline: &Deployment, at_zero: bool) -> String {
     } else {
         format!("THE CLUSTER IS NOT BACK AT ZERO: {tasks} tasks and {instances} instances")
     }
-}
-
-/// Leaves the pipeline up for trials by hand; Ctrl-C ends it.
-async fn keep_up(pipeline: &Deployment, screen: &Screen) {
-    screen.print("");
-    screen.print("the pipeline stays up until Ctrl-C. Against it:");
-    screen.print(&format!(
-        "  export AWS_ENDPOINT_URL={} AWS_REGION={}",
-        pipeline.emulator.endpoint(),
-        crate::sdk::REGION
-    ));
-    screen.print(&format!(
-        "  export AWS_ACCESS_KEY_ID={} AWS_SECRET_ACCESS_KEY={}",
-        crate::sdk::ACCESS_KEY,
-        crate::sdk::SECRET_KEY
-    ));
-    screen.print(&format!(
-        "  export AWS_ENDPOINT_URL_ECS={0} AWS_ENDPOINT_URL_AUTO_SCALING={0}",
-        pipeline.cloud_endpoint
-    ));
-    screen.print(&format!("  aws s3 cp photo.jpg s3://{SOURCE_BUCKET}/"));
-    std::future::pending::<()>().await;
 }

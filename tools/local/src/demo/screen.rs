@@ -77,11 +77,18 @@ impl Screen {
     pub fn print(&self, text: &str) {
         match &self.bars {
             // Above the bars, which are drawn again below it.
-            Some(bars) if !bars.images.is_finished() => {
+            Some(bars) if self.has_bars() => {
                 let _ = bars.all.println(text);
             }
             _ => println!("{text}"),
         }
+    }
+
+    /// Whether progress bars are shown now.
+    pub fn has_bars(&self) -> bool {
+        self.bars
+            .as_ref()
+            .is_some_and(|bars| !bars.images.is_finished())
     }
 
     /// How far it is.
@@ -109,12 +116,6 @@ impl Screen {
         self.bars.as_ref()?;
         let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
         Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
-    }
-
-    /// Since the start.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
     }
 }
 

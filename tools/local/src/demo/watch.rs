@@ -12,8 +12,7 @@ use super::{screen::Screen, stages::Stages};
 use crate::{
     Deployment,
     cloud::{ContainerInstanceStatus, InstanceView, Lifecycle, Snapshot, TaskStatus, TaskView},
-    deployment::{DeployError, QueueCounts},
-    emulator::LogLine,
+    deployment::{DeployError, LogLine, QueueCounts},
 };
 
 /// Lines of a failed task's log that are shown.
@@ -121,7 +120,7 @@ impl<'a> Watch<'a> {
         }
         for task in &self.now.tasks {
             match task.status {
-                TaskStatus::Running | TaskStatus::Deactivating | TaskStatus::Stopping => {
+                TaskStatus::Running | TaskStatus::Stopping => {
                     self.stages.read(&task.log);
                 }
                 TaskStatus::Stopped if self.tasks.get(&task.id) != Some(&TaskStatus::Stopped) => {
@@ -180,14 +179,13 @@ fn state_of(instance: &InstanceView) -> &'static str {
 
 fn show_task(screen: &Screen, task: &TaskView) {
     let id = short(&task.id);
-    let on = task.instance.as_deref().map(short).unwrap_or_default();
+    let on = short(&task.instance);
     match task.status {
-        TaskStatus::Provisioning => screen.line("task", &format!("{id} waits for an instance")),
         TaskStatus::Pending => screen.line(
             "task",
             &format!("{id} is placed on {on}; its image is pulled"),
         ),
-        TaskStatus::Activating | TaskStatus::Deactivating => {}
+        TaskStatus::Activating => {}
         TaskStatus::Running => {
             let pid = task
                 .pid

@@ -1,9 +1,9 @@
 //! The local Auto Scaling keeps AWS's rules, seen through AWS's own client.
 
-use crate::common::{GROUP, World, world};
+use crate::common::{CLUSTER, GROUP, World, group_config, world, world_of};
 use aws_sdk_autoscaling::{
     error::ProvideErrorMetadata,
-    types::{Filter, LifecycleState, ScalingActivityStatusCode, Tag},
+    types::{LifecycleState, ScalingActivityStatusCode, Tag},
 };
 use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, Lifecycle, Timings};
 
@@ -89,19 +89,20 @@ async fn desired_capacity_stays_within_the_limits() {
         above.message(),
         Some("New SetDesiredCapacity value 4 is above max value 3 for the AutoScalingGroup.")
     );
-    let update = world
+    world.cloud.create_group(GroupConfig {
+        min: 1,
+        desired: 1,
+        ..GroupConfig::new("from-one", CLUSTER, "g4dn.xlarge", 2)
+    });
+    let below = world
         .autoscaling
-        .update_auto_scaling_group()
-        .auto_scaling_group_name(GROUP)
-        .min_size(1)
-        .max_size(2);
-    update.send().await.expect("new limits");
-    assert_eq!(
-        group(&world).await.desired_capacity(),
-        Some(1),
-        "moved inside the new limits"
-    );
-    let below = set(&world, 0).await.expect_err("a refusal");
+        .set_desired_capacity()
+        .auto_scaling_group_name("from-one")
+        .desired_capacity(0)
+        .send()
+        .await
+        .expect_err("a refusal")
+        .into_service_error();
     assert_eq!(
         below.message(),
         Some("New SetDesiredCapacity value 0 is below min value 1 for the AutoScalingGroup.")
@@ -205,15 +206,12 @@ async fn terminating_with_decrement_lowers_the_wish() {
 
 #[tokio::test]
 async fn terminating_below_the_minimum_is_refused_and_without_decrement_replaces() {
-    let world = world(3, "exit 0").await;
-    world
-        .autoscaling
-        .update_auto_scaling_group()
-        .auto_scaling_group_name(GROUP)
-        .min_size(1)
-        .send()
-        .await
-        .expect("a minimum");
+    let from_one = GroupConfig {
+        min: 1,
+        desired: 1,
+        ..group_config(3)
+    };
+    let world = world_of(from_one, "exit 0").await;
     world
         .until("one instance", |now| {
             now.instances
@@ -254,47 +252,38 @@ async fn terminating_below_the_minimum_is_refused_and_without_decrement_replaces
 
 #[tokio::test]
 async fn protected_instances_survive_scale_in() {
-    let world = world(3, "exit 0").await;
+    let world = world_of(protected(), "exit 0").await;
     world.scale(2).await;
-    let oldest = world.cloud.snapshot().instances[0].id.clone();
-    let protect = world
-        .autoscaling
-        .set_instance_protection()
-        .auto_scaling_group_name(GROUP)
-        .instance_ids(&oldest);
-    protect
-        .protected_from_scale_in(true)
-        .send()
-        .await
-        .expect("protection");
     set(&world, 0).await.expect("capacity");
-    let left = world
+    tokio::time::sleep(4 * Timings::fast().instance_terminate).await;
+    let left = world.cloud.snapshot();
+    assert_eq!(left.live_instances(), 2);
+    let terminate = world
+        .autoscaling
+        .terminate_instance_in_auto_scaling_group()
+        .instance_id(&left.instances[0].id)
+        .should_decrement_desired_capacity(false);
+    terminate.send().await.expect("whoever names it may end it");
+    world
         .until("one is gone", |now| now.live_instances() == 1)
         .await;
-    assert!(
-        left.instances
-            .iter()
-            .any(|one| one.id == oldest && one.lifecycle == Lifecycle::InService)
-    );
+}
+
+fn protected() -> GroupConfig {
+    GroupConfig {
+        protect_new_instances: true,
+        ..group_config(3)
+    }
 }
 
 #[tokio::test]
 async fn a_protected_instance_that_still_boots_can_be_withdrawn() {
-    let world = world(3, "exit 0").await;
+    let world = world_of(protected(), "exit 0").await;
     let slow = Timings {
         instance_launch: std::time::Duration::from_millis(400),
         ..Timings::fast()
     };
     world.cloud.set_timings(slow);
-    let update = world
-        .autoscaling
-        .update_auto_scaling_group()
-        .auto_scaling_group_name(GROUP);
-    update
-        .new_instances_protected_from_scale_in(true)
-        .send()
-        .await
-        .expect("protection");
     set(&world, 1).await.expect("capacity");
     set(&world, 0).await.expect("capacity");
     let now = world
@@ -308,7 +297,7 @@ async fn scale_in_takes_the_newest_where_the_group_says_so() {
     let world = world(3, "exit 0").await;
     let newest = GroupConfig {
         newest_first: true,
-        ..GroupConfig::new("newest", crate::common::CLUSTER, "g5.xlarge", 3)
+        ..GroupConfig::new("newest", CLUSTER, "g5.xlarge", 3)
     };
     world.cloud.create_group(newest);
     let set = |desired| {
@@ -387,26 +376,6 @@ async fn tags_are_kept_on_the_group() {
     let shown = group(&world).await;
     assert_eq!(shown.tags().len(), 1);
     assert_eq!(shown.tags()[0].value(), Some("k=2 why=<a&b>"));
-    let filter = Filter::builder()
-        .name("auto-scaling-group")
-        .values(GROUP)
-        .build();
-    let tags = world
-        .autoscaling
-        .describe_tags()
-        .filters(filter)
-        .send()
-        .await
-        .expect("tags");
-    assert_eq!(tags.tags()[0].key(), Some("clip-scaler:tasks"));
-    world
-        .autoscaling
-        .delete_tags()
-        .tags(tag(""))
-        .send()
-        .await
-        .expect("gone");
-    assert!(group(&world).await.tags().is_empty());
 }
 
 #[tokio::test]
@@ -415,7 +384,7 @@ async fn answers_are_paged() {
     for index in 2..60 {
         world.cloud.create_group(GroupConfig::new(
             &format!("clip-{index}"),
-            crate::common::CLUSTER,
+            CLUSTER,
             "g5.xlarge",
             1,
         ));

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use local::{Cloud, cloud::Snapshot};
+use local::{
+    Cloud,
+    cloud::{GroupConfig, Snapshot},
+};
 use tempfile::TempDir;
 
 pub use crate::shell_cloud::{CLUSTER, FAMILY, definition};
@@ -21,7 +24,16 @@ pub struct World {
 /// A cluster with one group of `max` g4dn.xlarge from zero, and a task
 /// definition whose container runs `script` in a shell.
 pub async fn world(max: usize, script: &str) -> World {
-    let base = shell_cloud(vec![group(GROUP, max)], script).await;
+    world_of(group_config(max), script).await
+}
+
+pub fn group_config(max: usize) -> GroupConfig {
+    group(GROUP, max)
+}
+
+/// As [`world`], with a group of one's own under the name [`GROUP`].
+pub async fn world_of(group: GroupConfig, script: &str) -> World {
+    let base = shell_cloud(vec![group], script).await;
     let config = local::sdk::config(&base.endpoint);
     World {
         ecs: aws_sdk_ecs::Client::new(&config),

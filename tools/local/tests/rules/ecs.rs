@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use crate::common::{CLUSTER, FAMILY, GROUP, definition, world};
+use crate::common::{CLUSTER, FAMILY, definition, world};
 use aws_sdk_ecs::{
     error::ProvideErrorMetadata,
     operation::{run_task::RunTaskError, stop_task::StopTaskError},
     types::{ContainerInstanceStatus, DesiredStatus, TaskStopCode},
 };
-use local::cloud::{ApiFault, ApiFaultKind, GroupConfig, TaskStatus};
+use local::cloud::{ApiFault, ApiFaultKind, TaskStatus};
 use serde_json::json;
 
 const SLEEP: &str = "exec sleep 60";
@@ -170,27 +170,14 @@ async fn an_answer_that_got_lost_is_repeated_for_the_same_token() {
 
 #[tokio::test]
 async fn a_task_is_a_real_process_with_the_environment_of_its_definition() {
-    let world = world(1, "echo $GREETING $NAME $NVIDIA_VISIBLE_DEVICES; exit 3").await;
+    let world = world(1, "echo $GREETING $NVIDIA_VISIBLE_DEVICES; exit 3").await;
     world.scale(1).await;
-    let overrides = aws_sdk_ecs::types::TaskOverride::builder()
-        .container_overrides(
-            aws_sdk_ecs::types::ContainerOverride::builder()
-                .name("gpu-task")
-                .environment(
-                    aws_sdk_ecs::types::KeyValuePair::builder()
-                        .name("NAME")
-                        .value("world")
-                        .build(),
-                )
-                .build(),
-        )
-        .build();
-    let arn = run_one(world.run(1).overrides(overrides)).await;
+    let arn = run_one(world.run(1)).await;
     let snapshot = world
         .until("the task stopped", |now| now.live_tasks() == 0)
         .await;
     let output = std::fs::read_to_string(&snapshot.tasks[0].log).expect("a log");
-    assert!(output.starts_with("hello world GPU-"), "{output}");
+    assert!(output.starts_with("hello GPU-"), "{output}");
 
     let task = describe(&world, &arn).await;
     assert_eq!(task.last_status(), Some("STOPPED"));
@@ -574,94 +561,24 @@ async fn a_draining_instance_takes_no_task_and_keeps_its_own() {
 }
 
 #[tokio::test]
-async fn placement_constraints_choose_the_instance() {
-    let world = world(2, SLEEP).await;
-    world
-        .cloud
-        .create_group(GroupConfig::new("clip-2", CLUSTER, "g5.xlarge", 2));
+async fn what_no_program_asks_for_is_refused_and_not_ignored() {
+    let world = world(1, SLEEP).await;
     world.scale(1).await;
-    world
-        .autoscaling
-        .set_desired_capacity()
-        .auto_scaling_group_name("clip-2")
-        .desired_capacity(1)
-        .send()
-        .await
-        .expect("capacity");
-    world
-        .until("both registered", |now| {
-            now.instances
-                .iter()
-                .filter(|one| one.container_status.is_some())
-                .count()
-                == 2
-        })
-        .await;
-    let constraint = |expression: &str| {
-        aws_sdk_ecs::types::PlacementConstraint::builder()
-            .r#type(aws_sdk_ecs::types::PlacementConstraintType::MemberOf)
-            .expression(expression)
-            .build()
-    };
-    run_one(
-        world
-            .run(1)
-            .placement_constraints(constraint("attribute:ecs.instance-type == g5.xlarge")),
-    )
-    .await;
-    let snapshot = world.cloud.snapshot();
-    let home = snapshot
-        .instances
-        .iter()
-        .find(|one| Some(&one.id) == snapshot.tasks[0].instance.as_ref())
-        .expect("its instance");
-    assert_eq!(home.group, "clip-2");
-    let second = world
-        .run(1)
-        .placement_constraints(constraint("attribute:ecs.instance-type == g5.xlarge"))
-        .send()
-        .await
-        .expect("an answer");
-    let mut reasons: Vec<_> = second
-        .failures()
-        .iter()
-        .filter_map(|failure| failure.reason())
-        .collect();
-    reasons.sort_unstable();
+    let constraint = aws_sdk_ecs::types::PlacementConstraint::builder()
+        .r#type(aws_sdk_ecs::types::PlacementConstraintType::DistinctInstance)
+        .build();
+    let constrained = world.run(1).placement_constraints(constraint).send().await;
+    let refused = constrained.expect_err("a refusal").into_service_error();
     assert_eq!(
-        reasons,
-        ["MemberOf placement constraint unsatisfied.", "RESOURCE:GPU"]
+        refused.message(),
+        Some("placementConstraints is not served locally")
     );
-}
-
-#[tokio::test]
-async fn a_capacity_provider_lets_tasks_wait() {
-    let world = world(2, SLEEP).await;
-    let strategy = aws_sdk_ecs::types::CapacityProviderStrategyItem::builder()
-        .capacity_provider(GROUP)
-        .build()
-        .expect("complete");
-    let waiting = world
-        .ecs
-        .run_task()
-        .cluster(CLUSTER)
-        .task_definition(FAMILY)
-        .capacity_provider_strategy(strategy.clone());
-    let answer = waiting.clone().send().await.expect("an answer");
-    assert_eq!(answer.tasks()[0].last_status(), Some("PROVISIONING"));
-    let both = waiting
-        .launch_type(aws_sdk_ecs::types::LaunchType::Ec2)
-        .send()
-        .await
-        .expect_err("a refusal");
+    let unknown = world.ecs.list_clusters().send().await;
+    let refused = unknown.expect_err("a refusal").into_service_error();
     assert_eq!(
-        both.into_service_error().code(),
-        Some("InvalidParameterException")
+        refused.message(),
+        Some("ListClusters is not served locally")
     );
-    world.scale(1).await;
-    world
-        .until("placed", |now| now.tasks[0].status == TaskStatus::Running)
-        .await;
 }
 
 #[tokio::test]
@@ -688,18 +605,6 @@ async fn unknown_clusters_and_definitions_are_typed_errors() {
     assert!(
         matches!(refused, RunTaskError::ClientException(_)),
         "{refused:?}"
-    );
-    let clusters = world
-        .ecs
-        .describe_clusters()
-        .clusters(CLUSTER)
-        .clusters("other")
-        .send()
-        .await
-        .expect("an answer");
-    assert_eq!(
-        (clusters.clusters().len(), clusters.failures()[0].reason()),
-        (1, Some("MISSING"))
     );
 }
 

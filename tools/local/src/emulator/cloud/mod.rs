@@ -1,8 +1,8 @@
 //! The local cloud: Auto Scaling groups with boot delays and limited capacity,
 //! container instances with GPU slots, and ECS tasks that are real processes.
 //!
-//! [`Cloud`] is a handle; its API doors (`crate::ecs`, `crate::autoscaling`)
-//! are served over HTTP by `crate::server`. Faults are injected through the
+//! [`Cloud`] is a handle; its API doors (`super::ecs`, `super::autoscaling`)
+//! are served over HTTP by `super::server`. Faults are injected through the
 //! handle: capacity that is not there, instances that never register, tasks and
 //! instances that die, API calls that fail.
 
@@ -25,15 +25,17 @@ use tokio::sync::broadcast;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-use crate::process;
+use ministack::{ACCOUNT, process};
+
+use super::{
+    ecs::{self, Refusal},
+    server,
+};
 pub(crate) use faults::Faults;
 pub use faults::{ApiFault, ApiFaultKind};
 pub use instance_types::InstanceType;
-use state::{ClusterState, State, TimeForm};
+use state::{CloudState, ClusterState, TimeForm};
 pub use state::{ContainerInstanceStatus, Lifecycle, TaskStatus};
-
-/// The emulators' account.
-pub const ACCOUNT: &str = "000000000000";
 
 /// Events that a slow listener may be behind before it misses some.
 const EVENT_BUFFER: usize = 8192;
@@ -54,8 +56,6 @@ pub struct Timings {
     pub image_pull: Duration,
     /// How long a stopped task stays visible (ECS: at least one hour).
     pub stopped_task_retention: Duration,
-    /// How long a task waits in PROVISIONING before it is stopped.
-    pub provisioning_limit: Duration,
 }
 
 impl Default for Timings {
@@ -67,7 +67,6 @@ impl Default for Timings {
             capacity_retry: Duration::from_secs(10),
             image_pull: Duration::from_millis(300),
             stopped_task_retention: Duration::from_secs(3600),
-            provisioning_limit: Duration::from_secs(1800),
         }
     }
 }
@@ -208,8 +207,8 @@ pub struct TaskView {
     pub id: String,
     /// Where it is in its life.
     pub status: TaskStatus,
-    /// Its EC2 instance, once placed.
-    pub instance: Option<String>,
+    /// Its EC2 instance.
+    pub instance: String,
     /// Its process, while there is one.
     pub pid: Option<u32>,
     /// When RunTask made it.
@@ -288,19 +287,12 @@ pub struct Cloud {
 pub(crate) struct Inner {
     pub config: CloudConfig,
     pub faults: Faults,
-    state: Mutex<State>,
+    state: Mutex<CloudState>,
     timings: Mutex<Timings>,
     events: broadcast::Sender<AwsEvent>,
     endpoint: OnceLock<String>,
     pub cancel: CancellationToken,
     pub runners: TaskTracker,
-}
-
-impl Inner {
-    /// Where the local APIs are served; empty before [`Cloud::serve`].
-    pub fn endpoint(&self) -> &str {
-        self.endpoint.get().map_or("", String::as_str)
-    }
 }
 
 impl Drop for Inner {
@@ -347,7 +339,7 @@ impl Cloud {
         if let Some(endpoint) = self.inner.endpoint.get() {
             return Ok(endpoint.clone());
         }
-        let address = crate::server::serve(self).await?;
+        let address = server::serve(self).await?;
         Ok(self
             .inner
             .endpoint
@@ -374,16 +366,9 @@ impl Cloud {
     /// Registers a task definition, as RegisterTaskDefinition would.
     ///
     /// # Errors
-    /// What the API would answer, as text.
-    pub fn register_task_definition(&self, definition: &Value) -> Result<String, String> {
-        crate::ecs::register_task_definition(self, definition)
-            .map(|answer| {
-                answer["taskDefinition"]["taskDefinitionArn"]
-                    .as_str()
-                    .unwrap_or_default()
-                    .to_owned()
-            })
-            .map_err(|error| error.to_string())
+    /// What the API would answer.
+    pub fn register_task_definition(&self, definition: &Value) -> Result<String, Refusal> {
+        ecs::register_task_definition(self, definition)
     }
 
     /// Events from now on.
@@ -508,7 +493,7 @@ impl Cloud {
         self.inner.runners.wait().await;
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, CloudState> {
         // A panic while the lock is held is a bug in a rule; the state is still
         // whole enough for the rest of a test to report what it saw.
         self.inner

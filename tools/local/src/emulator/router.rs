@@ -20,7 +20,10 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::{cloud::Cloud, sdk};
+use crate::{
+    cloud::Cloud,
+    sdk::{self, CallFailed, sent},
+};
 
 /// The rules are asked for again after this time: tests add some.
 const RULES_FRESH: Duration = Duration::from_secs(2);
@@ -85,7 +88,7 @@ impl Router {
                     self.rules = rules;
                     self.read_at = Some(Instant::now());
                 }
-                Err(problem) => warn!(problem, "the rules cannot be read; the old ones stay"),
+                Err(error) => warn!(%error, "the old rules stay"),
             }
         }
         let text = event.to_string();
@@ -111,12 +114,12 @@ impl Router {
         }
     }
 
-    async fn read_rules(&self) -> Result<Vec<Rule>, String> {
+    async fn read_rules(&self) -> Result<Vec<Rule>, CallFailed> {
         let mut rules = Vec::new();
         let mut token = None;
         loop {
-            let page = self.events.list_rules().set_next_token(token).send().await;
-            let page = page.map_err(|error| error.into_service_error().to_string())?;
+            let list = self.events.list_rules().set_next_token(token);
+            let page = sent("listing rules", list.send()).await?;
             for rule in page.rules() {
                 let enabled = rule.state().is_none_or(|state| state.as_str() == "ENABLED");
                 let (Some(name), Some(pattern), true) =
@@ -124,8 +127,8 @@ impl Router {
                 else {
                     continue;
                 };
-                let targets = self.events.list_targets_by_rule().rule(name).send().await;
-                let targets = targets.map_err(|error| error.into_service_error().to_string())?;
+                let list = self.events.list_targets_by_rule().rule(name);
+                let targets = sent("listing targets", list.send()).await?;
                 let targets = targets
                     .targets()
                     .iter()

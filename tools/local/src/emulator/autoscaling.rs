@@ -9,51 +9,41 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 
-use crate::{
+use super::{
     cloud::{
         Cloud, Lifecycle,
         groups::{self, TerminateRefusal},
-        state::{Activity, Group, GroupTag, Instance, State},
+        state::{Activity, CloudState, Group, GroupTag, Instance},
     },
-    ecs::ApiError,
+    ecs::Refusal,
     xml::Xml,
 };
 
 /// DescribeAutoScalingGroups answers at most this many, and by default half.
 const GROUPS_MAX: usize = 100;
-/// Default page of DescribeAutoScalingGroups and DescribeTags.
+/// Default page of DescribeAutoScalingGroups.
 const PAGE_DEFAULT: usize = 50;
 /// DescribeScalingActivities answers at most this many, and by default as many.
 const ACTIVITIES_MAX: usize = 100;
-/// SetInstanceProtection takes at most this many instances.
-const PROTECTION_MAX: usize = 50;
-
 /// The parameters of a call, as flat names (`InstanceIds.member.1`).
 pub(crate) type Parameters = BTreeMap<String, String>;
 
-type Answer = Result<Xml, ApiError>;
+type Answer = Result<Xml, Refusal>;
 
-fn validation(message: impl Into<String>) -> ApiError {
-    ApiError::client("ValidationError", message)
+fn validation(message: impl Into<String>) -> Refusal {
+    Refusal::client("ValidationError", message)
 }
 
 /// Carries out one call; the answer is the content of its result element.
 pub(crate) fn call(cloud: &Cloud, operation: &str, parameters: &Parameters) -> Answer {
     match operation {
         "DescribeAutoScalingGroups" => describe_groups(cloud, parameters),
-        "DescribeAutoScalingInstances" => describe_instances(cloud, parameters),
         "DescribeScalingActivities" => describe_activities(cloud, parameters),
         "DescribeWarmPool" => describe_warm_pool(cloud, parameters),
-        "DescribeTags" => describe_tags(cloud, parameters),
         "SetDesiredCapacity" => set_desired_capacity(cloud, parameters),
-        "UpdateAutoScalingGroup" => update_group(cloud, parameters),
         "TerminateInstanceInAutoScalingGroup" => terminate(cloud, parameters),
-        "SetInstanceProtection" => set_protection(cloud, parameters),
         "CreateOrUpdateTags" => create_tags(cloud, parameters),
-        "DeleteTags" => delete_tags(cloud, parameters),
-        "SuspendProcesses" => suspend(cloud, parameters, true),
-        "ResumeProcesses" => suspend(cloud, parameters, false),
-        other => Err(ApiError::client(
+        other => Err(Refusal::client(
             "InvalidAction",
             format!("The action {other} is not served locally."),
         )),
@@ -77,7 +67,7 @@ fn describe_groups(cloud: &Cloud, parameters: &Parameters) -> Answer {
     Ok(xml)
 }
 
-fn write_group(xml: &mut Xml, state: &State, group: &Group) {
+fn write_group(xml: &mut Xml, state: &CloudState, group: &Group) {
     let name = &group.config.name;
     xml.text("AutoScalingGroupName", name);
     xml.text("AutoScalingGroupARN", &group.arn);
@@ -101,10 +91,7 @@ fn write_group(xml: &mut Xml, state: &State, group: &Group) {
         write_instance(xml, instance)
     });
     xml.text("CreatedTime", time(group.created_at));
-    xml.list("SuspendedProcesses", &group.suspended, |xml, process| {
-        xml.text("ProcessName", process);
-        xml.text("SuspensionReason", "User suspended");
-    });
+    xml.list("SuspendedProcesses", &[] as &[String], |_, _| {});
     let tags: Vec<(&String, &GroupTag)> = group.tags.iter().collect();
     xml.list("Tags", &tags, |xml, (key, tag)| {
         write_tag(xml, name, key, tag)
@@ -119,7 +106,7 @@ fn write_group(xml: &mut Xml, state: &State, group: &Group) {
 }
 
 /// The group's instances, those on their way out included, oldest first.
-fn instances_of<'a>(state: &'a State, group: &str) -> Vec<&'a Instance> {
+fn instances_of<'a>(state: &'a CloudState, group: &str) -> Vec<&'a Instance> {
     let mut instances: Vec<&Instance> = state
         .instances
         .values()
@@ -144,27 +131,6 @@ fn write_tag(xml: &mut Xml, group: &str, key: &str, tag: &GroupTag) {
     xml.text("Key", key);
     xml.text("Value", &tag.value);
     xml.text("PropagateAtLaunch", tag.propagate);
-}
-
-fn describe_instances(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let ids = members(parameters, "InstanceIds");
-    let state = cloud.lock();
-    let found: Vec<&Instance> = state
-        .instances
-        .values()
-        .filter(|instance| {
-            instance.lifecycle != Lifecycle::Terminated
-                && (ids.is_empty() || ids.contains(&instance.id))
-        })
-        .collect();
-    let (page, next) = page(&found, parameters, PAGE_DEFAULT, PAGE_DEFAULT)?;
-    let mut xml = Xml::new();
-    xml.list("AutoScalingInstances", page, |xml, instance| {
-        write_instance(xml, instance);
-        xml.text("AutoScalingGroupName", &instance.group);
-    });
-    xml.optional("NextToken", next);
-    Ok(xml)
 }
 
 fn describe_activities(cloud: &Cloud, parameters: &Parameters) -> Answer {
@@ -218,45 +184,6 @@ fn describe_warm_pool(cloud: &Cloud, parameters: &Parameters) -> Answer {
     Ok(xml)
 }
 
-fn describe_tags(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let mut filters: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for index in 1.. {
-        let Some(name) = parameters.get(&format!("Filters.member.{index}.Name")) else {
-            break;
-        };
-        filters.insert(
-            name.clone(),
-            members(parameters, &format!("Filters.member.{index}.Values")),
-        );
-    }
-    let allows = |name: &str, value: &str| {
-        filters
-            .get(name)
-            .is_none_or(|values| values.iter().any(|one| one == value))
-    };
-    let state = cloud.lock();
-    let tags: Vec<(&str, &String, &GroupTag)> = state
-        .groups
-        .values()
-        .flat_map(|group| {
-            group
-                .tags
-                .iter()
-                .map(|(key, tag)| (group.config.name.as_str(), key, tag))
-        })
-        .filter(|(group, key, tag)| {
-            allows("auto-scaling-group", group) && allows("key", key) && allows("value", &tag.value)
-        })
-        .collect();
-    let (page, next) = page(&tags, parameters, PAGE_DEFAULT, GROUPS_MAX)?;
-    let mut xml = Xml::new();
-    xml.list("Tags", page, |xml, (group, key, tag)| {
-        write_tag(xml, group, key, tag)
-    });
-    xml.optional("NextToken", next);
-    Ok(xml)
-}
-
 fn set_desired_capacity(cloud: &Cloud, parameters: &Parameters) -> Answer {
     let name = required(parameters, "AutoScalingGroupName")?.to_owned();
     let desired =
@@ -285,40 +212,6 @@ fn set_desired_capacity(cloud: &Cloud, parameters: &Parameters) -> Answer {
     Ok(Xml::new())
 }
 
-fn update_group(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let name = required(parameters, "AutoScalingGroupName")?.to_owned();
-    {
-        let mut state = cloud.lock();
-        group_of(&state, &name)?;
-        let Some(group) = state.groups.get_mut(&name) else {
-            return Err(not_found(&name));
-        };
-        let min = number(parameters, "MinSize")?.unwrap_or(group.min);
-        let max = number(parameters, "MaxSize")?.unwrap_or(group.max);
-        if min > max {
-            return Err(validation(format!(
-                "Max bound, {max}, must be greater than or equal to min bound, {min}"
-            )));
-        }
-        let asked = number(parameters, "DesiredCapacity")?;
-        if asked.is_some_and(|desired| desired < min || desired > max) {
-            return Err(validation(format!(
-                "Desired capacity:{} must be between the specified min size:{min} and max size:{max}",
-                asked.unwrap_or_default()
-            )));
-        }
-        // Without a new desired capacity the old one is moved inside the new limits.
-        group.desired = asked.unwrap_or_else(|| group.desired.clamp(min, max));
-        group.min = min;
-        group.max = max;
-        if let Some(protect) = parameters.get("NewInstancesProtectedFromScaleIn") {
-            group.protect_new_instances = protect == "true";
-        }
-    }
-    groups::reconcile(cloud, &name);
-    Ok(Xml::new())
-}
-
 fn terminate(cloud: &Cloud, parameters: &Parameters) -> Answer {
     let instance_id = required(parameters, "InstanceId")?;
     let decrement = match parameters
@@ -340,43 +233,6 @@ fn terminate(cloud: &Cloud, parameters: &Parameters) -> Answer {
     Ok(xml)
 }
 
-fn set_protection(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let name = required(parameters, "AutoScalingGroupName")?;
-    let ids = members(parameters, "InstanceIds");
-    if ids.is_empty() || ids.len() > PROTECTION_MAX {
-        return Err(validation("1 to 50 instance ids must be given"));
-    }
-    let protect = required(parameters, "ProtectedFromScaleIn")? == "true";
-    let mut state = cloud.lock();
-    group_of(&state, name)?;
-    for id in &ids {
-        let ours = state
-            .instances
-            .get(id)
-            .is_some_and(|instance| instance.group == name);
-        if !ours {
-            return Err(validation(format!(
-                "The instance {id} is not part of Auto Scaling group {name}."
-            )));
-        }
-        let in_service = state
-            .instances
-            .get(id)
-            .is_some_and(|instance| instance.lifecycle == Lifecycle::InService);
-        if !in_service {
-            return Err(validation(format!(
-                "The instance {id} is not in InService or EnteringStandby or Standby."
-            )));
-        }
-    }
-    for id in &ids {
-        if let Some(instance) = state.instances.get_mut(id) {
-            instance.protected = protect;
-        }
-    }
-    Ok(Xml::new())
-}
-
 fn create_tags(cloud: &Cloud, parameters: &Parameters) -> Answer {
     let mut state = cloud.lock();
     for index in 1.. {
@@ -395,58 +251,25 @@ fn create_tags(cloud: &Cloud, parameters: &Parameters) -> Answer {
     Ok(Xml::new())
 }
 
-fn delete_tags(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let mut state = cloud.lock();
-    for index in 1.. {
-        let field = |name: &str| parameters.get(&format!("Tags.member.{index}.{name}"));
-        let Some(key) = field("Key") else { break };
-        let group_name = field("ResourceId").ok_or_else(|| null_value("tags.member.resourceId"))?;
-        if let Some(group) = state.groups.get_mut(group_name) {
-            group.tags.remove(key);
-        }
-    }
-    Ok(Xml::new())
-}
-
-fn suspend(cloud: &Cloud, parameters: &Parameters, on: bool) -> Answer {
-    let name = required(parameters, "AutoScalingGroupName")?.to_owned();
-    let processes = members(parameters, "ScalingProcesses");
-    {
-        let mut state = cloud.lock();
-        group_of(&state, &name)?;
-        let Some(group) = state.groups.get_mut(&name) else {
-            return Err(not_found(&name));
-        };
-        group
-            .suspended
-            .retain(|process| !processes.contains(process));
-        if on {
-            group.suspended.extend(processes);
-        }
-    }
-    groups::reconcile(cloud, &name);
-    Ok(Xml::new())
-}
-
 // ----------------------------------------------------------------- helpers --
 
-fn group_of<'a>(state: &'a State, name: &str) -> Result<&'a Group, ApiError> {
+fn group_of<'a>(state: &'a CloudState, name: &str) -> Result<&'a Group, Refusal> {
     state.groups.get(name).ok_or_else(|| not_found(name))
 }
 
-fn not_found(name: &str) -> ApiError {
+fn not_found(name: &str) -> Refusal {
     validation(format!(
         "AutoScalingGroup name not found - AutoScalingGroup '{name}' not found"
     ))
 }
 
-fn null_value(member: &str) -> ApiError {
+fn null_value(member: &str) -> Refusal {
     validation(format!(
         "1 validation error detected: Value null at '{member}' failed to satisfy constraint: Member must not be null"
     ))
 }
 
-fn required<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a str, ApiError> {
+fn required<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a str, Refusal> {
     parameters.get(name).map(String::as_str).ok_or_else(|| {
         let mut member = name.to_owned();
         member[..1].make_ascii_lowercase();
@@ -454,7 +277,7 @@ fn required<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a str, ApiEr
     })
 }
 
-fn number(parameters: &Parameters, name: &str) -> Result<Option<usize>, ApiError> {
+fn number(parameters: &Parameters, name: &str) -> Result<Option<usize>, Refusal> {
     let Some(text) = parameters.get(name) else {
         return Ok(None);
     };
@@ -477,7 +300,7 @@ fn page<'a, T>(
     parameters: &Parameters,
     default: usize,
     most: usize,
-) -> Result<(&'a [T], Option<String>), ApiError> {
+) -> Result<(&'a [T], Option<String>), Refusal> {
     let size = number(parameters, "MaxRecords")?
         .unwrap_or(default)
         .min(most);
@@ -486,7 +309,7 @@ fn page<'a, T>(
         Some(token) => token
             .strip_prefix("page-")
             .and_then(|start| start.parse::<usize>().ok())
-            .ok_or_else(|| ApiError::client("InvalidNextToken", "The token is not valid."))?,
+            .ok_or_else(|| Refusal::client("InvalidNextToken", "The token is not valid."))?,
     };
     let start = start.min(all.len());
     let end = (start + size).min(all.len());

@@ -7,19 +7,16 @@ use std::{collections::BTreeMap, convert::Infallible, net::SocketAddr};
 use bytes::Bytes;
 use chrono::Utc;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
-use crate::{
+use super::{
     autoscaling,
-    cloud::{
-        ApiCall, ApiFaultKind, Cloud,
-        state::{CALLS_KEPT, TimeForm},
-    },
-    ecs::{self, ApiError},
+    cloud::{ApiCall, ApiFaultKind, Cloud, state::CALLS_KEPT},
+    ecs::{self, Refusal},
     xml::Xml,
 };
 
@@ -74,9 +71,6 @@ pub(crate) async fn serve(cloud: &Cloud) -> std::io::Result<SocketAddr> {
 }
 
 async fn answer(cloud: &Cloud, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    if request.method() == Method::GET {
-        return metadata(cloud, request.uri().path());
-    }
     let target = request
         .headers()
         .get("x-amz-target")
@@ -101,62 +95,9 @@ async fn answer(cloud: &Cloud, request: Request<Incoming>) -> Response<Full<Byte
     }
 }
 
-/// The task metadata endpoint, version 4: `/v4/<task id>` and `/v4/<task id>/task`.
-fn metadata(cloud: &Cloud, path: &str) -> Response<Full<Bytes>> {
-    let mut segments = path.trim_matches('/').split('/');
-    let (version, id, rest) = (
-        segments.next(),
-        segments.next().unwrap_or_default(),
-        segments.next(),
-    );
-    let state = cloud.lock();
-    let Some(task) = state.tasks.get(id).filter(|_| version == Some("v4")) else {
-        return text(
-            StatusCode::NOT_FOUND,
-            "text/plain",
-            "no such task".to_owned(),
-        );
-    };
-    let described = task.describe(TimeForm::Iso);
-    let container = json!({
-        "DockerId": task.id,
-        "Name": task.definition.container.name,
-        "Image": task.definition.container.image,
-        "KnownStatus": described["lastStatus"],
-        "Labels": {
-            "com.amazonaws.ecs.cluster": task.cluster_arn,
-            "com.amazonaws.ecs.task-arn": task.arn,
-            "com.amazonaws.ecs.task-definition-family": task.definition.family,
-            "com.amazonaws.ecs.task-definition-version": task.definition.revision.to_string(),
-        },
-    });
-    let shown = match rest {
-        None => container,
-        Some("task") => json!({
-            "Cluster": task.cluster_arn,
-            "TaskARN": task.arn,
-            "Family": task.definition.family,
-            "Revision": task.definition.revision.to_string(),
-            "DesiredStatus": described["desiredStatus"],
-            "KnownStatus": described["lastStatus"],
-            "AvailabilityZone": task.zone,
-            "LaunchType": "EC2",
-            "Containers": [container],
-        }),
-        Some(_) => {
-            return text(
-                StatusCode::NOT_FOUND,
-                "text/plain",
-                "no such document".to_owned(),
-            );
-        }
-    };
-    text(StatusCode::OK, "application/json", shown.to_string())
-}
-
 /// The fault that hits a call, translated into an answer of its API.
 struct Struck {
-    error: Option<ApiError>,
+    error: Option<Refusal>,
     /// Carry the call out all the same.
     carried_out: bool,
 }
@@ -168,7 +109,7 @@ async fn strike(cloud: &Cloud, operation: &str, throttle: &str, internal: &str) 
             carried_out: true,
         };
     };
-    let internal_error = || ApiError {
+    let internal_error = || Refusal {
         status: 500,
         code: internal.to_owned(),
         message: "An internal error occurred.".to_owned(),
@@ -176,7 +117,7 @@ async fn strike(cloud: &Cloud, operation: &str, throttle: &str, internal: &str) 
     };
     match kind {
         ApiFaultKind::Throttle => Struck {
-            error: Some(ApiError::client(throttle, "Rate exceeded")),
+            error: Some(Refusal::client(throttle, "Rate exceeded")),
             carried_out: false,
         },
         ApiFaultKind::ServerError => Struck {
@@ -188,7 +129,7 @@ async fn strike(cloud: &Cloud, operation: &str, throttle: &str, internal: &str) 
             carried_out: true,
         },
         ApiFaultKind::Refused { code, message } => Struck {
-            error: Some(ApiError::client(&code, message)),
+            error: Some(Refusal::client(&code, message)),
             carried_out: false,
         },
         ApiFaultKind::Slow(delay) => {
@@ -201,7 +142,7 @@ async fn strike(cloud: &Cloud, operation: &str, throttle: &str, internal: &str) 
     }
 }
 
-fn record(cloud: &Cloud, operation: &str, request: Value, error: Option<&ApiError>) {
+fn record(cloud: &Cloud, operation: &str, request: Value, error: Option<&Refusal>) {
     let call = ApiCall {
         at: Utc::now(),
         operation: operation.to_owned(),

@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::{
     AwsEvent, Cloud, GroupConfig, InstanceType, Lifecycle,
     state::{
-        Activity, ActivityStatus, ContainerInstanceStatus, Group, Instance, Registration,
-        Resources, State,
+        Activity, ActivityStatus, CloudState, ContainerInstanceStatus, Group, Instance,
+        Registration, Resources,
     },
     tasks,
 };
@@ -35,7 +35,6 @@ pub(crate) fn create(cloud: &Cloud, config: GroupConfig) {
         desired: config.desired,
         created_at: Utc::now(),
         protect_new_instances: config.protect_new_instances,
-        suspended: Vec::new(),
         tags: std::collections::BTreeMap::new(),
         activities: Vec::new(),
         capacity: None,
@@ -65,7 +64,7 @@ pub(crate) fn reconcile(cloud: &Cloud, name: &str) {
         };
         let desired = group.desired;
         let live = live_instances(&state, name);
-        if live.len() < desired && !is_suspended(group, "Launch") {
+        if live.len() < desired {
             for _ in live.len()..desired {
                 let step = launch(cloud, &mut state, name);
                 let failed = !matches!(step, Step::Launched { .. });
@@ -80,7 +79,7 @@ pub(crate) fn reconcile(cloud: &Cloud, name: &str) {
                     break;
                 }
             }
-        } else if live.len() > desired && !is_suspended(group, "Terminate") {
+        } else if live.len() > desired {
             let surplus = live.len() - desired;
             let newest_first = group.config.newest_first;
             // Protection begins when an instance is InService: one that still
@@ -135,7 +134,7 @@ fn carry_out(cloud: &Cloud, name: &str, steps: Vec<Step>) {
 }
 
 /// Live instances of a group, oldest first.
-pub(crate) fn live_instances(state: &State, group: &str) -> Vec<String> {
+pub(crate) fn live_instances(state: &CloudState, group: &str) -> Vec<String> {
     let mut live: Vec<&Instance> = state
         .instances
         .values()
@@ -147,11 +146,7 @@ pub(crate) fn live_instances(state: &State, group: &str) -> Vec<String> {
         .collect()
 }
 
-fn is_suspended(group: &Group, process: &str) -> bool {
-    group.suspended.iter().any(|suspended| suspended == process)
-}
-
-fn launch(cloud: &Cloud, state: &mut State, name: &str) -> Step {
+fn launch(cloud: &Cloud, state: &mut CloudState, name: &str) -> Step {
     let number = state.number();
     // Instances on their way out still occupy EC2's capacity.
     let occupied = state
@@ -307,10 +302,9 @@ fn register(cloud: &Cloud, instance_id: &str) {
         });
     }
     cloud.publish_container_instance(instance_id);
-    tasks::place_provisioning(cloud);
 }
 
-fn start_termination(state: &mut State, instance_id: &str, cause: &str) {
+fn start_termination(state: &mut CloudState, instance_id: &str, cause: &str) {
     let Some(instance) = state.instances.get_mut(instance_id) else {
         return;
     };

@@ -10,7 +10,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::{ApiCall, GroupConfig};
@@ -20,7 +20,7 @@ pub(crate) const CALLS_KEPT: usize = 20_000;
 
 /// Everything, behind one lock.
 #[derive(Default)]
-pub(crate) struct State {
+pub(crate) struct CloudState {
     pub clusters: BTreeMap<String, ClusterState>,
     pub groups: BTreeMap<String, Group>,
     /// By EC2 instance id. Terminated instances stay, as a record.
@@ -37,7 +37,7 @@ pub(crate) struct State {
     next_number: u64,
 }
 
-impl State {
+impl CloudState {
     /// A fresh number for ids: ids stay short, unique and in order of creation.
     pub fn number(&mut self) -> u64 {
         self.next_number += 1;
@@ -46,9 +46,9 @@ impl State {
 
     /// Tasks that hold resources of an instance.
     pub fn tasks_on<'a>(&'a self, instance_id: &'a str) -> impl Iterator<Item = &'a Task> {
-        self.tasks.values().filter(move |task| {
-            task.instance.as_deref() == Some(instance_id) && task.status.holds_resources()
-        })
+        self.tasks
+            .values()
+            .filter(move |task| task.instance == instance_id && task.status.holds_resources())
     }
 
     /// What an instance has left for further tasks.
@@ -104,7 +104,6 @@ pub(crate) struct Group {
     pub desired: usize,
     pub created_at: DateTime<Utc>,
     pub protect_new_instances: bool,
-    pub suspended: Vec<String>,
     pub tags: BTreeMap<String, GroupTag>,
     /// Newest last.
     pub activities: Vec<Activity>,
@@ -269,12 +268,7 @@ impl Instance {
 #[derive(Debug)]
 pub(crate) struct TaskDefinition {
     pub family: String,
-    pub revision: usize,
     pub arn: String,
-    /// As registered, camel case, for DescribeTaskDefinition.
-    pub document: Map<String, Value>,
-    pub registered_at: DateTime<Utc>,
-    pub active: std::sync::atomic::AtomicBool,
     pub cpu: u64,
     pub memory_mib: u64,
     pub gpus: usize,
@@ -294,22 +288,17 @@ pub(crate) struct Container {
 
 /// Where a task is in its life.
 ///
-/// `PROVISIONING → PENDING → ACTIVATING → RUNNING → DEACTIVATING → STOPPING →
-/// STOPPED`. RunTask puts it at the start (PROVISIONING only when a capacity
-/// provider has no room yet); its own runner (`tasks::live`) moves it on; StopTask,
-/// the end of its process and the loss of its instance move it to the end.
+/// `PENDING → ACTIVATING → RUNNING → STOPPING → STOPPED`. RunTask puts it at the
+/// start; its own runner (`tasks::live`) moves it on; StopTask, the end of its
+/// process and the loss of its instance move it to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TaskStatus {
-    /// Waiting for a capacity provider to have room.
-    Provisioning,
     /// Placed; the image is being pulled.
     Pending,
     /// The container is being started.
     Activating,
     /// The process runs.
     Running,
-    /// On its way down.
-    Deactivating,
     /// The process has been told to stop.
     Stopping,
     /// Over.
@@ -320,24 +309,22 @@ impl TaskStatus {
     /// The name in the ECS API.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Provisioning => "PROVISIONING",
             Self::Pending => "PENDING",
             Self::Activating => "ACTIVATING",
             Self::Running => "RUNNING",
-            Self::Deactivating => "DEACTIVATING",
             Self::Stopping => "STOPPING",
             Self::Stopped => "STOPPED",
         }
     }
 
     pub(crate) fn holds_resources(self) -> bool {
-        !matches!(self, Self::Provisioning | Self::Stopped)
+        self != Self::Stopped
     }
 
     fn container_status(self) -> &'static str {
         match self {
-            Self::Provisioning | Self::Pending | Self::Activating => "PENDING",
-            Self::Running | Self::Deactivating | Self::Stopping => "RUNNING",
+            Self::Pending | Self::Activating => "PENDING",
+            Self::Running | Self::Stopping => "RUNNING",
             Self::Stopped => "STOPPED",
         }
     }
@@ -356,20 +343,15 @@ pub(crate) struct StopOrder {
 pub(crate) struct Task {
     pub id: String,
     pub arn: String,
-    pub cluster: String,
-    pub cluster_arn: String,
+    pub cluster: ClusterState,
     pub definition: Arc<TaskDefinition>,
-    pub instance: Option<String>,
-    pub container_instance_arn: Option<String>,
-    pub zone: Option<String>,
+    pub instance: String,
+    pub container_instance_arn: String,
+    pub zone: String,
     pub gpus: Vec<String>,
     pub status: TaskStatus,
     pub desired_stopped: bool,
-    pub capacity_provider: Option<String>,
     pub started_by: Option<String>,
-    pub group: String,
-    pub overrides: Value,
-    pub tags: Value,
     pub created_at: DateTime<Utc>,
     pub pull_started_at: Option<DateTime<Utc>>,
     pub pull_stopped_at: Option<DateTime<Utc>>,
@@ -409,7 +391,6 @@ impl TimeForm {
 impl Task {
     /// The task as DescribeTasks and the state change events show it.
     pub fn describe(&self, form: TimeForm) -> Value {
-        let task_version = self.version;
         let mut container = json!({
             "containerArn": format!("{}/{}", self.arn.replace(":task/", ":container/"), self.id),
             "taskArn": self.arn,
@@ -434,29 +415,28 @@ impl Task {
         let mut task = json!({
             "attachments": [],
             "attributes": [{"name": "ecs.cpu-architecture", "value": "x86_64"}],
-            "clusterArn": self.cluster_arn,
+            "availabilityZone": self.zone,
+            "clusterArn": self.cluster.arn,
+            "containerInstanceArn": self.container_instance_arn,
             "connectivity": "CONNECTED",
             "containers": [container],
             "cpu": self.definition.cpu.to_string(),
             "createdAt": form.write(self.created_at),
             "desiredStatus": if self.desired_stopped { "STOPPED" } else { "RUNNING" },
             "enableExecuteCommand": false,
-            "group": self.group,
+            "group": format!("family:{}", self.definition.family),
             "healthStatus": "UNKNOWN",
             "lastStatus": self.status.name(),
             "launchType": "EC2",
             "memory": self.definition.memory_mib.to_string(),
-            "overrides": self.overrides,
-            "tags": self.tags,
+            "overrides": {"containerOverrides": [], "inferenceAcceleratorOverrides": []},
+            "tags": [],
             "taskArn": self.arn,
             "taskDefinitionArn": self.definition.arn,
-            "version": task_version,
+            "version": self.version,
         });
         let object = task.as_object_mut().expect("an object was built above");
         let texts = [
-            ("availabilityZone", self.zone.clone()),
-            ("containerInstanceArn", self.container_instance_arn.clone()),
-            ("capacityProviderName", self.capacity_provider.clone()),
             ("startedBy", self.started_by.clone()),
             ("stopCode", self.stop_code.map(str::to_owned)),
             ("stoppedReason", self.stopped_reason.clone()),
@@ -486,7 +466,7 @@ impl Task {
     }
 }
 
-impl State {
+impl CloudState {
     /// An instance as DescribeContainerInstances and its events show it; none
     /// while its agent has not registered.
     pub fn describe_container_instance(

@@ -3,32 +3,26 @@
 use std::{sync::Arc, sync::Weak, time::Duration};
 
 use chrono::Utc;
-use serde_json::{Value, json};
+use ministack::process::{base_environment, kill, terminate};
 use tokio::{process::Child, sync::watch};
 use uuid::Uuid;
 
 use super::{
     Cloud, ImageProgram, Inner,
-    state::{Instance, State, StopOrder, Task, TaskDefinition, TaskStatus},
+    state::{CloudState, ClusterState, Instance, StopOrder, Task, TaskDefinition, TaskStatus},
 };
 use crate::process;
 
-/// What a RunTask or StartTask call wants of each of its tasks.
-#[derive(Clone)]
+/// What a RunTask call wants of each of its tasks.
 pub(crate) struct Order {
-    pub cluster: String,
-    pub cluster_arn: String,
+    pub cluster: ClusterState,
     pub definition: Arc<TaskDefinition>,
-    pub capacity_provider: Option<String>,
     pub started_by: Option<String>,
-    pub group: String,
-    pub overrides: Value,
-    pub tags: Value,
 }
 
 /// Why an instance cannot take a task, in the words of RunTask's `failures`.
 pub(crate) fn obstacle(
-    state: &State,
+    state: &CloudState,
     instance: &Instance,
     definition: &TaskDefinition,
 ) -> Option<&'static str> {
@@ -53,36 +47,34 @@ pub(crate) fn obstacle(
     None
 }
 
-/// Makes a task. With an instance it starts there; without one it waits in
-/// PROVISIONING until [`place_provisioning`] finds it a place.
+/// Makes a task on an instance that has room for it.
 pub(crate) fn create(
     cloud: &Cloud,
-    state: &mut State,
+    state: &mut CloudState,
     order: &Order,
-    instance: Option<&str>,
+    instance_id: &str,
 ) -> String {
     // ECS task ids are 32 hex digits; the number in front keeps them in order.
     let number = state.number();
     let tail = Uuid::new_v4().simple().to_string();
     let id = format!("{number:08x}{}", &tail[..24]);
-    let (stop, _) = watch::channel(None);
+    let instance = &state.instances[instance_id];
+    let definition = order.definition.clone();
+    let mut gpus = state.remaining(instance).gpus;
+    gpus.truncate(definition.gpus);
+    let registration = instance.registration.as_ref();
     let task = Task {
         id: id.clone(),
-        arn: cloud.arn("ecs", &format!("task/{}/{id}", order.cluster)),
+        arn: cloud.arn("ecs", &format!("task/{}/{id}", order.cluster.name)),
         cluster: order.cluster.clone(),
-        cluster_arn: order.cluster_arn.clone(),
-        definition: order.definition.clone(),
-        instance: None,
-        container_instance_arn: None,
-        zone: None,
-        gpus: Vec::new(),
-        status: TaskStatus::Provisioning,
+        container_instance_arn: registration.map(|one| one.arn.clone()).unwrap_or_default(),
+        instance: instance_id.to_owned(),
+        zone: instance.zone.clone(),
+        gpus,
+        definition,
+        status: TaskStatus::Pending,
         desired_stopped: false,
-        capacity_provider: order.capacity_provider.clone(),
         started_by: order.started_by.clone(),
-        group: order.group.clone(),
-        overrides: order.overrides.clone(),
-        tags: order.tags.clone(),
         created_at: Utc::now(),
         pull_started_at: None,
         pull_stopped_at: None,
@@ -96,100 +88,37 @@ pub(crate) fn create(
         version: 0,
         pid: None,
         log: cloud.inner.config.log_dir.join(format!("task-{id}.log")),
-        stop,
+        stop: watch::channel(None).0,
     };
     state.tasks.insert(id.clone(), task);
-    if let Some(instance) = instance {
-        assign(state, &id, instance);
-    }
     id
-}
-
-fn assign(state: &mut State, task_id: &str, instance_id: &str) {
-    let Some(instance) = state.instances.get(instance_id) else {
-        return;
-    };
-    let left = state.remaining(instance);
-    let container_instance = instance
-        .registration
-        .as_ref()
-        .map(|registration| registration.arn.clone());
-    let zone = instance.zone.clone();
-    let Some(task) = state.tasks.get_mut(task_id) else {
-        return;
-    };
-    task.gpus = left.gpus.into_iter().take(task.definition.gpus).collect();
-    task.instance = Some(instance_id.to_owned());
-    task.container_instance_arn = container_instance;
-    task.zone = Some(zone);
-    task.status = TaskStatus::Pending;
 }
 
 /// Starts the life of a task that was just created.
 pub(crate) fn begin(cloud: &Cloud, task_id: &str) {
-    let home = cloud
-        .lock()
-        .tasks
-        .get(task_id)
-        .and_then(|task| task.instance.clone());
-    cloud.publish_task(task_id);
-    if let Some(instance) = home {
-        // What the instance has left changed: that is a new version of it.
-        cloud.publish_container_instance(&instance);
-        spawn_runner(cloud, task_id);
-        return;
-    }
+    publish(cloud, task_id);
+    let weak = Arc::downgrade(&cloud.inner);
+    let cancel = cloud.inner.cancel.clone();
     let id = task_id.to_owned();
-    cloud.later(cloud.timings().provisioning_limit, move |cloud| {
-        let waits = cloud.lock().tasks.get(&id).is_some_and(|task| task.status == TaskStatus::Provisioning);
-        if waits {
-            let reason = "Task did not transition from PROVISIONING in time: no capacity was available in its capacity provider.";
-            finish(cloud, &id, Ending::failed_to_start(reason.to_owned(), None));
+    cloud.inner.runners.spawn(async move {
+        // On cancellation the runner is dropped, and its process with it.
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = live(weak, &id) => {}
         }
     });
 }
 
-/// Gives tasks in PROVISIONING a place, oldest first, as far as there is room.
-pub(crate) fn place_provisioning(cloud: &Cloud) {
-    let mut placed = Vec::new();
-    {
-        let mut state = cloud.lock();
-        let mut waiting: Vec<(chrono::DateTime<Utc>, String)> = state
-            .tasks
-            .values()
-            .filter(|task| task.status == TaskStatus::Provisioning)
-            .map(|task| (task.created_at, task.id.clone()))
-            .collect();
-        waiting.sort();
-        for (_, id) in waiting {
-            let Some(task) = state.tasks.get(&id) else {
-                continue;
-            };
-            let definition = task.definition.clone();
-            let cluster = task.cluster.clone();
-            let provider = task.capacity_provider.clone();
-            let home = state
-                .instances
-                .values()
-                .find(|instance| {
-                    instance.cluster == cluster
-                        && instance.is_active()
-                        && provider
-                            .as_deref()
-                            .is_none_or(|provider| provider == instance.group)
-                        && obstacle(&state, instance, &definition).is_none()
-                })
-                .map(|instance| instance.id.clone());
-            if let Some(home) = home {
-                assign(&mut state, &id, &home);
-                placed.push((id, home));
-            }
-        }
-    }
-    for (id, home) in placed {
-        cloud.publish_task(&id);
-        cloud.publish_container_instance(&home);
-        spawn_runner(cloud, &id);
+/// A task's state, and what its instance has left with it: a new version of both.
+fn publish(cloud: &Cloud, task_id: &str) {
+    cloud.publish_task(task_id);
+    let instance = cloud
+        .lock()
+        .tasks
+        .get(task_id)
+        .map(|task| task.instance.clone());
+    if let Some(instance) = instance {
+        cloud.publish_container_instance(&instance);
     }
 }
 
@@ -206,46 +135,26 @@ pub(crate) fn lose_tasks_of(cloud: &Cloud, instance_id: &str) {
     }
 }
 
-/// StopTask. False when the task is over or unknown.
-pub(crate) fn stop(cloud: &Cloud, task_id: &str, reason: &str) -> bool {
-    let waits_for_capacity = {
-        let mut state = cloud.lock();
-        let Some(task) = state.tasks.get_mut(task_id) else {
-            return false;
-        };
+/// StopTask. Nothing happens to a task that is over.
+pub(crate) fn stop(cloud: &Cloud, task_id: &str, reason: &str) {
+    update(cloud, task_id, |task| {
         if task.status == TaskStatus::Stopped {
-            return false;
+            return;
         }
         task.desired_stopped = true;
-        let order = StopOrder {
-            code: "UserInitiated",
-            reason: reason.to_owned(),
-            graceful: true,
-        };
-        let had_order = task.stop.borrow().is_some();
-        if !had_order {
+        if task.stop.borrow().is_none() {
+            let order = StopOrder {
+                code: "UserInitiated",
+                reason: reason.to_owned(),
+                graceful: true,
+            };
             task.stop_code = Some(order.code);
             task.stopped_reason = Some(order.reason.clone());
             task.stopping_at = Some(Utc::now());
             task.stop.send_replace(Some(order));
         }
-        task.status == TaskStatus::Provisioning
-    };
-    if waits_for_capacity {
-        finish(
-            cloud,
-            task_id,
-            Ending {
-                code: "UserInitiated",
-                reason: reason.to_owned(),
-                exit_code: None,
-                container_reason: None,
-            },
-        );
-    } else {
-        cloud.publish_task(task_id);
-    }
-    true
+    });
+    cloud.publish_task(task_id);
 }
 
 /// How a task ended.
@@ -267,20 +176,7 @@ impl Ending {
     }
 }
 
-fn spawn_runner(cloud: &Cloud, task_id: &str) {
-    let weak = Arc::downgrade(&cloud.inner);
-    let cancel = cloud.inner.cancel.clone();
-    let id = task_id.to_owned();
-    cloud.inner.runners.spawn(async move {
-        // On cancellation the runner is dropped, and its process with it.
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            () = live(weak, &id) => {}
-        }
-    });
-}
-
-/// The life of a placed task, from PENDING to STOPPED.
+/// The life of a task, from PENDING to STOPPED.
 async fn live(cloud: Weak<Inner>, task_id: &str) {
     let Some(start) = up(&cloud) else { return };
     let pull = start.timings().image_pull;
@@ -382,7 +278,7 @@ async fn stop_process(
 ) -> Option<i32> {
     if order.graceful {
         if let Some(pid) = child.id() {
-            process::terminate(pid);
+            terminate(pid);
         }
         let instance_lost =
             stop.wait_for(|order| order.as_ref().is_some_and(|order| !order.graceful));
@@ -393,7 +289,7 @@ async fn stop_process(
         }
     }
     if let Some(pid) = child.id() {
-        process::kill(pid);
+        kill(pid);
     }
     let exit_code = exit_code_of(child).await;
     // Nobody is left to report the exit code of a lost instance.
@@ -412,17 +308,12 @@ async fn exit_code_of(child: &mut Child) -> Option<i32> {
 }
 
 fn launch(cloud: &Cloud, task_id: &str) -> Result<(Child, Duration), Ending> {
-    let (definition, overrides, gpus, log) = {
+    let (definition, gpus, log) = {
         let state = cloud.lock();
         let Some(task) = state.tasks.get(task_id) else {
             return Err(Ending::failed_to_start("the task is gone".to_owned(), None));
         };
-        (
-            task.definition.clone(),
-            task.overrides.clone(),
-            task.gpus.clone(),
-            task.log.clone(),
-        )
+        (task.definition.clone(), task.gpus.clone(), task.log.clone())
     };
     let container = &definition.container;
     let Some(image) = cloud.inner.config.images.get(&container.image) else {
@@ -439,7 +330,7 @@ fn launch(cloud: &Cloud, task_id: &str) -> Result<(Child, Duration), Ending> {
         program,
         environment,
     } = image;
-    let mut variables = process::base_environment();
+    let mut variables = base_environment();
     variables.extend(
         environment
             .iter()
@@ -447,10 +338,6 @@ fn launch(cloud: &Cloud, task_id: &str) -> Result<(Child, Duration), Ending> {
     );
     variables.extend([
         ("AWS_EXECUTION_ENV".to_owned(), "AWS_ECS_EC2".into()),
-        (
-            "ECS_CONTAINER_METADATA_URI_V4".to_owned(),
-            format!("{}/v4/{task_id}", cloud.inner.endpoint()).into(),
-        ),
         ("NVIDIA_VISIBLE_DEVICES".to_owned(), gpus.join(",").into()),
     ]);
     variables.extend(
@@ -459,28 +346,9 @@ fn launch(cloud: &Cloud, task_id: &str) -> Result<(Child, Duration), Ending> {
             .iter()
             .map(|(name, value)| (name.clone(), value.into())),
     );
-    let mut command = container.command.clone();
-    let override_of_container = overrides["containerOverrides"]
-        .as_array()
-        .and_then(|list| list.iter().find(|one| one["name"] == json!(container.name)));
-    if let Some(changes) = override_of_container {
-        for variable in changes["environment"].as_array().into_iter().flatten() {
-            if let (Some(name), Some(value)) =
-                (variable["name"].as_str(), variable["value"].as_str())
-            {
-                variables.insert(name.to_owned(), value.into());
-            }
-        }
-        if let Some(words) = changes["command"].as_array() {
-            command = words
-                .iter()
-                .filter_map(|word| word.as_str().map(str::to_owned))
-                .collect();
-        }
-    }
     let spec = process::Spec {
         program,
-        args: &command,
+        args: &container.command,
         environment: variables,
         directory: &cloud.inner.config.log_dir,
         log: &log,
@@ -498,14 +366,7 @@ fn launch(cloud: &Cloud, task_id: &str) -> Result<(Child, Duration), Ending> {
 }
 
 fn finish(cloud: &Cloud, task_id: &str, ending: Ending) {
-    let instance = {
-        let mut state = cloud.lock();
-        let Some(task) = state.tasks.get_mut(task_id) else {
-            return;
-        };
-        if task.status == TaskStatus::Stopped {
-            return;
-        }
+    update(cloud, task_id, |task| {
         let now = Utc::now();
         task.status = TaskStatus::Stopped;
         task.desired_stopped = true;
@@ -516,13 +377,8 @@ fn finish(cloud: &Cloud, task_id: &str, ending: Ending) {
         task.stopped_reason = Some(ending.reason);
         task.exit_code = ending.exit_code;
         task.container_reason = ending.container_reason;
-        task.instance.clone()
-    };
-    cloud.publish_task(task_id);
-    if let Some(instance) = instance {
-        cloud.publish_container_instance(&instance);
-    }
-    place_provisioning(cloud);
+    });
+    publish(cloud, task_id);
     let id = task_id.to_owned();
     cloud.later(cloud.timings().stopped_task_retention, move |cloud| {
         cloud.lock().tasks.remove(&id);

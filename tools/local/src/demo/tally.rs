@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -10,21 +11,18 @@ use events::S3Url;
 use serde_json::Value;
 
 use super::files::InputFile;
-use crate::{
-    deployment::{Rejection, SOURCE_BUCKET},
-    emulator::LogLine,
-};
+use crate::deployment::{DeadLetter, DeployError, LogLine, SOURCE_BUCKET};
 
 /// What intake writes of an object that is no image and does not claim to be one.
 const UNSUPPORTED: &str = "neither is an image nor claims to be";
 
 /// How a file ended.
 #[derive(Debug, Clone)]
-pub enum Outcome {
+pub enum Fate {
     /// Its event has arrived at the next middleware.
     Embedded {
-        /// From its upload to its event.
-        after: Duration,
+        /// From its upload here to its event.
+        after: Option<Duration>,
         /// The event.
         event: Value,
     },
@@ -44,7 +42,7 @@ pub enum Outcome {
     Lost,
 }
 
-impl Outcome {
+impl Fate {
     /// Whether the file has its vector.
     #[must_use]
     pub fn is_good(&self) -> bool {
@@ -54,83 +52,111 @@ impl Outcome {
 
 /// A file and what became of it.
 #[derive(Debug, Clone)]
-pub struct Entry {
-    /// The file.
-    pub file: InputFile,
+pub struct TrackedFile {
+    /// What was given.
+    pub input: InputFile,
     /// Its URL in events.
     pub url: String,
     /// When it was uploaded.
     pub uploaded: Option<Instant>,
     /// How it ended.
-    pub outcome: Option<Outcome>,
+    pub fate: Option<Fate>,
 }
 
 /// All files.
 #[derive(Debug)]
-pub struct Ledger {
+pub struct Tally {
     /// In the order in which they were given.
-    pub entries: Vec<Entry>,
+    pub files: Vec<TrackedFile>,
     by_url: HashMap<String, usize>,
     /// Events beyond the first for a file: SQS and SNS deliver at least once.
     pub repeated_events: usize,
+    is_open: bool,
 }
 
-impl Ledger {
-    /// A ledger of files that are not uploaded yet.
+impl Tally {
+    /// A tally of files that are not uploaded yet.
     #[must_use]
-    pub fn new(files: Vec<InputFile>) -> Self {
-        let entries: Vec<Entry> = files
+    pub fn new(inputs: Vec<InputFile>) -> Self {
+        let files: Vec<TrackedFile> = inputs
             .into_iter()
-            .map(|file| Entry {
-                url: S3Url::new(SOURCE_BUCKET, &file.key).to_string(),
-                file,
+            .map(|input| TrackedFile {
+                url: S3Url::new(SOURCE_BUCKET, &input.key).to_string(),
+                input,
                 uploaded: None,
-                outcome: None,
+                fate: None,
             })
             .collect();
-        let by_url = entries
+        let by_url = files
             .iter()
             .enumerate()
-            .map(|(index, entry)| (entry.url.clone(), index))
+            .map(|(index, file)| (file.url.clone(), index))
             .collect();
         Self {
-            entries,
+            files,
             by_url,
             repeated_events: 0,
+            is_open: false,
         }
     }
 
+    /// From now on whatever is heard of counts, others' uploads and repeated
+    /// ones included.
+    pub fn open(&mut self) {
+        self.is_open = true;
+    }
+
+    fn index_of(&mut self, url: &str) -> Option<usize> {
+        let known = self.by_url.get(url).copied();
+        known.or_else(|| {
+            let url: S3Url = url.parse().ok().filter(|_| self.is_open)?;
+            self.by_url.insert(url.to_string(), self.files.len());
+            self.files.push(TrackedFile {
+                url: url.to_string(),
+                input: InputFile {
+                    path: PathBuf::new(),
+                    key: url.key,
+                },
+                uploaded: None,
+                fate: None,
+            });
+            Some(self.files.len() - 1)
+        })
+    }
+
     /// A file was uploaded, or could not be.
-    pub fn uploaded(&mut self, index: usize, at: Instant, result: Result<(), String>) {
-        let Some(entry) = self.entries.get_mut(index) else {
+    pub fn uploaded(&mut self, index: usize, at: Instant, result: Result<(), DeployError>) {
+        let Some(file) = self.files.get_mut(index) else {
             return;
         };
         match result {
-            Ok(()) => entry.uploaded = Some(at),
-            Err(reason) => entry.outcome = Some(Outcome::NotUploaded { reason }),
+            Ok(()) => file.uploaded = Some(at),
+            Err(error) => {
+                let reason = error.to_string();
+                file.fate = Some(Fate::NotUploaded { reason });
+            }
         }
     }
 
     /// An event has arrived. Answers the file it is about, when it is its first.
-    pub fn event(&mut self, event: Value, at: Instant) -> Option<&Entry> {
+    pub fn event(&mut self, event: Value, at: Instant) -> Option<&TrackedFile> {
         let url = event["data"]["document"]["url"].as_str()?;
-        let index = *self.by_url.get(url)?;
-        let entry = self.entries.get_mut(index)?;
-        if entry.outcome.as_ref().is_some_and(Outcome::is_good) {
+        let index = self.index_of(url)?;
+        let file = self.files.get_mut(index)?;
+        if file.fate.as_ref().is_some_and(Fate::is_good) && !self.is_open {
             self.repeated_events += 1;
             return None;
         }
-        // The event may be seen before the upload's own answer is.
-        let after = entry.uploaded.map_or(Duration::ZERO, |uploaded| {
-            at.saturating_duration_since(uploaded)
-        });
-        entry.outcome = Some(Outcome::Embedded { after, event });
-        self.entries.get(index)
+        // An event after the first comes of an upload that is not this one.
+        let after = file.uploaded.filter(|_| file.fate.is_none());
+        let after = after.map(|uploaded| at.saturating_duration_since(uploaded));
+        file.fate = Some(Fate::Embedded { after, event });
+        self.files.get(index)
     }
 
     /// A rejection was found. Answers the file it is about.
-    pub fn rejection(&mut self, rejection: &Rejection) -> Option<&Entry> {
-        let index = *self.by_url.get(rejection.object.as_deref()?)?;
+    pub fn rejection(&mut self, rejection: &DeadLetter) -> Option<&TrackedFile> {
+        let index = self.index_of(rejection.object.as_deref()?)?;
         let by = rejection.by.clone().unwrap_or_else(|| "SQS".to_owned());
         let reason = match (&rejection.reason, &rejection.stage) {
             (Some(reason), Some(stage)) => format!("{reason} (stage {stage})"),
@@ -142,12 +168,12 @@ impl Ledger {
 
     /// A line of intake's log. Answers the file it is about, when intake has
     /// put it aside without a record in the dead-letter queue.
-    pub fn intake_line(&mut self, line: &LogLine) -> Option<&Entry> {
+    pub fn intake_line(&mut self, line: &LogLine) -> Option<&TrackedFile> {
         let line = line.json()?;
         if line["message"].as_str() != Some(UNSUPPORTED) {
             return None;
         }
-        let index = *self.by_url.get(line["url"].as_str()?)?;
+        let index = self.index_of(line["url"].as_str()?)?;
         let declared = line["content_type"]
             .as_str()
             .filter(|kind| *kind != "application/octet-stream");
@@ -161,46 +187,43 @@ impl Ledger {
         )
     }
 
-    fn reject(&mut self, index: usize, by: String, reason: String) -> Option<&Entry> {
-        let entry = self.entries.get_mut(index)?;
-        if entry.outcome.is_some() {
+    fn reject(&mut self, index: usize, by: String, reason: String) -> Option<&TrackedFile> {
+        let file = self.files.get_mut(index)?;
+        if file.fate.is_some() && !self.is_open {
             return None;
         }
-        entry.outcome = Some(Outcome::Rejected { by, reason });
-        self.entries.get(index)
+        file.fate = Some(Fate::Rejected { by, reason });
+        self.files.get(index)
     }
 
     /// Whatever is still open is lost.
     pub fn close(&mut self) {
-        for entry in &mut self.entries {
-            entry.outcome.get_or_insert(Outcome::Lost);
+        for file in &mut self.files {
+            file.fate.get_or_insert(Fate::Lost);
         }
     }
 
     /// Files whose end is known.
     #[must_use]
     pub fn settled(&self) -> usize {
-        self.entries
-            .iter()
-            .filter(|entry| entry.outcome.is_some())
-            .count()
+        self.files.iter().filter(|file| file.fate.is_some()).count()
     }
 
     /// Files with their vector.
     #[must_use]
     pub fn embedded(&self) -> usize {
-        self.entries
+        self.files
             .iter()
-            .filter(|entry| entry.outcome.as_ref().is_some_and(Outcome::is_good))
+            .filter(|file| file.fate.as_ref().is_some_and(Fate::is_good))
             .count()
     }
 
     /// Files that are in the source bucket.
     #[must_use]
     pub fn uploads(&self) -> usize {
-        self.entries
+        self.files
             .iter()
-            .filter(|entry| entry.uploaded.is_some())
+            .filter(|file| file.uploaded.is_some())
             .count()
     }
 }
@@ -211,12 +234,12 @@ mod tests {
 
     use super::*;
 
-    fn ledger() -> Ledger {
+    fn tally() -> Tally {
         let file = |key: &str| InputFile {
             path: key.into(),
             key: key.to_owned(),
         };
-        Ledger::new(vec![
+        Tally::new(vec![
             file("a/my photo+é.png"),
             file("lie.jpg"),
             file("notes.txt"),
@@ -226,36 +249,36 @@ mod tests {
 
     #[test]
     fn each_file_ends_once() {
-        let mut ledger = ledger();
+        let mut tally = tally();
         let start = Instant::now();
-        ledger.uploaded(0, start, Ok(()));
+        tally.uploaded(0, start, Ok(()));
         let event =
             json!({"data": {"document": {"url": "s3://clip-source/a/my%20photo%2B%C3%A9.png"}}});
-        let entry = ledger
+        let file = tally
             .event(event.clone(), start + Duration::from_secs(3))
             .expect("the file");
-        assert_eq!(entry.file.key, "a/my photo+é.png");
+        assert_eq!(file.input.key, "a/my photo+é.png");
         assert!(
-            matches!(entry.outcome, Some(Outcome::Embedded { after, .. }) if after == Duration::from_secs(3))
+            matches!(file.fate, Some(Fate::Embedded { after, .. }) if after == Some(Duration::from_secs(3)))
         );
-        assert!(ledger.event(event, start).is_none(), "delivered twice");
+        assert!(tally.event(event, start).is_none(), "delivered twice");
         assert_eq!(
-            (ledger.settled(), ledger.embedded(), ledger.repeated_events),
+            (tally.settled(), tally.embedded(), tally.repeated_events),
             (1, 1, 1)
         );
 
-        let rejection = Rejection {
+        let rejection = DeadLetter {
             body: String::new(),
             reason: Some("it ends early".into()),
             stage: Some("decode".into()),
             by: Some("gpu-task".into()),
             object: Some("s3://clip-source/lie.jpg".into()),
         };
-        let entry = ledger.rejection(&rejection).expect("the file");
+        let file = tally.rejection(&rejection).expect("the file");
         assert!(
-            matches!(&entry.outcome, Some(Outcome::Rejected { reason, .. }) if reason == "it ends early (stage decode)")
+            matches!(&file.fate, Some(Fate::Rejected { reason, .. }) if reason == "it ends early (stage decode)")
         );
-        assert!(ledger.rejection(&rejection).is_none(), "once is enough");
+        assert!(tally.rejection(&rejection).is_none(), "once is enough");
 
         let line = json!({"message": UNSUPPORTED, "url": "s3://clip-source/notes.txt", "content_type": "text/plain"});
         let line = LogLine {
@@ -263,31 +286,42 @@ mod tests {
             message: line.to_string(),
         };
         assert_eq!(
-            ledger
-                .intake_line(&line)
-                .map(|entry| entry.file.key.clone()),
+            tally.intake_line(&line).map(|file| file.input.key.clone()),
             Some("notes.txt".to_owned())
         );
 
-        assert_eq!(ledger.settled(), 3);
-        ledger.close();
-        assert!(matches!(ledger.entries[3].outcome, Some(Outcome::Lost)));
+        assert_eq!(tally.settled(), 3);
+        tally.close();
+        assert!(matches!(tally.files[3].fate, Some(Fate::Lost)));
     }
 
     #[test]
     fn an_event_after_a_rejection_wins() {
         // A message that SQS gave up may have been finished all the same.
-        let mut ledger = ledger();
-        let given_up = Rejection {
+        let mut tally = tally();
+        let given_up = DeadLetter {
             body: String::new(),
             reason: None,
             stage: None,
             by: None,
             object: Some("s3://clip-source/other.gif".into()),
         };
-        assert!(ledger.rejection(&given_up).is_some());
+        assert!(tally.rejection(&given_up).is_some());
         let event = json!({"data": {"document": {"url": "s3://clip-source/other.gif"}}});
-        assert!(ledger.event(event, Instant::now()).is_some());
-        assert_eq!(ledger.embedded(), 1);
+        assert!(tally.event(event, Instant::now()).is_some());
+        assert_eq!(tally.embedded(), 1);
+    }
+
+    #[test]
+    fn once_open_everything_that_is_heard_of_counts() {
+        let mut tally = tally();
+        let event = json!({"data": {"document": {"url": "s3://clip-source/by%20hand.png"}}});
+        assert!(tally.event(event.clone(), Instant::now()).is_none());
+        tally.open();
+        for _ in 0..2 {
+            let file = tally.event(event.clone(), Instant::now()).expect("told");
+            assert_eq!(file.input.key, "by hand.png");
+        }
+        assert_eq!((tally.files.len(), tally.repeated_events), (5, 0));
     }
 }

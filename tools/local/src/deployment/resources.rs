@@ -1,0 +1,366 @@
+//! The template's resources, created in the emulators.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use aws_sdk_lambda::{
+    primitives::Blob,
+    types::{DestinationConfig, Environment, FunctionCode, OnFailure, Runtime},
+};
+use aws_sdk_s3::types::{
+    Event, EventBridgeConfiguration, LambdaFunctionConfiguration, NotificationConfiguration,
+};
+use aws_sdk_sqs::types::QueueAttributeName;
+use ministack::REGION;
+use serde_json::{Map, Value, json};
+use template::{Stack, list, number, text_of};
+
+use super::{
+    DeployError, Deployment, DeploymentOptions, NEXT_QUEUE, SOURCE_BUCKET, WayIn, built,
+    names::{self, arn, name},
+};
+use crate::{
+    cloud::GroupConfig,
+    sdk::{CallFailed, failed, sent},
+};
+
+/// How a vector store subscribes to this system's topic.
+const NEXT_FILTER: &str = include_str!("../../../../events/filters/vector-store.json");
+/// Lambda functions must have a role; the emulator asks nothing of it.
+const ROLE_ARN: &str = "arn:aws:iam::000000000000:role/local";
+/// A function of the template is ready to be invoked well within this.
+const FUNCTION_READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// What does not fit on AWS's side of the container: these variables of the task
+/// definition are replaced, since this machine has no GPU and no EFS.
+/// Everything else in the task's environment is the template's.
+const TASK_VARIABLES_LEFT_OUT: [&str; 2] = ["MODEL_URI", "CACHE_DIR"];
+
+impl Deployment {
+    pub(super) async fn create_storage(&self) -> Result<(), DeployError> {
+        let own = self
+            .stack
+            .of_type("AWS::S3::Bucket")
+            .map(|(id, _)| names::bucket(id));
+        for bucket in own.chain([SOURCE_BUCKET.to_owned()]) {
+            let create = self.s3.create_bucket().bucket(&bucket);
+            sent(format!("creating bucket {bucket}"), create.send()).await?;
+        }
+        // A queue with a redrive policy needs its dead-letter queue first.
+        let mut queues: Vec<_> = self.stack.of_type("AWS::SQS::Queue").collect();
+        queues.sort_by_key(|(_, queue)| queue["RedrivePolicy"].is_object());
+        for (id, queue) in queues {
+            self.create_queue(&name(id), queue).await?;
+        }
+        self.create_queue(NEXT_QUEUE, &Value::Null).await?;
+
+        for (id, _) in self.stack.of_type("AWS::SNS::Topic") {
+            let create = self.sns.create_topic().name(name(id));
+            sent(format!("creating topic {id}"), create.send()).await?;
+        }
+        for (_, subscription) in self.stack.of_type("AWS::SNS::Subscription") {
+            self.subscribe(subscription).await?;
+        }
+        // With another output kind there is still the topic itself.
+        let topic = self.stack.of_type("AWS::SNS::Topic").next();
+        let (topic, _) = topic.ok_or(DeployError::Lacks("AWS::SNS::Topic"))?;
+        let next = json!({
+            "TopicArn": arn("sns", &name(topic)),
+            "Protocol": "sqs",
+            "Endpoint": arn("sqs", NEXT_QUEUE),
+            "RawMessageDelivery": true,
+            "FilterPolicyScope": "MessageBody",
+            "FilterPolicy": serde_json::from_str::<Value>(NEXT_FILTER).unwrap_or_default(),
+        });
+        self.subscribe(&next).await
+    }
+
+    /// Creates a queue with the attributes of a template's `AWS::SQS::Queue`.
+    ///
+    /// # Errors
+    /// When the emulator refuses it.
+    pub async fn create_queue(
+        &self,
+        name: &str,
+        properties: &Value,
+    ) -> Result<String, DeployError> {
+        // The attributes that decide how a queue behaves; encryption does nothing here.
+        const ATTRIBUTES: [&str; 6] = [
+            "VisibilityTimeout",
+            "MessageRetentionPeriod",
+            "ReceiveMessageWaitTimeSeconds",
+            "RedrivePolicy",
+            "DelaySeconds",
+            "MaximumMessageSize",
+        ];
+        let mut create = self.sqs.create_queue().queue_name(name);
+        for attribute in ATTRIBUTES {
+            let value = &properties[attribute];
+            if !value.is_null() {
+                create = create.attributes(QueueAttributeName::from(attribute), text_of(value));
+            }
+        }
+        let created = sent(format!("creating queue {name}"), create.send()).await?;
+        Ok(created.queue_url.unwrap_or_default())
+    }
+
+    /// Subscribes as a template's `AWS::SNS::Subscription` does.
+    ///
+    /// # Errors
+    /// When the emulator refuses it.
+    pub async fn subscribe(&self, subscription: &Value) -> Result<(), DeployError> {
+        let field = |name: &str| text_of(&subscription[name]);
+        let mut request = self
+            .sns
+            .subscribe()
+            .topic_arn(field("TopicArn"))
+            .protocol(field("Protocol"))
+            .endpoint(field("Endpoint"));
+        for attribute in ["RawMessageDelivery", "FilterPolicyScope", "FilterPolicy"] {
+            if !subscription[attribute].is_null() {
+                request = request.attributes(attribute, field(attribute));
+            }
+        }
+        let what = format!("subscribing {} to {}", field("Endpoint"), field("TopicArn"));
+        sent(what, request.send()).await?;
+        Ok(())
+    }
+
+    pub(super) fn create_cluster(&self, definition: &Value) -> Result<(), DeployError> {
+        let cluster = self.stack.of_type("AWS::ECS::Cluster").next();
+        let cluster = name(cluster.ok_or(DeployError::Lacks("AWS::ECS::Cluster"))?.0);
+        self.cloud.create_cluster(&cluster);
+        for (id, group) in self.stack.of_type("AWS::AutoScaling::AutoScalingGroup") {
+            self.cloud.create_group(group_of(id, &cluster, group));
+        }
+        let registered = self.cloud.register_task_definition(definition);
+        registered.map_err(failed("registering the task definition"))?;
+        Ok(())
+    }
+
+    pub(super) async fn create_functions(
+        &self,
+        options: &DeploymentOptions,
+    ) -> Result<(), DeployError> {
+        let functions: Vec<_> = self.stack.of_type("AWS::Serverless::Function").collect();
+        for (id, function) in &functions {
+            let metadata = &self.stack.resources[*id].metadata;
+            let binary = text_of(&metadata["BuildProperties"]["Binary"]);
+            let code = code_package(&built(options.programs.functions.join(binary))?)?;
+            let mut variables = BTreeMap::from(
+                ["AWS_ENDPOINT_URL_ECS", "AWS_ENDPOINT_URL_AUTO_SCALING"]
+                    .map(|name| (name.to_owned(), self.cloud_endpoint.clone())),
+            );
+            let declared = function["Environment"]["Variables"].as_object();
+            variables.extend(
+                declared
+                    .into_iter()
+                    .flatten()
+                    .map(|(name, value)| (name.clone(), text_of(value))),
+            );
+            variables.extend(options.function_environment.clone());
+            let environment = Environment::builder()
+                .set_variables(Some(variables.into_iter().collect()))
+                .build();
+            // Reserved concurrency is left out: the emulator drops an asynchronous
+            // event that it throttles, where Lambda keeps it for later.
+            let create = self
+                .lambda
+                .create_function()
+                .function_name(name(id))
+                .runtime(Runtime::Providedal2023)
+                .handler("bootstrap")
+                .role(ROLE_ARN)
+                .set_timeout(integer(&function["Timeout"]))
+                .set_memory_size(integer(&function["MemorySize"]))
+                .environment(environment)
+                .code(FunctionCode::builder().zip_file(Blob::new(code)).build());
+            sent(format!("creating function {id}"), create.send()).await?;
+        }
+        for (id, _) in functions {
+            self.until_ready(&name(id)).await?;
+        }
+        for (id, config) in self.stack.of_type("AWS::Lambda::EventInvokeConfig") {
+            let destination = config["DestinationConfig"]["OnFailure"]["Destination"].as_str();
+            let destination = destination.map(|arn| {
+                let on_failure = OnFailure::builder().destination(arn).build();
+                DestinationConfig::builder().on_failure(on_failure).build()
+            });
+            let put = self
+                .lambda
+                .put_function_event_invoke_config()
+                .function_name(text_of(&config["FunctionName"]))
+                .set_maximum_event_age_in_seconds(integer(&config["MaximumEventAgeInSeconds"]))
+                .set_maximum_retry_attempts(integer(&config["MaximumRetryAttempts"]))
+                .set_destination_config(destination);
+            sent(format!("configuring invocations, {id}"), put.send()).await?;
+        }
+        Ok(())
+    }
+
+    async fn until_ready(&self, function: &str) -> Result<(), DeployError> {
+        let started = Instant::now();
+        loop {
+            let what = format!("waiting for function {function}");
+            let get = self
+                .lambda
+                .get_function_configuration()
+                .function_name(function);
+            let answer = sent(&what, get.send()).await?;
+            if answer
+                .state()
+                .is_none_or(|state| state.as_str() == "Active")
+            {
+                return Ok(());
+            }
+            if started.elapsed() > FUNCTION_READY_LIMIT {
+                let problem = format!("its state is {:?}", answer.state());
+                return Err(CallFailed { what, problem }.into());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub(super) async fn create_rules(&self) -> Result<(), DeployError> {
+        for (id, rule) in self.stack.of_type("AWS::Events::Rule") {
+            let what = format!("creating rule {id}");
+            let pattern = &rule["EventPattern"];
+            let put = self
+                .events
+                .put_rule()
+                .name(name(id))
+                .set_schedule_expression(rule["ScheduleExpression"].as_str().map(str::to_owned))
+                .set_event_pattern(pattern.is_object().then(|| pattern.to_string()));
+            sent(&what, put.send()).await?;
+            let mut targets = self.events.put_targets().rule(name(id));
+            for target in list(&rule["Targets"]) {
+                let target = aws_sdk_eventbridge::types::Target::builder()
+                    .id(text_of(&target["Id"]))
+                    .arn(text_of(&target["Arn"]));
+                targets = targets.targets(target.build().map_err(failed(&what))?);
+            }
+            sent(&what, targets.send()).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the source bucket tell intake of its objects.
+    pub(super) async fn connect(&self, way_in: WayIn) -> Result<(), DeployError> {
+        let what = "notifying intake";
+        let configuration = NotificationConfiguration::builder();
+        let configuration = match way_in {
+            WayIn::EventBridge => configuration
+                .event_bridge_configuration(EventBridgeConfiguration::builder().build()),
+            WayIn::Notification => {
+                let intake = format!("function:{}", name("IntakeFunction"));
+                let function = LambdaFunctionConfiguration::builder()
+                    .id("intake")
+                    .lambda_function_arn(arn("lambda", &intake))
+                    .events(Event::from("s3:ObjectCreated:*"))
+                    .events(Event::from("s3:ObjectRemoved:*"));
+                let function = function.build().map_err(failed(what))?;
+                configuration.lambda_function_configurations(function)
+            }
+        };
+        let put = self
+            .s3
+            .put_bucket_notification_configuration()
+            .bucket(SOURCE_BUCKET)
+            .notification_configuration(configuration.build());
+        sent(what, put.send()).await?;
+        Ok(())
+    }
+}
+
+fn integer(value: &Value) -> Option<i32> {
+    value.as_i64().and_then(|value| i32::try_from(value).ok())
+}
+
+fn group_of(logical_id: &str, cluster: &str, group: &Value) -> GroupConfig {
+    let policy = &group["MixedInstancesPolicy"];
+    let instance_type = text_of(&policy["LaunchTemplate"]["Overrides"][0]["InstanceType"]);
+    let on_demand = &policy["InstancesDistribution"]["OnDemandPercentageAboveBaseCapacity"];
+    let size = |field: &str| text_of(&group[field]).parse().unwrap_or(0);
+    let subnets = list(&group["VPCZoneIdentifier"]).len().max(1);
+    let zones = ["a", "b", "c", "d", "e", "f"].into_iter().take(subnets);
+    GroupConfig {
+        spot: number(on_demand) == Some(0.0),
+        min: size("MinSize"),
+        desired: size("MinSize"),
+        zones: zones.map(|letter| format!("{REGION}{letter}")).collect(),
+        protect_new_instances: group["NewInstancesProtectedFromScaleIn"] == true,
+        newest_first: group["TerminationPolicies"][0] == "NewestInstance",
+        ..GroupConfig::new(&name(logical_id), cluster, &instance_type, size("MaxSize"))
+    }
+}
+
+/// The template's task definition as RegisterTaskDefinition takes it, with the
+/// variables that only make sense inside its container replaced.
+pub(super) fn task_definition(
+    stack: &Stack,
+    bundle: &Path,
+    own: &BTreeMap<String, String>,
+) -> Result<Value, DeployError> {
+    let (id, properties) = stack
+        .of_type("AWS::ECS::TaskDefinition")
+        .next()
+        .ok_or(DeployError::Lacks("AWS::ECS::TaskDefinition"))?;
+    let mut definition = camel_case(properties);
+    definition["family"] = json!(name(id));
+    let container = definition["containerDefinitions"]
+        .get_mut(0)
+        .ok_or(DeployError::Lacks("container definition"))?;
+    let mut variables: BTreeMap<String, String> = list(&container["environment"])
+        .into_iter()
+        .map(|one| (text_of(&one["name"]), text_of(&one["value"])))
+        .filter(|(name, _)| !TASK_VARIABLES_LEFT_OUT.contains(&name.as_str()))
+        .collect();
+    variables.insert("EXECUTION_PROVIDER".to_owned(), "cpu".to_owned());
+    variables.insert("MODEL_PATH".to_owned(), bundle.display().to_string());
+    variables.extend(own.clone());
+    container["environment"] = variables
+        .iter()
+        .map(|(name, value)| json!({"name": name, "value": value}))
+        .collect();
+    Ok(definition)
+}
+
+/// CloudFormation writes `ContainerDefinitions` where the API has `containerDefinitions`.
+fn camel_case(value: &Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let renamed = members.iter().map(|(name, member)| {
+                let mut name = name.clone();
+                name[..1].make_ascii_lowercase();
+                (name, camel_case(member))
+            });
+            Value::Object(renamed.collect::<Map<_, _>>())
+        }
+        Value::Array(items) => items.iter().map(camel_case).collect(),
+        scalar => scalar.clone(),
+    }
+}
+
+/// A Lambda package: a zip with one file, `bootstrap`, which is the program at
+/// its place in the target folder. (Debug builds are 50 MB each: sending them as
+/// base64 through two SDK layers made a start take six seconds.)
+fn code_package(program: &Path) -> Result<Vec<u8>, DeployError> {
+    use std::io::Write;
+    // Single quotes keep everything but a single quote from the shell.
+    let quoted = program.display().to_string().replace('\'', r"'\''");
+    let bootstrap = format!("#!/bin/sh\nexec '{quoted}'\n");
+    let package = || -> io::Result<Vec<u8>> {
+        let mut archive = zip::ZipWriter::new(io::Cursor::new(Vec::new()));
+        let stored = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored)
+            .unix_permissions(0o755);
+        archive.start_file("bootstrap", stored)?;
+        archive.write_all(bootstrap.as_bytes())?;
+        Ok(archive.finish()?.into_inner())
+    };
+    package().map_err(DeployError::file(program))
+}
