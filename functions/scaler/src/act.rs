@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::aws::{ApiError, Aws, UPDATE_STATE_MAX};
 use crate::observe::tasks_on;
-use crate::planner::{Action, Plan};
+use planner::{Action, Plan};
 
 /// What became of an action.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use platform::Failure;
 
-use crate::observation::{Activity, Arrivals, ContainerInstance, GroupInstance, Queue, Task};
+use planner::observation::{Activity, Arrivals, ContainerInstance, GroupInstance, Queue, Task};
 
 /// Most ARNs of one Describe call and most entries of one List page (ECS API
 /// reference, DescribeTasks, ListTasks and their container instance twins).

@@ -2,7 +2,7 @@
 
 use platform::env::{EnvError, Reader, invalid};
 
-use crate::policy::{CapacityOption, Policy};
+use planner::{CapacityOption, Policy};
 
 /// Largest MAX_INSTANCES accepted. DescribeAutoScalingGroups, tags and the log
 /// line stay small below it; GPU quotas end long before.

@@ -11,11 +11,11 @@ use serde_json::Value;
 use crate::act::{Outcome, OutcomeKind, act};
 use crate::aws::Aws;
 use crate::config::Config;
-use crate::history;
-use crate::observation::Observation;
 use crate::observe::{ObserveError, observe};
-use crate::planner::{Action, Plan, plan};
-use crate::policy::Policy;
+use planner::Observation;
+use planner::Policy;
+use planner::history;
+use planner::{Action, Plan, plan};
 
 /// Waits before another look at a queue that seems empty though somebody says
 /// that work came: SQS's counts are approximate and lag behind a send.
@@ -173,7 +173,7 @@ fn deserves_second_look(cause: &Cause, observation: &Observation) -> bool {
     let nothing_runs = observation
         .tasks
         .iter()
-        .all(|task| task.stopping || task.status == crate::observation::TaskStatus::Stopped);
+        .all(|task| task.stopping || task.status == planner::observation::TaskStatus::Stopped);
     matches!(cause, Cause::Work(_)) && observation.queue.backlog() == 0 && nothing_runs
 }
 

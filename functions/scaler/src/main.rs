@@ -4,11 +4,12 @@
 use std::process::ExitCode;
 
 use lambda_runtime::{LambdaEvent, service_fn};
+use planner::explain::{read_record, render};
+use planner::{Policy, plan};
 use platform::env::Reader;
+use scaler::SdkAws;
 use scaler::config::{Config, read_policy};
-use scaler::explain::{read_record, render};
 use scaler::handler::{Cause, blind_line, log, metric_lines, run};
-use scaler::{Policy, SdkAws, plan};
 use serde_json::{Value, json};
 
 const HELP: &str = "\
@@ -147,12 +148,12 @@ fn explain(file: &str, as_json: bool) -> Result<(), String> {
     Ok(())
 }
 
-fn default_policy(observation: &scaler::Observation) -> Policy {
+fn default_policy(observation: &planner::Observation) -> Policy {
     Policy {
         options: observation
             .groups
             .iter()
-            .map(|group| scaler::CapacityOption {
+            .map(|group| planner::CapacityOption {
                 name: group.name.clone(),
                 auto_scaling_group: group.name.clone(),
                 instance_type: None,

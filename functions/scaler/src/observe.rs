@@ -6,9 +6,9 @@ use std::time::Duration;
 use futures_util::future::try_join_all;
 
 use crate::aws::{ApiError, Aws, DESCRIBE_MAX, DescribedGroup, Page, TaskFilter};
-use crate::memory::{OPTION_KEY, TASKS_KEY};
-use crate::observation::{ContainerInstance, Group, Observation, Task};
-use crate::policy::Policy;
+use planner::Policy;
+use planner::observation::{ContainerInstance, Group, Observation, Task};
+use planner::streak::{OPTION_KEY, TASKS_KEY};
 
 /// Time that all reads together may take. The Lambda's time-out (60 s) leaves
 /// room for the writes.

@@ -19,7 +19,7 @@ use crate::aws::{
     ApiError, Aws, DescribedGroup, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
 };
 use crate::config::Config;
-use crate::observation::{
+use planner::observation::{
     Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
     GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
 };

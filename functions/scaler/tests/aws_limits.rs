@@ -3,11 +3,11 @@
 mod common;
 
 use common::{FakeAws, config, launch, now};
+use planner::observation::{ActivityStatus, Queue, TaskStatus};
+use planner::streak::OPTION_KEY;
 use scaler::act::OutcomeKind;
 use scaler::aws::Aws;
 use scaler::handler::{Cause, Report, run};
-use scaler::memory::OPTION_KEY;
-use scaler::observation::{ActivityStatus, Queue, TaskStatus};
 
 fn visible(count: u64) -> Queue {
     Queue {
@@ -169,7 +169,7 @@ async fn what_could_not_be_placed_is_reported_and_the_rest_runs() {
     let observation = scaler::observe::observe(&aws, &config(5, 1).policy, now())
         .await
         .expect("readable");
-    let plan = scaler::plan(&observation, &config(5, 1).policy);
+    let plan = planner::plan(&observation, &config(5, 1).policy);
     aws.with(|state| state.instances[1].agent_connected = false);
     let outcomes = scaler::act::act(&aws, &plan).await;
     assert_eq!(outcomes.len(), 1);
@@ -195,8 +195,8 @@ async fn two_runs_at_once_launch_nothing_twice() {
     let observation = scaler::observe::observe(&aws, &policy, now())
         .await
         .expect("readable");
-    let first = scaler::plan(&observation, &policy);
-    let second = scaler::plan(&observation, &policy);
+    let first = planner::plan(&observation, &policy);
+    let second = planner::plan(&observation, &policy);
     scaler::act::act(&aws, &first).await;
     scaler::act::act(&aws, &second).await;
     assert_eq!(aws.with(|state| state.running()), 3);
@@ -497,11 +497,11 @@ async fn a_report_becomes_metrics_and_can_be_explained() {
     assert_eq!(causes, ["ThrottlingException"]);
 
     let line = serde_json::to_string(&report).expect("serialisable");
-    let record = scaler::explain::read_record(&line).expect("its own log line");
+    let record = planner::explain::read_record(&line).expect("its own log line");
     let policy = record.policy.expect("recorded");
-    let plan = scaler::plan(&record.observation, &policy);
+    let plan = planner::plan(&record.observation, &policy);
     assert_eq!(plan, report.plan);
-    let text = scaler::explain::render(&record.observation, &policy, &plan);
+    let text = planner::explain::render(&record.observation, &policy, &plan);
     assert!(text.contains("4 visible"), "{text}");
 }
 

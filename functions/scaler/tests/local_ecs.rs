@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use local::Cloud;
 use local::cloud::{ApiFault, ApiFaultKind, Snapshot};
+use planner::observation::{Activity, ContainerInstance, Queue, Task};
 use platform::env::Reader;
 use scaler::SdkAws;
 use scaler::aws::{
@@ -19,7 +20,6 @@ use scaler::aws::{
 };
 use scaler::config::Config;
 use scaler::handler::{Cause, run};
-use scaler::observation::{Activity, ContainerInstance, Queue, Task};
 use shell_cloud::{CLUSTER, FAMILY, group, shell_cloud};
 use tempfile::TempDir;
 
@@ -311,7 +311,7 @@ async fn a_decision_over_a_hundred_tasks_and_instances_is_fast() {
         let observation = scaler::observe::observe(&world.aws, &world.config.policy, now)
             .await
             .expect("readable");
-        let plan = scaler::plan(&observation, &world.config.policy);
+        let plan = planner::plan(&observation, &world.config.policy);
         best = best.min(began.elapsed());
         assert_eq!(plan.figures.running + plan.figures.starting, 100);
         assert_eq!(observation.container_instances.len(), 100);

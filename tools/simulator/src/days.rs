@@ -2,7 +2,7 @@
 //! promises must hold in all of them (issue: "Done when" 2), and a crash loop
 //! must stay cheap ("Done when" 5).
 
-use scaler::{CapacityOption, Policy};
+use planner::{CapacityOption, Policy};
 
 use crate::ours::Ours;
 use crate::trace::{Trace, exponential};

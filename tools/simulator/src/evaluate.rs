@@ -1,6 +1,6 @@
 //! Runs a trace under every model and compares.
 
-use scaler::{CapacityOption, Policy};
+use planner::{CapacityOption, Policy};
 
 use crate::models::{Keda, Original, SageMaker};
 use crate::oracle::{Bound, bound};

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
-use scaler::Policy;
+use planner::Policy;
 use simulator::days::{crash_loop, day};
 use simulator::evaluate::{Setting, Verdict, compare, verdicts};
 use simulator::plot;

@@ -1,6 +1,6 @@
 //! The scaler of this project: its real planner, woken as it is on AWS.
 
-use scaler::{Action, Observation, Plan, Policy, plan};
+use planner::{Action, Observation, Plan, Policy, plan};
 
 use crate::world::{Chaos, Controller, Ms, Signal, World};
 

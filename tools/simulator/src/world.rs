@@ -4,11 +4,11 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
-use scaler::observation::{
+use planner::observation::{
     Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
     Group, GroupInstance, HIGHEST_MINUTES, Lifecycle, Observation, Queue, Task, TaskStatus,
 };
-use scaler::{Action, Plan, Policy};
+use planner::{Action, Plan, Policy};
 
 use crate::stats::Stats;
 use crate::trace::Trace;

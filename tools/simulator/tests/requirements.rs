@@ -1,7 +1,7 @@
 //! What the scaler must do, shown in simulation with its real planner. The
 //! full numbers come from `simulator check` in a release build.
 
-use scaler::{CapacityOption, Policy};
+use planner::{CapacityOption, Policy};
 use simulator::days::{Day, crash_loop, day};
 use simulator::evaluate::{Setting, compare, run_once, verdicts};
 use simulator::ours::Ours;

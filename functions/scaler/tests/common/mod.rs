@@ -10,6 +10,10 @@ use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use planner::observation::{
+    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus,
+    GroupInstance, Lifecycle, Queue, Task, TaskStatus,
+};
 use platform::Failure;
 use platform::env::Reader;
 use scaler::aws::{
@@ -17,10 +21,6 @@ use scaler::aws::{
     TaskFilter, UPDATE_STATE_MAX,
 };
 use scaler::config::Config;
-use scaler::observation::{
-    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus,
-    GroupInstance, Lifecycle, Queue, Task, TaskStatus,
-};
 
 /// ECS's page size.
 const PAGE: usize = 100;

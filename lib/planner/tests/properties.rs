@@ -1,11 +1,11 @@
 //! Properties of the pure plan, on arbitrary observations.
 
-use proptest::prelude::*;
-use scaler::observation::{
+use planner::observation::{
     ContainerInstance, ContainerInstanceStatus, Group, GroupInstance, Lifecycle, Observation,
     Queue, Task, TaskStatus,
 };
-use scaler::{Action, CapacityOption, Plan, Policy, plan};
+use planner::{Action, CapacityOption, Plan, Policy, plan};
+use proptest::prelude::*;
 
 const NOW: i64 = 1_700_000_000;
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::observation::Observation;
-use crate::planner::{Action, Plan};
+use crate::plan::{Action, Plan};
 use crate::policy::Policy;
 
 /// Something recorded that is no observation.

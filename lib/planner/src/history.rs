@@ -1,8 +1,8 @@
 //! What past launches say about the next one: the crash loop's memory and the
 //! capacity options' rest.
 
-use crate::memory::{Memory, OPTION_KEY, TASKS_KEY};
 use crate::observation::{ActivityStatus, Group, Observation, Task, TaskStatus};
+use crate::streak::{FailureStreak, OPTION_KEY, TASKS_KEY};
 
 /// A task that ends with an error before this has not worked, and one that
 /// runs this long has. Longer than a model download and load on a cold disk.
@@ -124,7 +124,7 @@ pub struct Launches {
     /// Tasks that may be launched in this run; `None`: as many as wanted.
     pub allowed: Option<u32>,
     /// What the tag should say, when it says something else.
-    pub remember: Option<Memory>,
+    pub remember: Option<FailureStreak>,
 }
 
 impl Launches {
@@ -139,7 +139,7 @@ impl Launches {
         let stored = observation
             .groups
             .first()
-            .map(|group| Memory::from_tag(group.tags.get(TASKS_KEY)))
+            .map(|group| FailureStreak::from_tag(group.tags.get(TASKS_KEY)))
             .unwrap_or_default();
 
         let mut stopped: Vec<&Task> = observation
@@ -170,7 +170,7 @@ impl Launches {
         }
 
         let mut memory = if stored.at < worked_at && stored.failures > 0 {
-            Memory::default()
+            FailureStreak::default()
         } else {
             stored.clone()
         };
@@ -267,7 +267,7 @@ pub fn shortage(group: &Group) -> Option<(u32, i64, String)> {
 
 /// Whether and why the group's option rests now.
 pub fn rest(group: &Group, now: i64) -> Option<Rest> {
-    let memory = Memory::from_tag(group.tags.get(OPTION_KEY));
+    let memory = FailureStreak::from_tag(group.tags.get(OPTION_KEY));
     let useless_until = memory.at + minutes_after(&FAILURE_BACKOFF_MINUTES, memory.failures);
     if memory.failures > 0 && now < useless_until {
         return Some(Rest {
@@ -343,7 +343,7 @@ mod tests {
         let launches = Launches::from_observation(&seen(1000, tasks, Some("k=2 at=20 why=x")));
         assert_eq!(launches.failures, 0);
         assert_eq!(launches.allowed, None);
-        assert_eq!(launches.remember, Some(Memory::default()));
+        assert_eq!(launches.remember, Some(FailureStreak::default()));
     }
 
     #[test]

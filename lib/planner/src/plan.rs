@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 use crate::history::{
     self, Launches, RECALLED_REASON, RETIRED_REASON, STUCK_REASON, STUCK_TASK_SECONDS,
 };
-use crate::memory::{Memory, OPTION_KEY, TASKS_KEY};
 use crate::observation::{
     ActivityKind, ContainerInstance, ContainerInstanceStatus, Group, Lifecycle, Observation, Task,
     TaskStatus,
 };
 use crate::policy::Policy;
+use crate::streak::{FailureStreak, OPTION_KEY, TASKS_KEY};
 
 /// Most tasks of one RunTask call (ECS API reference, RunTask, `count`).
 pub const RUN_TASK_MAX_COUNT: u32 = 10;
@@ -796,7 +796,7 @@ impl<'a> Planner<'a> {
 
     fn remember_useless(&mut self, group: usize, why: &str) {
         let group = self.groups[group];
-        let stored = Memory::from_tag(group.tags.get(OPTION_KEY));
+        let stored = FailureStreak::from_tag(group.tags.get(OPTION_KEY));
         // Several instances, or several runs, at one time are one failure.
         let already_counted = stored.failures > 0 && self.now - stored.at < 60;
         let already_planned = self.decisions.iter().any(|decision| {
@@ -806,7 +806,7 @@ impl<'a> Planner<'a> {
         if already_counted || already_planned {
             return;
         }
-        let memory = Memory {
+        let memory = FailureStreak {
             failures: stored.failures + 1,
             at: self.now,
             why: why.to_owned(),
@@ -1283,7 +1283,7 @@ impl<'a> Planner<'a> {
         format!("{backlog} messages wait for {existing} instances and tasks that are on their way")
     }
 
-    /// Memory last: it must not delay what costs or earns money.
+    /// FailureStreak last: it must not delay what costs or earns money.
     fn in_order(&mut self) -> Vec<Decision> {
         let mut decisions = std::mem::take(&mut self.decisions);
         decisions.sort_by_key(|decision| match decision.action {

@@ -15,7 +15,7 @@ const MAX_TAG_VALUE: usize = 256;
 
 /// How often something failed in a row.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
+pub struct FailureStreak {
     /// Failures in a row.
     pub failures: u32,
     /// When the last one that is counted happened.
@@ -24,7 +24,7 @@ pub struct Memory {
     pub why: String,
 }
 
-impl fmt::Display for Memory {
+impl fmt::Display for FailureStreak {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let head = format!("k={} at={} why=", self.failures, self.at);
         let mut line = head;
@@ -41,27 +41,27 @@ impl fmt::Display for Memory {
 /// A tag that is not one of ours.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the tag is not of the form k=… at=… why=…")]
-pub struct NotMemory;
+pub struct NotAStreak;
 
-impl FromStr for Memory {
-    type Err = NotMemory;
+impl FromStr for FailureStreak {
+    type Err = NotAStreak;
 
-    fn from_str(line: &str) -> Result<Self, NotMemory> {
-        let rest = line.strip_prefix("k=").ok_or(NotMemory)?;
-        let (failures, rest) = rest.split_once(" at=").ok_or(NotMemory)?;
+    fn from_str(line: &str) -> Result<Self, NotAStreak> {
+        let rest = line.strip_prefix("k=").ok_or(NotAStreak)?;
+        let (failures, rest) = rest.split_once(" at=").ok_or(NotAStreak)?;
         let (at, why) = match rest.split_once(" why=") {
             Some((at, why)) => (at, why),
             None => (rest.strip_suffix(" why").unwrap_or(rest), ""),
         };
         Ok(Self {
-            failures: failures.parse().map_err(|_| NotMemory)?,
-            at: at.trim().parse().map_err(|_| NotMemory)?,
+            failures: failures.parse().map_err(|_| NotAStreak)?,
+            at: at.trim().parse().map_err(|_| NotAStreak)?,
             why: why.to_owned(),
         })
     }
 }
 
-impl Memory {
+impl FailureStreak {
     /// The memory in a tag; no tag or a foreign one is an empty memory.
     pub fn from_tag(tag: Option<&String>) -> Self {
         tag.and_then(|line| line.parse().ok()).unwrap_or_default()
@@ -74,19 +74,19 @@ mod tests {
 
     #[test]
     fn a_memory_survives_the_tag() {
-        let memory = Memory {
+        let memory = FailureStreak {
             failures: 3,
             at: 1_732_370_000,
             why: "exit code 1: model digest differs".to_owned(),
         };
         assert_eq!(memory.to_string().parse(), Ok(memory));
-        let empty = Memory::default();
+        let empty = FailureStreak::default();
         assert_eq!(empty.to_string().parse(), Ok(empty));
     }
 
     #[test]
     fn a_tag_keeps_to_its_characters_and_length() {
-        let memory = Memory {
+        let memory = FailureStreak {
             failures: 1,
             at: 2,
             why: "naïve “quote” ".repeat(60),
@@ -94,14 +94,14 @@ mod tests {
         let line = memory.to_string();
         assert!(line.len() <= MAX_TAG_VALUE);
         assert!(line.is_ascii());
-        assert_eq!(line.parse::<Memory>().map(|m| m.failures), Ok(1));
+        assert_eq!(line.parse::<FailureStreak>().map(|m| m.failures), Ok(1));
     }
 
     #[test]
     fn a_foreign_tag_is_no_memory() {
         assert_eq!(
-            Memory::from_tag(Some(&"hello".to_owned())),
-            Memory::default()
+            FailureStreak::from_tag(Some(&"hello".to_owned())),
+            FailureStreak::default()
         );
     }
 }
