@@ -153,11 +153,7 @@ fn default_policy(observation: &planner::Observation) -> Policy {
         options: observation
             .groups
             .iter()
-            .map(|group| planner::CapacityOption {
-                name: group.name.clone(),
-                auto_scaling_group: group.name.clone(),
-                instance_type: None,
-            })
+            .map(|group| planner::CapacityOption::of_group(&group.name))
             .collect(),
         ..Policy::default()
     }

@@ -1,7 +1,7 @@
 //! What past launches say about the next one: the crash loop's memory and the
 //! capacity options' rest.
 
-use crate::observation::{ActivityStatus, Group, Observation, Task, TaskStatus};
+use crate::observation::{Group, Observation, Task, TaskStatus};
 use crate::streak::{FailureStreak, OPTION_KEY, TASKS_KEY};
 
 /// A task that ends with an error before this has not worked, and one that
@@ -12,7 +12,7 @@ pub const WORKING_AFTER_SECONDS: i64 = 600;
 /// of a fleet follow the first ones.
 pub const PROVEN_AFTER_SECONDS: i64 = 60;
 
-/// Tasks tried at once while no launch is known to work (issue: a crash loop
+/// Tasks tried at once while no launch is known to work (a crash loop
 /// costs at most 5 launches in its first hour).
 pub const UNPROVEN_LAUNCHES: u32 = 5;
 
@@ -54,6 +54,15 @@ fn minutes_after(table: &[i64], failures: u32) -> i64 {
     }
 }
 
+/// ECS's stop codes of tasks that something else ended (ECS API reference,
+/// Task, `stopCode`).
+const TAKEN_AWAY_CODES: [&str; 4] = [
+    "UserInitiated",
+    "SpotInterruption",
+    "TerminationNotice",
+    "ServiceSchedulerInitiated",
+];
+
 /// What a stopped task says about launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -74,26 +83,13 @@ pub fn ending(task: &Task) -> Ending {
     if reason.starts_with(STUCK_REASON) {
         return Ending::Failed;
     }
-    let taken = matches!(
-        task.stop_code.as_deref(),
-        Some(
-            "UserInitiated"
-                | "SpotInterruption"
-                | "TerminationNotice"
-                | "ServiceSchedulerInitiated"
-        )
-    ) || reason.starts_with("Host EC2");
-    if taken {
+    let stop_code = task.stop_code.as_deref().unwrap_or("");
+    if TAKEN_AWAY_CODES.contains(&stop_code) || reason.starts_with("Host EC2") {
         return Ending::Taken;
     }
-    let ran = match (task.started_at, task.stopped_at) {
-        (Some(started), Some(stopped)) => stopped - started,
-        _ => 0,
-    };
-    if ran >= WORKING_AFTER_SECONDS {
-        Ending::Worked
-    } else {
-        Ending::Failed
+    match task.started_at.zip(task.stopped_at) {
+        Some((started, stopped)) if stopped - started >= WORKING_AFTER_SECONDS => Ending::Worked,
+        _ => Ending::Failed,
     }
 }
 
@@ -136,88 +132,97 @@ impl Launches {
     /// Derives it from the stopped and running tasks and the tag.
     pub fn from_observation(observation: &Observation) -> Self {
         let now = observation.at;
-        let stored = observation
+        let tag = observation
             .groups
             .first()
-            .map(|group| FailureStreak::from_tag(group.tags.get(TASKS_KEY)))
-            .unwrap_or_default();
+            .and_then(|group| group.tags.get(TASKS_KEY));
+        let stored = FailureStreak::from_tag(tag);
+        let evidence = Evidence::of(&observation.tasks, now);
+        let streak = stored.clone().continued(&observation.tasks, &evidence);
 
-        let mut stopped: Vec<&Task> = observation
-            .tasks
-            .iter()
-            .filter(|task| task.status == TaskStatus::Stopped && task.stopped_at.is_some())
-            .collect();
-        stopped.sort_by_key(|task| task.stopped_at);
+        let retry_at = streak.at + minutes_after(&LAUNCH_BACKOFF_MINUTES, streak.failures);
+        let at_once = match streak.failures {
+            0 if evidence.proven => None,
+            0 => Some(UNPROVEN_LAUNCHES),
+            _ => Some(u32::from(now >= retry_at)),
+        };
+        let is_new = (streak.failures, streak.at) != (stored.failures, stored.at);
+        Self {
+            failures: streak.failures,
+            last_failure: streak.at,
+            why: streak.why.clone(),
+            retry_at,
+            allowed: at_once.map(|most| most.saturating_sub(evidence.unproven)),
+            remember: is_new.then_some(streak),
+        }
+    }
+}
 
-        // The last moment at which a launch was seen to work.
-        let mut worked_at = i64::MIN;
-        let mut proven = false;
-        for task in &observation.tasks {
+/// What the tasks that ECS shows say about launches.
+struct Evidence {
+    /// The last moment at which a launch was seen to work.
+    worked_at: i64,
+    /// Some launch loaded its model.
+    proven: bool,
+    /// Living tasks of which that is not known yet.
+    unproven: u32,
+}
+
+impl Evidence {
+    fn of(tasks: &[Task], now: i64) -> Self {
+        let mut evidence = Self {
+            worked_at: i64::MIN,
+            proven: false,
+            unproven: 0,
+        };
+        for task in tasks {
+            let ran = task.started_at.map_or(0, |started| now - started);
             match task.status {
                 TaskStatus::Stopped if ending(task) == Ending::Worked => {
-                    worked_at = worked_at.max(task.stopped_at.unwrap_or(i64::MIN));
-                    proven = true;
+                    let stopped_at = task.stopped_at.unwrap_or(i64::MIN);
+                    evidence.worked_at = evidence.worked_at.max(stopped_at);
+                    evidence.proven = true;
                 }
                 TaskStatus::Running => {
-                    let ran = task.started_at.map_or(0, |started| now - started);
                     if ran >= WORKING_AFTER_SECONDS {
-                        worked_at = now;
+                        evidence.worked_at = now;
                     }
-                    proven |= ran >= PROVEN_AFTER_SECONDS;
+                    evidence.proven |= ran >= PROVEN_AFTER_SECONDS;
                 }
                 _ => {}
             }
+            let is_young = task.status.is_starting() || ran < PROVEN_AFTER_SECONDS;
+            evidence.unproven += u32::from(task.gives_capacity() && is_young);
         }
+        evidence
+    }
+}
 
-        let mut memory = if stored.at < worked_at && stored.failures > 0 {
-            FailureStreak::default()
-        } else {
-            stored.clone()
+impl FailureStreak {
+    /// The streak after what the tasks show: ended by a launch that worked,
+    /// longer by each newer one that failed.
+    fn continued(self, tasks: &[Task], evidence: &Evidence) -> Self {
+        let counted_until = match self.failures {
+            0 => i64::MIN,
+            _ => self.at,
         };
-        for task in stopped {
-            let stopped_at = task.stopped_at.unwrap_or(i64::MIN);
-            let counts = ending(task) == Ending::Failed
-                && stopped_at > worked_at
-                && (stopped_at > stored.at || stored.failures == 0);
-            if counts {
-                memory.failures += 1;
-                memory.at = stopped_at;
-                memory.why = failure_text(task);
-            }
-        }
-
-        let unproven = observation
-            .tasks
+        let mut streak = match self.at < evidence.worked_at && self.failures > 0 {
+            true => Self::default(),
+            false => self,
+        };
+        let mut failed: Vec<(i64, &Task)> = tasks
             .iter()
-            .filter(|task| !task.stopping)
-            .filter(|task| {
-                task.status.is_starting()
-                    || (task.status == TaskStatus::Running
-                        && task
-                            .started_at
-                            .is_none_or(|started| now - started < PROVEN_AFTER_SECONDS))
-            })
-            .count() as u32;
-
-        let failures = memory.failures;
-        let retry_at = memory.at + minutes_after(&LAUNCH_BACKOFF_MINUTES, failures);
-        let allowed = if failures > 0 {
-            let one_try = if now < retry_at { 0 } else { 1 };
-            Some(u32::saturating_sub(one_try, unproven))
-        } else if proven {
-            None
-        } else {
-            Some(UNPROVEN_LAUNCHES.saturating_sub(unproven))
-        };
-        Self {
-            failures,
-            last_failure: memory.at,
-            why: memory.why.clone(),
-            retry_at,
-            allowed,
-            remember: (memory.failures != stored.failures || memory.at != stored.at)
-                .then_some(memory),
+            .filter(|task| task.status == TaskStatus::Stopped && ending(task) == Ending::Failed)
+            .filter_map(|task| Some((task.stopped_at?, task)))
+            .filter(|(at, _)| *at > evidence.worked_at && *at > counted_until)
+            .collect();
+        failed.sort_by_key(|(at, _)| *at);
+        streak.failures += failed.len() as u32;
+        if let Some((at, task)) = failed.last() {
+            streak.at = *at;
+            streak.why = failure_text(task);
         }
+        streak
     }
 }
 
@@ -235,54 +240,60 @@ pub struct Rest {
     pub costly: bool,
 }
 
-/// Launches in a row for which the group found no capacity, the newest's time
-/// and message. Activities may come in any order.
-pub fn shortage(group: &Group) -> Option<(u32, i64, String)> {
+/// Launches in a row for which a group found no capacity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// How many.
+    pub launches: u32,
+    /// When the newest was tried.
+    pub at: i64,
+    /// What that one said.
+    pub why: String,
+}
+
+/// The group's shortage, if its newest launch failed. Activities may come in
+/// any order.
+pub fn shortage(group: &Group) -> Option<Shortage> {
     let last_success = group
         .activities
         .iter()
-        .filter(|activity| {
-            activity.kind == crate::observation::ActivityKind::Launch
-                && matches!(
-                    activity.status,
-                    ActivityStatus::Successful | ActivityStatus::InProgress
-                )
-                && activity.instance.is_some()
-        })
+        .filter(|activity| activity.is_launch_that_works())
         .map(|activity| activity.started_at)
-        .max()
-        .unwrap_or(i64::MIN);
-    let failed: Vec<_> = group
-        .activities
-        .iter()
-        .filter(|activity| activity.is_failed_launch() && activity.started_at >= last_success)
-        .collect();
-    let newest = failed.iter().max_by_key(|activity| activity.started_at)?;
-    let why = newest
-        .message
-        .clone()
-        .unwrap_or_else(|| "the launch failed without a message".to_owned());
-    Some((failed.len() as u32, newest.started_at, why))
+        .max();
+    let failed = || {
+        group.activities.iter().filter(|activity| {
+            activity.is_failed_launch() && Some(activity.started_at) >= last_success
+        })
+    };
+    let newest = failed().max_by_key(|activity| activity.started_at)?;
+    Some(Shortage {
+        launches: failed().count() as u32,
+        at: newest.started_at,
+        why: newest
+            .message
+            .clone()
+            .unwrap_or_else(|| "the launch failed without a message".to_owned()),
+    })
 }
 
 /// Whether and why the group's option rests now.
 pub fn rest(group: &Group, now: i64) -> Option<Rest> {
-    let memory = FailureStreak::from_tag(group.tags.get(OPTION_KEY));
-    let useless_until = memory.at + minutes_after(&FAILURE_BACKOFF_MINUTES, memory.failures);
-    if memory.failures > 0 && now < useless_until {
+    let useless = FailureStreak::from_tag(group.tags.get(OPTION_KEY));
+    let until = useless.at + minutes_after(&FAILURE_BACKOFF_MINUTES, useless.failures);
+    if useless.failures > 0 && now < until {
         return Some(Rest {
-            until: useless_until,
-            failed_at: memory.at,
-            why: memory.why,
+            until,
+            failed_at: useless.at,
+            why: useless.why,
             costly: true,
         });
     }
-    let (count, at, why) = shortage(group)?;
-    let until = at + minutes_after(&SHORTAGE_BACKOFF_MINUTES, count);
+    let shortage = shortage(group)?;
+    let until = shortage.at + minutes_after(&SHORTAGE_BACKOFF_MINUTES, shortage.launches);
     (now < until).then_some(Rest {
         until,
-        failed_at: at,
-        why,
+        failed_at: shortage.at,
+        why: shortage.why,
         costly: false,
     })
 }
@@ -290,7 +301,7 @@ pub fn rest(group: &Group, now: i64) -> Option<Rest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observation::{Activity, ActivityKind};
+    use crate::observation::{Activity, ActivityKind, ActivityStatus};
     use std::collections::BTreeMap;
 
     fn stopped(at: i64, ran: i64, exit_code: i32) -> Task {
@@ -425,7 +436,7 @@ mod tests {
             ..Group::default()
         };
         assert_eq!(
-            shortage(&group).map(|(count, at, _)| (count, at)),
+            shortage(&group).map(|shortage| (shortage.launches, shortage.at)),
             Some((2, 30))
         );
         assert_eq!(rest(&group, 100).map(|rest| rest.until), Some(150));

@@ -3,13 +3,18 @@
 //! read, tested, replayed and simulated without any AWS; the protocol around
 //! it is in `functions/scaler/design.md`.
 
+mod decide;
 pub mod explain;
 pub mod history;
 pub mod observation;
+mod offer;
 mod plan;
 mod policy;
 pub mod streak;
 
+pub use decide::plan;
 pub use observation::Observation;
-pub use plan::{Action, Decision, Figures, LaunchCount, Plan, RUN_TASK_MAX_COUNT, plan};
+pub use plan::{
+    Action, Decision, Figures, LaunchCount, LaunchCountError, Plan, RUN_TASK_MAX_COUNT,
+};
 pub use policy::{CapacityOption, Policy};

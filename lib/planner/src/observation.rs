@@ -133,6 +133,13 @@ pub struct Task {
     pub exit_code: Option<i32>,
 }
 
+impl Task {
+    /// Whether it works or will: it starts or runs, and nobody stops it.
+    pub fn gives_capacity(&self) -> bool {
+        !self.stopping && (self.status.is_starting() || self.status == TaskStatus::Running)
+    }
+}
+
 /// ECS's task states
 /// (<https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-lifecycle-explanation.html>).
 /// ECS alone moves a task from one to the next; RunTask and StopTask ask for it.
@@ -376,6 +383,15 @@ impl ActivityStatus {
 }
 
 impl Activity {
+    /// A launch for which there was capacity.
+    pub fn is_launch_that_works(&self) -> bool {
+        let works = matches!(
+            self.status,
+            ActivityStatus::Successful | ActivityStatus::InProgress
+        );
+        self.kind == ActivityKind::Launch && works && self.instance.is_some()
+    }
+
     /// A launch for which there was no capacity, no quota or no permission.
     /// A cancelled launch without a complaint is one that was withdrawn.
     pub fn is_failed_launch(&self) -> bool {

@@ -54,6 +54,17 @@ pub struct CapacityOption {
     pub instance_type: Option<String>,
 }
 
+impl CapacityOption {
+    /// An option that is called as its group.
+    pub fn of_group(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            auto_scaling_group: name.to_owned(),
+            instance_type: None,
+        }
+    }
+}
+
 /// What tasks report is believed within this factor of the configured rate: a
 /// wrong metric must not start a fleet, nor starve a backlog.
 const RATE_TRUST: f64 = 10.0;

@@ -82,11 +82,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             boot_seconds: boot,
             images_per_second: rate,
             options: (0..options)
-                .map(|number| CapacityOption {
-                    name: format!("option {number}"),
-                    auto_scaling_group: format!("group-{number}"),
-                    instance_type: None,
-                })
+                .map(|number| CapacityOption::of_group(&format!("group-{number}")))
                 .collect(),
         })
 }
@@ -426,11 +422,7 @@ proptest! {
 fn a_decision_over_a_hundred_tasks_and_instances_takes_no_time() {
     let policy = Policy {
         max_instances: 200,
-        options: vec![CapacityOption {
-            name: "a".to_owned(),
-            auto_scaling_group: "group-0".to_owned(),
-            instance_type: None,
-        }],
+        options: vec![CapacityOption::of_group("group-0")],
         ..Policy::default()
     };
     let instances: Vec<AnyInstance> = (0..100)
