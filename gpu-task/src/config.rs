@@ -611,7 +611,9 @@ mod tests {
     #[test]
     fn a_gpu_has_defaults_of_its_own() {
         let config = read(&[("EXECUTION_PROVIDER", "cuda")]).unwrap();
-        assert_eq!(config.batch_size, 64);
+        // What the simulator counts on.
+        assert_eq!(config.batch_size, planner::worker::GPU_BATCH_SIZE);
+        assert_eq!(config.max_messages, planner::worker::GPU_MAX_MESSAGES);
         assert_eq!(config.memory_budget, 2 << 30);
     }
 

@@ -2,23 +2,11 @@
 //! never more than it can finish while they are invisible.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
+pub use planner::worker::{LEAST_BATCHES_HELD, holding_limit as limit};
 use tokio::sync::Notify;
 
 use crate::queue::BATCH_MAX;
-
-/// Share of the visibility within which everything held must be finished at
-/// the measured rate. The heartbeat extends what takes longer; the limit
-/// keeps that the exception.
-const SHARE_OF_VISIBILITY: f64 = 0.5;
-
-/// How many messages may be held at `rate` images per second. `least` keeps
-/// the stages busy however slow the task is.
-pub fn limit(rate: f64, visibility: Duration, least: usize, most: usize) -> usize {
-    let finishable = rate * visibility.as_secs_f64() * SHARE_OF_VISIBILITY;
-    (finishable as usize).clamp(least.min(most).max(1), most.max(1))
-}
 
 /// Counts the messages held, and lets receivers wait for room.
 pub struct Gate {
@@ -88,6 +76,7 @@ impl Gate {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
     use tokio::time::timeout;
 
     proptest! {

@@ -44,10 +44,6 @@ const STOP_MARGIN: Duration = Duration::from_secs(2);
 /// is as fast as it gets behind a storage that answers after 100 ms.
 const BATCHES_HELD_AT_FIRST: usize = 8;
 
-/// Batches of messages held at least, however slow the task turns out to be:
-/// one in the model, one in front of it, one on its way.
-const LEAST_BATCHES_HELD: usize = 3;
-
 /// How often the number of messages held is set anew.
 const LIMIT_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -502,7 +498,7 @@ async fn report(shared: Arc<Shared>) {
 /// may be held.
 async fn set_limit(shared: Arc<Shared>) {
     let settings = &shared.settings;
-    let least = LEAST_BATCHES_HELD * settings.batch_size;
+    let least = holding::LEAST_BATCHES_HELD * settings.batch_size;
     let mut ticks = tokio::time::interval(LIMIT_INTERVAL);
     let mut before = shared.stats.work_done();
     loop {

@@ -5,10 +5,6 @@ use std::time::Duration;
 use delivery::OutputConfig;
 use platform::env::{EnvError, Reader};
 
-/// How often a busy intake wakes the scaler, unless configured: the scaler
-/// sees what came meanwhile within its own next run.
-const DEFAULT_WAKE_INTERVAL_SECONDS: u64 = 5;
-
 /// What intake needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -44,7 +40,7 @@ impl Config {
             scaler_function_name: env.optional("SCALER_FUNCTION_NAME"),
             wake_interval: env.seconds(
                 "WAKE_INTERVAL_SECONDS",
-                DEFAULT_WAKE_INTERVAL_SECONDS,
+                planner::cadence::WAKE_INTERVAL.as_secs(),
                 0..=60,
             )?,
             cache_bucket: env.required("CACHE_BUCKET", "the bucket that holds the vectors")?,

@@ -4,21 +4,21 @@
 use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
+use planner::{Action, Plan};
 use serde::{Deserialize, Serialize};
 
 use crate::aws::{ApiError, Aws, UPDATE_STATE_MAX};
 use crate::observe::tasks_on;
-use planner::{Action, Plan};
 
 /// What became of an action.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Outcome {
+pub struct ActionOutcome {
     /// The action, in short.
     pub action: String,
     /// How it went.
-    pub result: OutcomeKind,
-    /// Details: what was started, or what went wrong.
+    pub result: Completion,
+    /// What was started, or what went wrong.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub detail: String,
     /// Error code or failure reason, for the metric.
@@ -36,36 +36,26 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// How an action went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How much of an action happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum OutcomeKind {
-    /// All of it happened.
+pub enum Completion {
+    /// All of it.
+    #[default]
     Done,
-    /// Some of it happened.
+    /// Some of it.
     Partial,
-    /// The world had moved on: nothing was done, on purpose.
+    /// None, on purpose: the world had moved on.
     Skipped,
-    /// It did not happen.
+    /// None.
     Failed,
 }
 
-impl Outcome {
-    fn done(action: String, detail: impl Into<String>) -> Self {
-        Self {
-            action,
-            result: OutcomeKind::Done,
-            detail: detail.into(),
-            cause: None,
-            transient: false,
-            launched: 0,
-        }
-    }
-
+impl ActionOutcome {
     fn failed(action: String, error: &ApiError) -> Self {
         Self {
             action,
-            result: OutcomeKind::Failed,
+            result: Completion::Failed,
             detail: error.to_string(),
             cause: Some(error.code.clone()),
             transient: error.failure == platform::Failure::Transient,
@@ -75,24 +65,43 @@ impl Outcome {
 
     fn of(action: String, answer: Result<(), ApiError>) -> Self {
         match answer {
-            Ok(()) => Self::done(action, ""),
+            Ok(()) => Self {
+                action,
+                ..Self::default()
+            },
             Err(error) => Self::failed(action, &error),
         }
     }
 }
 
 /// Carries the plan out in its order.
-pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<Outcome> {
+pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<ActionOutcome> {
     // Releases first: they free places under the maximum. Among themselves
     // they are independent.
-    let mut outcomes = release_all(aws, plan).await;
-    for decision in &plan.decisions {
-        let outcome = match &decision.action {
+    let refused = drain(aws, plan).await;
+    let releases = plan.actions().filter_map(|action| match action {
+        Action::Release {
+            instance,
+            container_instance,
+            decrement,
+            ..
+        } => Some(release(
+            aws,
+            instance,
+            container_instance.as_deref(),
+            *decrement,
+            &refused,
+        )),
+        _ => None,
+    });
+    let mut outcomes = join_all(releases).await;
+    for action in plan.actions() {
+        let outcome = match action {
             Action::Release { .. } => continue,
             Action::StopTask { task, reason } => {
-                Outcome::of(format!("stop {task}"), aws.stop_task(task, reason).await)
+                ActionOutcome::of(format!("stop {task}"), aws.stop_task(task, reason).await)
             }
-            Action::SetDesired { group, from, to } => Outcome::of(
+            Action::SetDesired { group, from, to } => ActionOutcome::of(
                 format!("set {group} from {from} to {to}"),
                 aws.set_desired_capacity(group, *to).await,
             ),
@@ -101,7 +110,7 @@ pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<Outcome> {
                 instance,
             } => activate(aws, container_instance, instance).await,
             Action::RunTasks { count, token } => run_tasks(aws, count.get(), token).await,
-            Action::Remember { group, key, value } => Outcome::of(
+            Action::Remember { group, key, value } => ActionOutcome::of(
                 format!("remember {key} on {group}"),
                 aws.tag_group(group, key, value).await,
             ),
@@ -111,157 +120,115 @@ pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<Outcome> {
     outcomes
 }
 
-async fn run_tasks<A: Aws>(aws: &A, count: u32, token: &str) -> Outcome {
+async fn run_tasks<A: Aws>(aws: &A, count: u32, token: &str) -> ActionOutcome {
     let action = format!("run {count} tasks");
     let answer = match aws.run_task(count, token).await {
         Ok(answer) => answer,
-        Err(error) => return Outcome::failed(action, &error),
+        Err(error) => return ActionOutcome::failed(action, &error),
     };
     let launched = answer.started.len() as u32;
-    let mut reasons: BTreeMap<&str, u32> = BTreeMap::new();
-    for failure in &answer.failures {
-        *reasons.entry(failure.reason.as_str()).or_default() += 1;
+    let mut reasons: BTreeMap<String, u32> = BTreeMap::new();
+    for failure in answer.failures {
+        *reasons.entry(failure.reason).or_default() += 1;
     }
-    let mut detail = answer.started.join(" ");
-    for (reason, times) in &reasons {
-        if !detail.is_empty() {
-            detail.push_str("; ");
-        }
-        detail.push_str(&format!("{times} not placed: {reason}"));
-    }
-    let result = match (launched, answer.failures.is_empty()) {
-        (_, true) => OutcomeKind::Done,
-        (0, false) => OutcomeKind::Failed,
-        (_, false) => OutcomeKind::Partial,
-    };
-    Outcome {
+    let not_placed = reasons
+        .iter()
+        .map(|(reason, times)| format!("{times} not placed: {reason}"));
+    let started = Some(answer.started.join(" ")).filter(|arns| !arns.is_empty());
+    let details: Vec<String> = started.into_iter().chain(not_placed).collect();
+    ActionOutcome {
         action,
-        result,
-        detail,
-        cause: reasons.keys().next().map(|reason| (*reason).to_owned()),
+        result: match (launched, reasons.is_empty()) {
+            (_, true) => Completion::Done,
+            (0, false) => Completion::Failed,
+            (_, false) => Completion::Partial,
+        },
+        detail: details.join("; "),
+        cause: reasons.into_keys().next(),
         // A GPU that was not free is seen by the next run, not by asking again.
         transient: false,
         launched,
     }
 }
 
-async fn activate<A: Aws>(aws: &A, container_instance: &str, instance: &str) -> Outcome {
-    let action = format!("take {instance} back into use");
-    match aws
+async fn activate<A: Aws>(aws: &A, container_instance: &str, instance: &str) -> ActionOutcome {
+    let answer = aws
         .set_draining(&[container_instance.to_owned()], false)
-        .await
-    {
-        Ok(failures) => match failures.first() {
-            None => Outcome::done(action, ""),
-            Some(failure) => Outcome {
-                action,
-                result: OutcomeKind::Failed,
-                detail: failure.reason.clone(),
-                cause: Some(failure.reason.clone()),
-                transient: true,
-                launched: 0,
-            },
-        },
-        Err(error) => Outcome::failed(action, &error),
+        .await;
+    let answer = answer.and_then(|failures| match failures.into_iter().next() {
+        Some(failure) => Err(not_updated(failure.reason, container_instance)),
+        None => Ok(()),
+    });
+    ActionOutcome::of(format!("take {instance} back into use"), answer)
+}
+
+fn not_updated(reason: String, container_instance: &str) -> ApiError {
+    ApiError {
+        operation: "ecs:UpdateContainerInstancesState",
+        code: reason,
+        message: container_instance.to_owned(),
+        failure: platform::Failure::Transient,
     }
 }
 
-struct Release<'a> {
-    instance: &'a str,
-    container_instance: Option<&'a str>,
-    decrement: bool,
-}
-
-async fn release_all<A: Aws>(aws: &A, plan: &Plan) -> Vec<Outcome> {
-    let releases: Vec<Release<'_>> = plan
+/// Drains the instances that are released, in calls of at most ten. Answers
+/// why one could not be drained; one that ECS does not know any more needs no
+/// draining.
+async fn drain<A: Aws>(aws: &A, plan: &Plan) -> BTreeMap<String, ApiError> {
+    let arns: Vec<String> = plan
         .actions()
         .filter_map(|action| match action {
             Action::Release {
-                instance,
-                container_instance,
-                decrement,
-                ..
-            } => Some(Release {
-                instance,
-                container_instance: container_instance.as_deref(),
-                decrement: *decrement,
-            }),
+                container_instance, ..
+            } => container_instance.clone(),
             _ => None,
         })
-        .collect();
-    let drained = drain(aws, &releases).await;
-    join_all(
-        releases
-            .iter()
-            .map(|release| release_one(aws, release, &drained)),
-    )
-    .await
-}
-
-/// Drains the instances, in calls of at most ten. Answers why an instance
-/// could not be drained; one that ECS does not know any more needs no draining.
-async fn drain<A: Aws>(aws: &A, releases: &[Release<'_>]) -> BTreeMap<String, ApiError> {
-    let arns: Vec<String> = releases
-        .iter()
-        .filter_map(|release| release.container_instance.map(str::to_owned))
         .collect();
     let mut refused = BTreeMap::new();
     for chunk in arns.chunks(UPDATE_STATE_MAX) {
         match aws.set_draining(chunk, true).await {
             Ok(failures) => {
-                for failure in failures {
-                    let Some(arn) = failure.arn else { continue };
-                    if failure.reason != "MISSING" {
-                        let error = ApiError {
-                            operation: "ecs:UpdateContainerInstancesState",
-                            code: failure.reason,
-                            message: arn.clone(),
-                            failure: platform::Failure::Transient,
-                        };
-                        refused.insert(arn, error);
-                    }
-                }
+                let failures = failures
+                    .into_iter()
+                    .filter(|failure| failure.reason != "MISSING");
+                refused.extend(failures.filter_map(|failure| {
+                    let arn = failure.arn?;
+                    let error = not_updated(failure.reason, &arn);
+                    Some((arn, error))
+                }));
             }
-            Err(error) => {
-                for arn in chunk {
-                    refused.insert(arn.clone(), error.clone());
-                }
-            }
+            Err(error) => refused.extend(chunk.iter().map(|arn| (arn.clone(), error.clone()))),
         }
     }
     refused
 }
 
-async fn release_one<A: Aws>(
+async fn release<A: Aws>(
     aws: &A,
-    release: &Release<'_>,
+    instance: &str,
+    container_instance: Option<&str>,
+    decrement: bool,
     refused: &BTreeMap<String, ApiError>,
-) -> Outcome {
-    let action = format!("drain and terminate {}", release.instance);
-    if let Some(arn) = release.container_instance {
+) -> ActionOutcome {
+    let action = format!("drain and terminate {instance}");
+    if let Some(arn) = container_instance {
         if let Some(error) = refused.get(arn) {
-            return Outcome::failed(action, error);
+            return ActionOutcome::failed(action, error);
         }
         // Draining keeps new tasks away; one that was placed before it is
         // found here, and then the instance stays until the task is done.
         match tasks_on(aws, arn).await {
             Ok(tasks) if tasks.is_empty() => {}
             Ok(tasks) => {
-                return Outcome {
+                return ActionOutcome {
                     action,
-                    result: OutcomeKind::Skipped,
+                    result: Completion::Skipped,
                     detail: format!("a task was placed on it meanwhile: {}", tasks.join(" ")),
-                    cause: None,
-                    transient: false,
-                    launched: 0,
+                    ..ActionOutcome::default()
                 };
             }
-            Err(error) => return Outcome::failed(action, &error),
+            Err(error) => return ActionOutcome::failed(action, &error),
         }
     }
-    Outcome::of(
-        action,
-        aws.terminate_instance(release.instance, release.decrement)
-            .await,
-    )
+    ActionOutcome::of(action, aws.terminate_instance(instance, decrement).await)
 }

@@ -1,12 +1,10 @@
 //! The AWS calls that the scaler makes, as one trait: the SDK is one
 //! implementation, fakes that enforce AWS's limits are the others.
 
-use std::collections::BTreeMap;
-
 use async_trait::async_trait;
 use platform::Failure;
 
-use planner::observation::{Activity, Arrivals, ContainerInstance, GroupInstance, Queue, Task};
+use planner::observation::{Activity, Arrivals, ContainerInstance, Group, Queue, Task};
 
 /// Most ARNs of one Describe call and most entries of one List page (ECS API
 /// reference, DescribeTasks, ListTasks and their container instance twins).
@@ -61,25 +59,6 @@ pub struct Metrics {
     pub arrivals: Option<Arrivals>,
 }
 
-/// A group as DescribeAutoScalingGroups tells of it.
-#[derive(Clone, Debug, Default)]
-pub struct DescribedGroup {
-    /// Its name.
-    pub name: String,
-    /// DesiredCapacity.
-    pub desired: u32,
-    /// MinSize.
-    pub min: u32,
-    /// MaxSize.
-    pub max: u32,
-    /// Its instances.
-    pub instances: Vec<GroupInstance>,
-    /// All its tags.
-    pub tags: BTreeMap<String, String>,
-    /// Whether it has a warm pool.
-    pub has_warm_pool: bool,
-}
-
 /// An entry of a `failures` list: part of a call did not happen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartialFailure {
@@ -123,12 +102,13 @@ pub trait Aws: Send + Sync {
         &self,
         arns: &[String],
     ) -> Result<Vec<ContainerInstance>, ApiError>;
-    /// Auto Scaling DescribeAutoScalingGroups.
+    /// Auto Scaling DescribeAutoScalingGroups. A warm pool is there or not, and
+    /// counts as empty until it is described.
     async fn describe_groups(
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<DescribedGroup>, ApiError>;
+    ) -> Result<Page<Group>, ApiError>;
     /// Auto Scaling DescribeScalingActivities: the newest page.
     async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError>;
     /// Auto Scaling DescribeWarmPool: instances that stand ready in it.

@@ -4,35 +4,17 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use planner::cadence::{NEXT_PASSES, RECALL_LOOK, SECOND_LOOKS};
+use planner::observation::TaskStatus;
+use planner::{Action, Observation, Plan, Policy, plan};
 use platform::metrics::{MetricLine, Unit};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::act::{Outcome, OutcomeKind, act};
+use crate::act::{ActionOutcome, Completion, act};
 use crate::aws::Aws;
 use crate::config::Config;
 use crate::observe::{ObserveError, observe};
-use planner::Observation;
-use planner::Policy;
-use planner::history;
-use planner::{Action, Plan, plan};
-
-/// Waits before another look at a queue that seems empty though somebody says
-/// that work came: SQS's counts are approximate and lag behind a send.
-const SECOND_LOOKS: [Duration; 3] = [
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(4),
-];
-
-/// Wait before something on its way is called back for an empty queue: one
-/// count that is wrong for a moment must not cost a start.
-const RECALL_LOOK: Duration = Duration::from_secs(2);
-
-/// Waits before another pass when a call failed that can succeed, or when a
-/// task was stopped whose instance can go at once: the schedule's minute is
-/// long when an instance is paid for.
-const NEXT_PASSES: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(8)];
 
 /// Who woke the scaler. Only for the log, and for one more look at the queue:
 /// what is decided depends on the observation alone.
@@ -69,7 +51,7 @@ impl Cause {
 /// What a run leaves behind: the structured log line.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Report {
+pub struct RunRecord {
     /// Always `scaler run`, to find the line by.
     pub message: String,
     /// Who woke it.
@@ -81,59 +63,58 @@ pub struct Report {
     /// What it decided.
     pub plan: Plan,
     /// What came of it.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Vec<ActionOutcome>,
     /// Milliseconds from the wake to the decision.
     pub decision_ms: u64,
 }
 
 /// Observes, plans and acts; again, a few seconds later, for what failed and
-/// can succeed. The report is the last pass's, with every pass's outcomes. An
-/// error means that no pass could read what is essential, and nothing was done.
-pub async fn run<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Report, ObserveError> {
-    let mut waits = NEXT_PASSES.iter();
-    let mut earlier: Vec<Outcome> = Vec::new();
-    let mut last_report = None;
-    loop {
-        let pass = one_pass(aws, config, cause).await;
-        let (again, failure) = match pass {
-            Ok(mut report) => {
-                let again = deserves_another_pass(&report);
-                earlier.append(&mut report.outcomes);
-                last_report = Some(report);
-                (again, None)
+/// can succeed. The record is the last pass's that could see, with every pass's
+/// outcomes. An error means that no pass could read what is essential, and
+/// nothing was done.
+pub async fn run<A: Aws>(
+    aws: &A,
+    config: &Config,
+    cause: &Cause,
+) -> Result<RunRecord, ObserveError> {
+    let mut latest = one_pass(aws, config, cause).await;
+    let mut outcomes = Vec::new();
+    for wait in NEXT_PASSES {
+        if latest
+            .as_ref()
+            .is_ok_and(|record| !deserves_another_pass(record))
+        {
+            break;
+        }
+        tokio::time::sleep(wait).await;
+        match one_pass(aws, config, cause).await {
+            Ok(record) => {
+                if let Ok(before) = std::mem::replace(&mut latest, Ok(record)) {
+                    outcomes.extend(before.outcomes);
+                }
             }
-            Err(error) => (true, Some(error)),
-        };
-        let wait = waits.next().filter(|_| again);
-        match (wait, failure, last_report.take()) {
-            (Some(wait), _, kept) => {
-                last_report = kept;
-                tokio::time::sleep(*wait).await;
-            }
-            (None, _, Some(mut report)) => {
-                report.outcomes = earlier;
-                return Ok(report);
-            }
-            (None, Some(error), None) => return Err(error),
-            // A pass ends with a report or an error.
-            (None, None, None) => unreachable!("a pass without report and error"),
+            Err(error) if latest.is_err() => latest = Err(error),
+            Err(_) => {}
         }
     }
+    let mut record = latest?;
+    outcomes.append(&mut record.outcomes);
+    Ok(RunRecord { outcomes, ..record })
 }
 
-fn deserves_another_pass(report: &Report) -> bool {
-    let can_succeed = report
+fn deserves_another_pass(record: &RunRecord) -> bool {
+    let can_succeed = record
         .outcomes
         .iter()
-        .any(|outcome| outcome.result == OutcomeKind::Failed && outcome.transient);
-    let frees_an_instance = report
-        .plan
-        .actions()
-        .any(|action| matches!(action, Action::StopTask { .. }));
-    can_succeed || frees_an_instance
+        .any(|outcome| outcome.result == Completion::Failed && outcome.transient);
+    can_succeed || record.plan.stops_a_task()
 }
 
-async fn one_pass<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Report, ObserveError> {
+async fn one_pass<A: Aws>(
+    aws: &A,
+    config: &Config,
+    cause: &Cause,
+) -> Result<RunRecord, ObserveError> {
     let began = Instant::now();
     let mut looks = SECOND_LOOKS.iter();
     let mut recall_looks = [RECALL_LOOK].iter();
@@ -156,7 +137,7 @@ async fn one_pass<A: Aws>(aws: &A, config: &Config, cause: &Cause) -> Result<Rep
     };
     let decision_ms = (began.elapsed().saturating_sub(waited)).as_millis() as u64;
     let outcomes = act(aws, &plan).await;
-    Ok(Report {
+    Ok(RunRecord {
         message: "scaler run".to_owned(),
         cause: cause.text().to_owned(),
         observation,
@@ -173,7 +154,7 @@ fn deserves_second_look(cause: &Cause, observation: &Observation) -> bool {
     let nothing_runs = observation
         .tasks
         .iter()
-        .all(|task| task.stopping || task.status == planner::observation::TaskStatus::Stopped);
+        .all(|task| task.stopping || task.status == TaskStatus::Stopped);
     matches!(cause, Cause::Work(_)) && observation.queue.backlog() == 0 && nothing_runs
 }
 
@@ -184,115 +165,100 @@ fn epoch_seconds() -> i64 {
 }
 
 /// Writes the run's log line, as one JSON object, to standard error.
-pub fn log(report: &Report) {
-    let Ok(mut line) = serde_json::to_string(report) else {
+pub fn log(record: &RunRecord) {
+    let Ok(mut line) = serde_json::to_string(record) else {
         return;
     };
     line.push('\n');
-    let mut stderr = std::io::stderr().lock();
     // Nobody reading the log is no reason to fail.
-    let _ = stderr.write_all(line.as_bytes());
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
 /// The run's metrics, one line per set of dimensions.
-pub fn metric_lines(report: &Report, config: &Config) -> Vec<MetricLine> {
-    let figures = &report.plan.figures;
-    let failed = report
-        .outcomes
+pub fn metric_lines(record: &RunRecord, config: &Config) -> Vec<MetricLine> {
+    let RunRecord {
+        plan,
+        outcomes,
+        observation,
+        ..
+    } = record;
+    let figures = &plan.figures;
+    let failed = outcomes
         .iter()
-        .filter(|outcome| outcome.result == OutcomeKind::Failed)
-        .count();
-    let launched: u32 = report.outcomes.iter().map(|outcome| outcome.launched).sum();
-    let count = |number: u32| f64::from(number);
+        .filter(|outcome| outcome.result == Completion::Failed);
+    let launched: u32 = outcomes.iter().map(|outcome| outcome.launched).sum();
+    let (requested, released) = capacity_changes(plan);
     let new_line =
         || MetricLine::new(&config.metrics_namespace).dimension("QueueName", config.queue_name());
     let mut main = new_line()
-        .property("cause", report.cause.as_str())
-        .property("verdict", report.plan.verdict.as_str())
+        .property("cause", record.cause.as_str())
+        .property("verdict", plan.verdict.as_str());
+    for (name, count) in [
+        ("TasksWanted", figures.tasks_wanted),
+        ("TasksRunning", figures.running),
+        ("TasksStarting", figures.starting),
+        ("TasksStuck", figures.stuck_tasks),
+        ("InstancesWanted", figures.instances_wanted),
+        ("Instances", figures.footprint),
+        ("TasksLaunched", launched),
+        ("InstancesRequested", requested),
+        ("InstancesReleased", released),
+        ("CrashLoop", figures.crash_loop),
+        ("CapacityShortage", figures.options_resting),
+        ("FailedActions", failed.count() as u32),
+    ] {
+        main = main.metric(name, Unit::Count, f64::from(count));
+    }
+    main = main
         .metric("Backlog", Unit::Count, figures.backlog as f64)
-        .metric("TasksWanted", Unit::Count, count(figures.tasks_wanted))
-        .metric("TasksRunning", Unit::Count, count(figures.running))
-        .metric("TasksStarting", Unit::Count, count(figures.starting))
-        .metric("TasksStuck", Unit::Count, count(figures.stuck_tasks))
-        .metric(
-            "InstancesWanted",
-            Unit::Count,
-            count(figures.instances_wanted),
-        )
-        .metric("Instances", Unit::Count, count(figures.footprint))
-        .metric("TasksLaunched", Unit::Count, count(launched))
-        .metric(
-            "InstancesRequested",
-            Unit::Count,
-            count(requested(&report.plan)),
-        )
-        .metric(
-            "InstancesReleased",
-            Unit::Count,
-            count(released(&report.plan)),
-        )
-        .metric("CrashLoop", Unit::Count, count(figures.crash_loop))
-        .metric(
-            "CapacityShortage",
-            Unit::Count,
-            count(figures.options_resting),
-        )
-        .metric("FailedActions", Unit::Count, failed as f64)
         .metric(
             "DecisionLatency",
             Unit::Milliseconds,
-            report.decision_ms as f64,
+            record.decision_ms as f64,
         );
-    if let Some(age) = report.observation.queue.oldest_age {
+    if let Some(age) = observation.queue.oldest_age {
         main = main.metric("OldestMessageAge", Unit::Seconds, age as f64);
     }
     let mut lines = vec![main];
-    for (cause, times) in failures_by_cause(report) {
-        lines.push(new_line().dimension("Cause", &cause).metric(
-            "Failures",
-            Unit::Count,
-            count(times),
-        ));
+    for (cause, times) in failures_by_cause(record) {
+        let line = new_line().dimension("Cause", &cause);
+        lines.push(line.metric("Failures", Unit::Count, f64::from(times)));
     }
     lines
 }
 
-fn requested(plan: &Plan) -> u32 {
-    plan.actions()
-        .map(|action| match action {
-            Action::SetDesired { from, to, .. } => to.saturating_sub(*from),
-            _ => 0,
-        })
-        .sum()
-}
-
-fn released(plan: &Plan) -> u32 {
-    plan.actions()
-        .filter(|action| matches!(action, Action::Release { .. }))
-        .count() as u32
+/// Instances that the plan asks for, and those that it gives back.
+fn capacity_changes(plan: &Plan) -> (u32, u32) {
+    let (mut requested, mut released) = (0, 0);
+    for action in plan.actions() {
+        match action {
+            Action::SetDesired { from, to, .. } => requested += to.saturating_sub(*from),
+            Action::Release { .. } => released += 1,
+            _ => {}
+        }
+    }
+    (requested, released)
 }
 
 /// Failures of this run: actions that did not happen, by error code; failed
 /// launches; capacity that is not there.
-fn failures_by_cause(report: &Report) -> BTreeMap<String, u32> {
+fn failures_by_cause(record: &RunRecord) -> BTreeMap<String, u32> {
     let mut causes: BTreeMap<String, u32> = BTreeMap::new();
-    for outcome in &report.outcomes {
-        if let Some(cause) = &outcome.cause {
-            *causes.entry(cause.clone()).or_default() += 1;
-        }
-    }
-    let figures = &report.plan.figures;
-    if figures.crash_loop > 0 {
-        causes.insert("FailedLaunch".to_owned(), figures.crash_loop);
-    }
-    let short = report
-        .observation
-        .groups
+    for cause in record
+        .outcomes
         .iter()
-        .filter(|group| history::rest(group, report.observation.at).is_some())
-        .count() as u32;
-    if short > 0 {
-        causes.insert("NoCapacity".to_owned(), short);
+        .filter_map(|outcome| outcome.cause.as_ref())
+    {
+        *causes.entry(cause.clone()).or_default() += 1;
+    }
+    let figures = &record.plan.figures;
+    for (cause, count) in [
+        ("FailedLaunch", figures.crash_loop),
+        ("NoCapacity", figures.options_resting),
+    ] {
+        if count > 0 {
+            causes.insert(cause.to_owned(), count);
+        }
     }
     causes
 }

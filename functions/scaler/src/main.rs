@@ -82,15 +82,15 @@ async fn serve() -> Result<(), String> {
         async move {
             let cause = Cause::of(&event.payload);
             match run(aws, config, &cause).await {
-                Ok(report) => {
-                    for line in metric_lines(&report, config) {
+                Ok(record) => {
+                    for line in metric_lines(&record, config) {
                         line.emit();
                     }
-                    log(&report);
+                    log(&record);
                     Ok(json!({
-                        "verdict": report.plan.verdict,
-                        "actions": report.plan.decisions.len(),
-                        "outcomes": report.outcomes,
+                        "verdict": record.plan.verdict,
+                        "actions": record.plan.decisions.len(),
+                        "outcomes": record.outcomes,
                     }))
                 }
                 Err(error) => {

@@ -3,12 +3,12 @@
 use std::future::Future;
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
-
-use crate::aws::{ApiError, Aws, DESCRIBE_MAX, DescribedGroup, Page, TaskFilter};
-use planner::Policy;
-use planner::observation::{ContainerInstance, Group, Observation, Task};
+use futures_util::future::{join_all, try_join_all};
+use planner::observation::{ContainerInstance, Group, Task};
 use planner::streak::{OPTION_KEY, TASKS_KEY};
+use planner::{Observation, Policy};
+
+use crate::aws::{ApiError, Aws, DESCRIBE_MAX, Page, TaskFilter};
 
 /// Time that all reads together may take. The Lambda's time-out (60 s) leaves
 /// room for the writes.
@@ -17,14 +17,25 @@ pub const OBSERVE_TIMEOUT: Duration = Duration::from_secs(12);
 /// Pages of one list before something is wrong with its tokens: 10,000 entries.
 const MAX_PAGES: usize = 100;
 
+/// A read that failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// AWS refused it or did not hear of it.
+    #[error(transparent)]
+    Call(#[from] ApiError),
+    /// It took too long.
+    #[error("no answer within {} s", OBSERVE_TIMEOUT.as_secs())]
+    Timeout,
+}
+
 /// An essential read failed: nothing can be decided.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("cannot observe {what}: {why}")]
+#[error("cannot observe {what}: {source}")]
 pub struct ObserveError {
     /// What could not be read.
     pub what: &'static str,
     /// Why.
-    pub why: String,
+    pub source: ReadError,
 }
 
 /// Reads everything. Metrics, activities and warm pools may be missing; the
@@ -41,105 +52,81 @@ pub async fn observe<A: Aws>(
         .collect();
     let (queue, metrics, wanted, unwanted, instances, groups, activities) = tokio::join!(
         essential("the queue", aws.queue()),
-        optional(aws.metrics(now)),
+        in_time(aws.metrics(now)),
         essential("the tasks", tasks(aws, TaskFilter::Wanted)),
         essential("the stopped tasks", tasks(aws, TaskFilter::Unwanted)),
         essential("the container instances", container_instances(aws)),
-        essential("the Auto Scaling groups", described_groups(aws, &names)),
-        futures_util::future::join_all(
+        essential("the Auto Scaling groups", groups(aws, &names)),
+        join_all(
             names
                 .iter()
-                .map(|name| optional(aws.describe_activities(name)))
+                .map(|name| in_time(aws.describe_activities(name)))
         ),
     );
-    let mut missing = Vec::new();
-    let mut queue = queue?;
-    let mut images_per_second = None;
-    let mut arrivals = None;
-    match metrics {
-        Ok(metrics) => {
-            queue.oldest_age = metrics.oldest_age;
-            images_per_second = metrics.images_per_second;
-            arrivals = metrics.arrivals;
-        }
-        Err(why) => missing.push(format!("CloudWatch metrics ({why})")),
-    }
-    let mut tasks = wanted?;
+    let mut seen = Observation {
+        at: now,
+        queue: queue?,
+        tasks: wanted?,
+        container_instances: instances?,
+        groups: groups?,
+        ..Observation::default()
+    };
     for task in unwanted? {
         // A task can move from one list to the other between the two reads.
-        if !tasks.iter().any(|known| known.arn == task.arn) {
-            tasks.push(task);
+        if !seen.tasks.iter().any(|known| known.arn == task.arn) {
+            seen.tasks.push(task);
         }
     }
-    let described = groups?;
-    let pools = futures_util::future::join_all(described.iter().map(|group| async move {
-        if group.has_warm_pool {
-            Some(optional(aws.describe_warm_pool(&group.name)).await)
-        } else {
-            None
+    match metrics {
+        Ok(metrics) => {
+            seen.queue.oldest_age = metrics.oldest_age;
+            seen.images_per_second = metrics.images_per_second;
+            seen.arrivals = metrics.arrivals;
         }
-    }))
-    .await;
-
-    let mut groups = Vec::new();
-    for (index, name) in names.iter().enumerate() {
-        // Kept in the order of the options.
-        let Some(position) = described.iter().position(|group| group.name == *name) else {
-            continue;
-        };
-        let mut group = own_view(&described[position]);
-        match &activities[index] {
-            Ok(activities) => group.activities = activities.clone(),
-            Err(why) => missing.push(format!("scaling activities of {name} ({why})")),
-        }
-        match &pools[position] {
-            Some(Ok(ready)) => group.warm_pool = Some(*ready),
-            Some(Err(why)) => missing.push(format!("warm pool of {name} ({why})")),
-            None => {}
-        }
-        groups.push(group);
+        Err(error) => seen.missing.push(format!("CloudWatch metrics ({error})")),
     }
-    Ok(Observation {
-        at: now,
-        queue,
-        arrivals,
-        images_per_second,
-        tasks,
-        container_instances: instances?,
-        groups,
-        missing,
-    })
-}
-
-fn own_view(described: &DescribedGroup) -> Group {
-    let mut tags = described.tags.clone();
-    tags.retain(|key, _| key == TASKS_KEY || key == OPTION_KEY);
-    Group {
-        name: described.name.clone(),
-        desired: described.desired,
-        min: described.min,
-        max: described.max,
-        instances: described.instances.clone(),
-        activities: Vec::new(),
-        warm_pool: None,
-        tags,
+    for (name, activities) in names.iter().zip(activities) {
+        let group = seen.groups.iter_mut().find(|group| group.name == *name);
+        match (group, activities) {
+            (Some(group), Ok(activities)) => group.activities = activities,
+            (Some(_), Err(error)) => seen
+                .missing
+                .push(format!("scaling activities of {name} ({error})")),
+            (None, _) => {}
+        }
     }
+    let with_pools = seen
+        .groups
+        .iter_mut()
+        .filter(|group| group.warm_pool.is_some());
+    let pools = with_pools.map(|group| async {
+        let ready = in_time(aws.describe_warm_pool(&group.name)).await;
+        (group, ready)
+    });
+    for (group, ready) in join_all(pools).await {
+        match ready {
+            Ok(ready) => group.warm_pool = Some(ready),
+            Err(error) => seen
+                .missing
+                .push(format!("warm pool of {} ({error})", group.name)),
+        }
+    }
+    Ok(seen)
 }
 
 async fn essential<T>(
     what: &'static str,
     read: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, ObserveError> {
-    optional(read)
+    in_time(read)
         .await
-        .map_err(|why| ObserveError { what, why })
+        .map_err(|source| ObserveError { what, source })
 }
 
-async fn optional<T>(read: impl Future<Output = Result<T, ApiError>>) -> Result<T, String> {
+async fn in_time<T>(read: impl Future<Output = Result<T, ApiError>>) -> Result<T, ReadError> {
     match tokio::time::timeout(OBSERVE_TIMEOUT, read).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {} s", OBSERVE_TIMEOUT.as_secs())),
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(ReadError::Timeout),
     }
 }
 
@@ -167,14 +154,21 @@ where
     })
 }
 
+/// Describes what a list named, a hundred at a time and all at once.
+async fn described<'a, T, R>(
+    arns: &'a [String],
+    describe: impl Fn(&'a [String]) -> R,
+) -> Result<Vec<T>, ApiError>
+where
+    R: Future<Output = Result<Vec<T>, ApiError>>,
+{
+    let parts = try_join_all(arns.chunks(DESCRIBE_MAX).map(describe)).await?;
+    Ok(parts.into_iter().flatten().collect())
+}
+
 async fn tasks<A: Aws>(aws: &A, filter: TaskFilter) -> Result<Vec<Task>, ApiError> {
     let arns = all_pages("ecs:ListTasks", |page| aws.list_tasks(&filter, page)).await?;
-    let described = try_join_all(
-        arns.chunks(DESCRIBE_MAX)
-            .map(|chunk| aws.describe_tasks(chunk)),
-    )
-    .await?;
-    Ok(described.into_iter().flatten().collect())
+    described(&arns, |chunk| aws.describe_tasks(chunk)).await
 }
 
 async fn container_instances<A: Aws>(aws: &A) -> Result<Vec<ContainerInstance>, ApiError> {
@@ -182,22 +176,22 @@ async fn container_instances<A: Aws>(aws: &A) -> Result<Vec<ContainerInstance>, 
         aws.list_container_instances(page)
     })
     .await?;
-    let described = try_join_all(
-        arns.chunks(DESCRIBE_MAX)
-            .map(|chunk| aws.describe_container_instances(chunk)),
-    )
-    .await?;
-    Ok(described.into_iter().flatten().collect())
+    described(&arns, |chunk| aws.describe_container_instances(chunk)).await
 }
 
-async fn described_groups<A: Aws>(
-    aws: &A,
-    names: &[String],
-) -> Result<Vec<DescribedGroup>, ApiError> {
-    all_pages("autoscaling:DescribeAutoScalingGroups", |page| {
+/// The groups in the order of the options, with the scaler's own tags.
+async fn groups<A: Aws>(aws: &A, names: &[String]) -> Result<Vec<Group>, ApiError> {
+    let mut groups = all_pages("autoscaling:DescribeAutoScalingGroups", |page| {
         aws.describe_groups(names, page)
     })
-    .await
+    .await?;
+    groups.sort_by_key(|group| names.iter().position(|name| *name == group.name));
+    for group in &mut groups {
+        group
+            .tags
+            .retain(|key, _| key == TASKS_KEY || key == OPTION_KEY);
+    }
+    Ok(groups)
 }
 
 /// Tasks of ours that hold, or are about to hold, the container instance.

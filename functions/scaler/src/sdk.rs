@@ -15,13 +15,11 @@ use aws_smithy_runtime_api::client::result::SdkError;
 use aws_smithy_types::DateTime;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 
-use crate::aws::{
-    ApiError, Aws, DescribedGroup, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
-};
+use crate::aws::{ApiError, Aws, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter};
 use crate::config::Config;
 use planner::observation::{
     Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
-    GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
+    Group, GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
 };
 
 /// One try of a call. AWS's control planes answer within a second or not at all.
@@ -396,7 +394,7 @@ impl Aws for SdkAws {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<DescribedGroup>, ApiError> {
+    ) -> Result<Page<Group>, ApiError> {
         let answer = self
             .autoscaling
             .describe_auto_scaling_groups()
@@ -408,7 +406,7 @@ impl Aws for SdkAws {
         let items = answer
             .auto_scaling_groups()
             .iter()
-            .map(|group| DescribedGroup {
+            .map(|group| Group {
                 name: group
                     .auto_scaling_group_name()
                     .unwrap_or_default()
@@ -436,7 +434,8 @@ impl Aws for SdkAws {
                     .iter()
                     .filter_map(|tag| Some((tag.key()?.to_owned(), tag.value()?.to_owned())))
                     .collect(),
-                has_warm_pool: group.warm_pool_configuration().is_some(),
+                activities: Vec::new(),
+                warm_pool: group.warm_pool_configuration().map(|_| 0),
             })
             .collect();
         Ok(Page {

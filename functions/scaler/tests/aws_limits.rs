@@ -5,9 +5,9 @@ mod common;
 use common::{FakeAws, config, launch, now};
 use planner::observation::{ActivityStatus, Queue, TaskStatus};
 use planner::streak::OPTION_KEY;
-use scaler::act::OutcomeKind;
+use scaler::act::Completion;
 use scaler::aws::Aws;
-use scaler::handler::{Cause, Report, run};
+use scaler::handler::{Cause, RunRecord, run};
 
 fn visible(count: u64) -> Queue {
     Queue {
@@ -16,7 +16,7 @@ fn visible(count: u64) -> Queue {
     }
 }
 
-async fn wake(aws: &FakeAws, max: u32, options: usize) -> Report {
+async fn wake(aws: &FakeAws, max: u32, options: usize) -> RunRecord {
     let cause = Cause::Other("schedule".to_owned());
     run(aws, &config(max, options), &cause)
         .await
@@ -117,7 +117,7 @@ async fn throttled_calls_are_tried_again_in_the_same_run() {
     let failed: Vec<_> = report
         .outcomes
         .iter()
-        .filter(|outcome| outcome.result == OutcomeKind::Failed)
+        .filter(|outcome| outcome.result == Completion::Failed)
         .filter_map(|outcome| outcome.cause.as_deref())
         .collect();
     assert_eq!(failed, ["ThrottlingException"]);
@@ -173,7 +173,7 @@ async fn what_could_not_be_placed_is_reported_and_the_rest_runs() {
     aws.with(|state| state.instances[1].agent_connected = false);
     let outcomes = scaler::act::act(&aws, &plan).await;
     assert_eq!(outcomes.len(), 1);
-    assert_eq!(outcomes[0].result, OutcomeKind::Partial);
+    assert_eq!(outcomes[0].result, Completion::Partial);
     assert_eq!(outcomes[0].launched, 2);
     assert_eq!(outcomes[0].cause.as_deref(), Some("RESOURCE:GPU"));
 }
@@ -249,7 +249,7 @@ async fn an_instance_that_got_a_task_in_the_last_moment_stays() {
         state.place_before_drain = true;
     });
     let report = wake(&aws, 5, 1).await;
-    assert_eq!(report.outcomes[0].result, OutcomeKind::Skipped);
+    assert_eq!(report.outcomes[0].result, Completion::Skipped);
     aws.with(|state| {
         assert_eq!(state.group("gpu").instances.len(), 1);
         assert!(state.calls_of("Terminate").is_empty());

@@ -12,12 +12,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use local::Cloud;
 use local::cloud::{ApiFault, ApiFaultKind, Snapshot};
-use planner::observation::{Activity, ContainerInstance, Queue, Task};
+use planner::observation::{Activity, ContainerInstance, Group, Queue, Task};
 use platform::env::Reader;
 use scaler::SdkAws;
-use scaler::aws::{
-    ApiError, Aws, DescribedGroup, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
-};
+use scaler::aws::{ApiError, Aws, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter};
 use scaler::config::Config;
 use scaler::handler::{Cause, run};
 use shell_cloud::{CLUSTER, FAMILY, group, shell_cloud};
@@ -364,7 +362,7 @@ impl Aws for OnLocal {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<DescribedGroup>, ApiError> {
+    ) -> Result<Page<Group>, ApiError> {
         self.sdk.describe_groups(names, page).await
     }
 

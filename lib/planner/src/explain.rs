@@ -19,7 +19,7 @@ pub enum RecordError {
 }
 
 /// An observation and, when it was recorded too, its policy.
-pub struct Record {
+pub struct Recorded {
     /// What was seen.
     pub observation: Observation,
     /// The rules of that run.
@@ -28,7 +28,7 @@ pub struct Record {
 
 /// Reads a whole log line (`observation` and `policy` inside), or a bare
 /// observation.
-pub fn read_record(text: &str) -> Result<Record, RecordError> {
+pub fn read_record(text: &str) -> Result<Recorded, RecordError> {
     let mut value: Value = serde_json::from_str(text)?;
     let policy = match value.get_mut("policy").map(Value::take) {
         Some(policy) if !policy.is_null() => Some(serde_json::from_value(policy)?),
@@ -38,7 +38,7 @@ pub fn read_record(text: &str) -> Result<Record, RecordError> {
         Some(inner) => inner.take(),
         None => value,
     };
-    Ok(Record {
+    Ok(Recorded {
         observation: serde_json::from_value(observation)?,
         policy,
     })

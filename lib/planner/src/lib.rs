@@ -3,6 +3,7 @@
 //! read, tested, replayed and simulated without any AWS; the protocol around
 //! it is in `functions/scaler/design.md`.
 
+pub mod cadence;
 mod decide;
 pub mod explain;
 pub mod history;
@@ -11,6 +12,7 @@ mod offer;
 mod plan;
 mod policy;
 pub mod streak;
+pub mod worker;
 
 pub use decide::plan;
 pub use observation::Observation;

@@ -254,7 +254,7 @@ pub struct Group {
     /// Its latest scaling activities.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub activities: Vec<Activity>,
-    /// Stopped or hibernated instances ready in its warm pool, if it has one.
+    /// Instances ready in its warm pool, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warm_pool: Option<u32>,
     /// The scaler's own tags.

@@ -177,6 +177,12 @@ impl Plan {
         self.decisions.iter().map(|decision| &decision.action)
     }
 
+    /// Whether it stops a task, so that an instance can go soon.
+    pub fn stops_a_task(&self) -> bool {
+        self.actions()
+            .any(|action| matches!(action, Action::StopTask { .. }))
+    }
+
     /// Tasks that the plan launches.
     pub fn launches(&self) -> u32 {
         self.actions()

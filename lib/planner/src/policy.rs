@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The planner's rules. Every field has the meaning of the environment
-/// variable that scaler reads it from.
+/// variable of its name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Policy {

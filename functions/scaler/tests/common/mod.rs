@@ -11,14 +11,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use planner::observation::{
-    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus,
+    Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus, Group,
     GroupInstance, Lifecycle, Queue, Task, TaskStatus,
 };
 use platform::Failure;
 use platform::env::Reader;
 use scaler::aws::{
-    ApiError, Aws, DESCRIBE_MAX, DescribedGroup, Metrics, Page, PartialFailure, RunTaskAnswer,
-    TaskFilter, UPDATE_STATE_MAX,
+    ApiError, Aws, DESCRIBE_MAX, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
+    UPDATE_STATE_MAX,
 };
 use scaler::config::Config;
 
@@ -58,7 +58,7 @@ pub struct State {
     pub metrics: Option<Metrics>,
     pub tasks: Vec<Task>,
     pub instances: Vec<ContainerInstance>,
-    pub groups: Vec<DescribedGroup>,
+    pub groups: Vec<Group>,
     pub activities: BTreeMap<String, Vec<Activity>>,
     /// Error codes that the next calls of an operation answer.
     pub errors: HashMap<&'static str, Vec<&'static str>>,
@@ -101,7 +101,7 @@ impl State {
         group.desired = group.desired.max(group.instances.len() as u32);
     }
 
-    pub fn group(&mut self, name: &str) -> &mut DescribedGroup {
+    pub fn group(&mut self, name: &str) -> &mut Group {
         self.groups
             .iter_mut()
             .find(|group| group.name == name)
@@ -171,10 +171,10 @@ impl FakeAws {
         let state = State {
             groups: groups
                 .iter()
-                .map(|name| DescribedGroup {
+                .map(|name| Group {
                     name: (*name).to_owned(),
                     max,
-                    ..DescribedGroup::default()
+                    ..Group::default()
                 })
                 .collect(),
             ..State::default()
@@ -332,12 +332,12 @@ impl Aws for FakeAws {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<DescribedGroup>, ApiError> {
+    ) -> Result<Page<Group>, ApiError> {
         self.call("DescribeAutoScalingGroups", String::new())?;
         // A page a group: the caller must walk them.
         let from: usize = page.and_then(|token| token.parse().ok()).unwrap_or(0);
         Ok(self.with(|state| {
-            let all: Vec<DescribedGroup> = state
+            let all: Vec<Group> = state
                 .groups
                 .iter()
                 .filter(|group| names.contains(&group.name))
