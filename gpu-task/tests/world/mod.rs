@@ -12,7 +12,7 @@ use delivery::{Answer, Backoff, Destination, Entry, Outputs, Rejection};
 use events::{CloudEvent, Document, EventType, ImageType};
 use futures_util::StreamExt;
 use futures_util::stream;
-use gpu_task::failure::{Cause, Failure, Fatal, Stage, TaskError};
+use gpu_task::failure::{Cause, Fatal, Stage, TaskError};
 use gpu_task::pipeline::{self, Loading, Settings, Summary};
 use gpu_task::queue::{Extension, LeaseError, Queue, ReceiveError, Received};
 use gpu_task::services::{
