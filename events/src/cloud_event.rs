@@ -36,11 +36,8 @@ impl EventType {
 
 /// Why an event is not one that Lakechain's middlewares accept.
 #[derive(Debug, thiserror::Error)]
-pub enum EventError {
-    /// The JSON does not have the event's form.
-    #[error("not a valid CloudEvent: {0}")]
-    Form(#[from] serde_json::Error),
-}
+#[error("not a valid CloudEvent: {0}")]
+pub struct EventError(#[from] serde_json::Error);
 
 /// The envelope. No other key is allowed at this level.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

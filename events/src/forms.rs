@@ -71,23 +71,16 @@ pub enum Item {
 
 /// Why a payload is not work in any known form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // The messages say it.
 pub enum FormError {
-    /// The body is not JSON.
     #[error("not JSON: {0}")]
     Json(String),
-    /// The JSON has none of the known shapes.
     #[error(
         "none of the known forms (S3 notification, EventBridge aws.s3 event, SNS, SQS, Pipe, CloudEvent): {0}"
     )]
     Unknown(String),
-    /// A known shape lacks something or holds a wrong value.
     #[error("{form}: {problem}")]
-    Malformed {
-        /// Which form it has.
-        form: &'static str,
-        /// What is wrong with it.
-        problem: String,
-    },
+    Malformed { form: &'static str, problem: String },
 }
 
 /// What one delivery holds. An SQS batch has one delivery per record, which
@@ -115,7 +108,7 @@ pub fn deliveries(payload: &Value) -> Vec<Delivery> {
     };
     let delivery = |(message_id, body): (String, String)| Delivery {
         message_id: Some(message_id),
-        items: parse_text(&body, 1),
+        items: parse_json(body.as_bytes(), 1),
         body,
     };
     messages.into_iter().map(delivery).collect()
@@ -123,14 +116,12 @@ pub fn deliveries(payload: &Value) -> Vec<Delivery> {
 
 /// Takes the body of a queue message apart.
 pub fn parse_work(body: &[u8]) -> Result<Vec<Item>, FormError> {
-    let value: Value =
-        serde_json::from_slice(body).map_err(|error| FormError::Json(error.to_string()))?;
-    parse_value(&value, 0)
+    parse_json(body, 0)
 }
 
-fn parse_text(text: &str, depth: usize) -> Result<Vec<Item>, FormError> {
+fn parse_json(json: &[u8], depth: usize) -> Result<Vec<Item>, FormError> {
     let value: Value =
-        serde_json::from_str(text).map_err(|error| FormError::Json(error.to_string()))?;
+        serde_json::from_slice(json).map_err(|error| FormError::Json(error.to_string()))?;
     parse_value(&value, depth)
 }
 
@@ -150,10 +141,10 @@ fn parse_value(value: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
         return Ok(parsed.collect::<Result<Vec<_>, _>>()?.concat());
     }
     if let Some((_, body)) = sqs_message(value) {
-        return parse_text(&body, depth + 1);
+        return parse_json(body.as_bytes(), depth + 1);
     }
     if value["Type"] == "Notification" && value["Message"].is_string() {
-        return parse_text(&sns_message(value)?, depth + 1);
+        return parse_json(sns_message(value)?.as_bytes(), depth + 1);
     }
     if value["Event"] == "s3:TestEvent" {
         return Ok(vec![ignored("S3's test event")]);
@@ -170,10 +161,10 @@ fn parse_value(value: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
 
 fn parse_record(record: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     if let Some((_, body)) = sqs_message(record) {
-        return parse_text(&body, depth + 1);
+        return parse_json(body.as_bytes(), depth + 1);
     }
     if record["Sns"]["Message"].is_string() {
-        return parse_text(&sns_message(&record["Sns"])?, depth + 1);
+        return parse_json(sns_message(&record["Sns"])?.as_bytes(), depth + 1);
     }
     if record["s3"].is_object() {
         return Ok(vec![s3_record_item(record)?]);

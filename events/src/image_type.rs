@@ -10,26 +10,20 @@ pub const DETECTION_BYTES: usize = 16;
 
 /// A supported image type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(missing_docs)] // Their MIME types say it.
 pub enum ImageType {
-    /// `image/bmp`
     #[serde(rename = "image/bmp")]
     Bmp,
-    /// `image/gif`
     #[serde(rename = "image/gif")]
     Gif,
-    /// `image/jpeg`
     #[serde(rename = "image/jpeg")]
     Jpeg,
-    /// `image/png`
     #[serde(rename = "image/png")]
     Png,
-    /// `image/tiff`
     #[serde(rename = "image/tiff")]
     Tiff,
-    /// `image/webp`
     #[serde(rename = "image/webp")]
     Webp,
-    /// `image/x-pcx`
     #[serde(rename = "image/x-pcx")]
     Pcx,
 }

@@ -33,17 +33,14 @@ pub struct S3Url {
 
 /// Why a URL names no S3 object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // The messages say it.
 pub enum S3UrlError {
-    /// The URL does not begin with `s3://`.
     #[error("{0:?} is no s3:// URL")]
     Scheme(String),
-    /// The bucket is empty.
     #[error("{0:?} names no bucket")]
     Bucket(String),
-    /// The key is absent or too short.
     #[error("the key of {0:?} has fewer than {KEY_MIN_CHARS} characters")]
     Key(String),
-    /// The percent-decoded key is not UTF-8.
     #[error("the key of {0:?} is not UTF-8 after percent-decoding")]
     Encoding(String),
 }

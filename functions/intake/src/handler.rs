@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_lambda_events::sqs::SqsBatchResponse;
-use delivery::PublishError;
+use delivery::{PublishError, Rejection};
 use events::{CloudEvent, Delivery, EventType, ImageType, Item, S3Object, S3Url, deliveries};
 use futures_util::stream::{self, StreamExt};
 use platform::aws;
@@ -46,7 +46,7 @@ pub trait Services: Send + Sync {
     /// Sends events to the input queue, a result for each.
     async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>>;
     /// Records a rejection in the dead-letter queue.
-    async fn reject(&self, body: &str, rejection: &Rejected) -> Result<(), aws::Error>;
+    async fn reject(&self, body: &str, rejection: &Rejection) -> Result<(), aws::Error>;
     /// Deletes the vectors of a document and says how many there were.
     async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error>;
     /// Publishes an event to the outputs.
@@ -67,13 +67,16 @@ pub enum ServiceError {
     Publish(#[from] PublishError),
 }
 
-/// Something that will never become work.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rejected {
-    /// The object's URL, as far as it is known.
-    pub object: Option<String>,
-    /// Why.
-    pub reason: String,
+/// Something that will never become work: the object's URL as far as it is
+/// known, and why.
+fn rejection(object: Option<String>, reason: impl Into<String>) -> Rejection {
+    Rejection {
+        stage: "intake".to_owned(),
+        reason: reason.into(),
+        by: "intake".to_owned(),
+        object,
+        event: None,
+    }
 }
 
 /// What became of the items of a payload.
@@ -115,7 +118,7 @@ pub struct Intake<S> {
 enum Step {
     Enqueue(Box<CloudEvent>),
     Delete(Box<CloudEvent>),
-    Reject(Rejected),
+    Reject(Rejection),
     Unsupported,
     Ignore,
 }
@@ -185,10 +188,7 @@ impl<S: Services> Intake<S> {
         let items = match &delivery.items {
             Ok(items) => items.as_slice(),
             Err(error) => {
-                let rejected = Rejected {
-                    object: None,
-                    reason: error.to_string(),
-                };
+                let rejected = rejection(None, error.to_string());
                 self.record_rejection(&delivery.body, &rejected).await?;
                 counts.rejected += 1;
                 return Ok(counts);
@@ -245,10 +245,9 @@ impl<S: Services> Intake<S> {
                 info!(reason, "ignored");
                 Ok(Step::Ignore)
             }
-            Item::Rejected { object, reason } => Ok(Step::Reject(Rejected {
-                object: Some(object.clone()),
-                reason: reason.clone(),
-            })),
+            Item::Rejected { object, reason } => {
+                Ok(Step::Reject(rejection(Some(object.clone()), reason)))
+            }
             Item::Event(event) if event.kind == EventType::DocumentDeleted => {
                 Ok(Step::Delete(event.clone()))
             }
@@ -269,10 +268,8 @@ impl<S: Services> Intake<S> {
         let head = match self.services.head(object).await {
             Ok(Some(head)) => head,
             Ok(None) => {
-                return Ok(Step::Reject(Rejected {
-                    object: Some(url),
-                    reason: "the object does not exist (any more)".to_owned(),
-                }));
+                let reason = "the object does not exist (any more)";
+                return Ok(Step::Reject(rejection(Some(url), reason)));
             }
             Err(error) => {
                 return match by_name {
@@ -315,10 +312,7 @@ impl<S: Services> Intake<S> {
                 hex(&head.first_bytes)
             )
         };
-        Ok(Step::Reject(Rejected {
-            object: Some(url),
-            reason,
-        }))
+        Ok(Step::Reject(rejection(Some(url), reason)))
     }
 
     async fn delete(&self, event: CloudEvent) -> Result<(), ServiceError> {
@@ -329,7 +323,7 @@ impl<S: Services> Intake<S> {
         Ok(())
     }
 
-    async fn record_rejection(&self, body: &str, rejected: &Rejected) -> Result<(), ServiceError> {
+    async fn record_rejection(&self, body: &str, rejected: &Rejection) -> Result<(), ServiceError> {
         warn!(
             object = rejected.object,
             reason = rejected.reason,
@@ -377,13 +371,9 @@ fn decide_event(event: &CloudEvent) -> Step {
         return Step::Enqueue(Box::new(event.clone()));
     }
     let is_s3 = document.url.parse::<S3Url>().is_ok();
-    Step::Reject(Rejected {
-        object: is_s3.then(|| document.url.clone()),
-        reason: format!(
-            "{:?} is none of the seven supported types",
-            document.mime_type
-        ),
-    })
+    let mime = &document.mime_type;
+    let reason = format!("{mime:?} is none of the seven supported types");
+    Step::Reject(rejection(is_s3.then(|| document.url.clone()), reason))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -463,7 +453,7 @@ mod tests {
             results
         }
 
-        async fn reject(&self, _body: &str, rejected: &Rejected) -> Result<(), aws::Error> {
+        async fn reject(&self, _body: &str, rejected: &Rejection) -> Result<(), aws::Error> {
             if self.reject_fails {
                 return Err(failure("sqs:SendMessageBatch"));
             }

@@ -9,5 +9,5 @@ mod handler;
 mod services;
 
 pub use config::Config;
-pub use handler::{Counts, Head, Intake, Rejected, ServiceError, Services};
+pub use handler::{Counts, Head, Intake, ServiceError, Services};
 pub use services::AwsServices;

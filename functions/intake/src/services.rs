@@ -9,7 +9,7 @@ use events::{CloudEvent, DETECTION_BYTES, S3Object};
 use platform::aws;
 
 use crate::config::Config;
-use crate::handler::{Head, Rejected, Services};
+use crate::handler::{Head, Services};
 
 /// The clients that intake calls.
 pub struct AwsServices {
@@ -84,15 +84,8 @@ impl Services for AwsServices {
         self.input_queue.publish(&events).await
     }
 
-    async fn reject(&self, body: &str, rejected: &Rejected) -> Result<(), aws::Error> {
-        let rejection = Rejection {
-            stage: "intake".to_owned(),
-            reason: rejected.reason.clone(),
-            by: "intake".to_owned(),
-            object: rejected.object.clone(),
-            event: None,
-        };
-        self.dead_letters.reject(body, &rejection).await
+    async fn reject(&self, body: &str, rejection: &Rejection) -> Result<(), aws::Error> {
+        self.dead_letters.reject(body, rejection).await
     }
 
     async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error> {

@@ -42,19 +42,9 @@ pub trait Destination: Send + Sync {
 }
 
 /// An SNS topic: Lakechain's form, no attributes, no subject.
-pub struct Topic {
-    client: aws_sdk_sns::Client,
-    arn: String,
-}
-
-impl Topic {
-    /// A topic by its ARN.
-    pub fn new(client: aws_sdk_sns::Client, arn: &str) -> Self {
-        Self {
-            client,
-            arn: arn.to_owned(),
-        }
-    }
+pub(crate) struct Topic {
+    pub client: aws_sdk_sns::Client,
+    pub arn: String,
 }
 
 #[async_trait]
@@ -89,19 +79,9 @@ impl Destination for Topic {
 }
 
 /// An SQS queue: Lakechain's form.
-pub struct Queue {
-    client: aws_sdk_sqs::Client,
-    url: String,
-}
-
-impl Queue {
-    /// A queue by its URL.
-    pub fn new(client: aws_sdk_sqs::Client, url: &str) -> Self {
-        Self {
-            client,
-            url: url.to_owned(),
-        }
-    }
+pub(crate) struct Queue {
+    pub client: aws_sdk_sqs::Client,
+    pub url: String,
 }
 
 #[async_trait]
@@ -127,19 +107,9 @@ impl Destination for Queue {
 
 /// An EventBridge bus: standard CloudEvents 1.0 in `Detail`, the event's type
 /// as `DetailType`, this middleware as `Source`.
-pub struct Bus {
-    client: aws_sdk_eventbridge::Client,
-    name: String,
-}
-
-impl Bus {
-    /// A bus by its name or ARN.
-    pub fn new(client: aws_sdk_eventbridge::Client, name: &str) -> Self {
-        Self {
-            client,
-            name: name.to_owned(),
-        }
-    }
+pub(crate) struct Bus {
+    pub client: aws_sdk_eventbridge::Client,
+    pub name: String,
 }
 
 #[async_trait]

@@ -63,31 +63,18 @@ impl OutputConfig {
 
 /// Why an event was not delivered to every output.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // The messages say it.
 pub enum PublishError {
-    /// The event is larger than the output takes.
     #[error("the event has {bytes} bytes, the output {output} takes {PUBLISH_MAX_BYTES}")]
     TooLarge {
-        /// The output.
         output: String,
         /// The event's size as that output counts it.
         bytes: usize,
     },
-    /// The output refuses this event.
     #[error("the output {output} refuses the event: {error}")]
-    Refused {
-        /// The output.
-        output: String,
-        /// What it said.
-        error: aws::Error,
-    },
-    /// The output did not take the event in several tries.
+    Refused { output: String, error: aws::Error },
     #[error("the output {output} failed {MAX_TRIES} times: {error}")]
-    Unavailable {
-        /// The output.
-        output: String,
-        /// What it said last.
-        error: aws::Error,
-    },
+    Unavailable { output: String, error: aws::Error },
 }
 
 impl PublishError {
@@ -111,17 +98,17 @@ impl Outputs {
     pub fn connect(config: &OutputConfig, sdk: &SdkConfig) -> Self {
         let sdk = with_call_timeout(sdk);
         let mut destinations: Vec<Arc<dyn Destination>> = Vec::new();
-        if let Some(arn) = &config.topic_arn {
+        if let Some(arn) = config.topic_arn.clone() {
             let client = aws_sdk_sns::Client::new(&sdk);
-            destinations.push(Arc::new(Topic::new(client, arn)));
+            destinations.push(Arc::new(Topic { client, arn }));
         }
-        if let Some(bus) = &config.event_bus {
+        if let Some(name) = config.event_bus.clone() {
             let client = aws_sdk_eventbridge::Client::new(&sdk);
-            destinations.push(Arc::new(Bus::new(client, bus)));
+            destinations.push(Arc::new(Bus { client, name }));
         }
-        if let Some(url) = &config.queue_url {
+        if let Some(url) = config.queue_url.clone() {
             let client = aws_sdk_sqs::Client::new(&sdk);
-            destinations.push(Arc::new(Queue::new(client, url)));
+            destinations.push(Arc::new(Queue { client, url }));
         }
         Self::new(destinations)
     }
@@ -129,7 +116,8 @@ impl Outputs {
     /// The input queue, which takes events as an output does.
     pub fn to_queue(url: &str, sdk: &SdkConfig) -> Self {
         let client = aws_sdk_sqs::Client::new(&with_call_timeout(sdk));
-        Self::new(vec![Arc::new(Queue::new(client, url))])
+        let url = url.to_owned();
+        Self::new(vec![Arc::new(Queue { client, url })])
     }
 
     /// Outputs of the caller's own.

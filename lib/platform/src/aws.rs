@@ -132,7 +132,7 @@ pub struct Error {
     /// What was called: `s3:GetObject`.
     pub operation: &'static str,
     /// What it was about, where that says more: a URL, a name.
-    pub resource: Option<String>,
+    pub resource: Option<Box<str>>,
     /// What kind of failure it is.
     pub kind: ErrorKind,
     /// AWS's code without `AWS.SimpleQueueService.`, or a word for what went
@@ -219,7 +219,7 @@ impl Error {
     /// The same about `resource`.
     pub fn of(self, resource: impl Into<String>) -> Self {
         Self {
-            resource: Some(resource.into()),
+            resource: Some(resource.into().into_boxed_str()),
             ..self
         }
     }

@@ -7,23 +7,14 @@ use std::time::Duration;
 
 /// A variable that is missing or holds something that is not accepted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs)] // The messages say it.
 pub enum EnvError {
-    /// A required variable is not set, or is empty.
     #[error("{name} is not set: {accepted}")]
-    Missing {
-        /// The variable.
-        name: String,
-        /// What it should hold.
-        accepted: String,
-    },
-    /// The variable's value is not accepted.
+    Missing { name: String, accepted: String },
     #[error("{name}={value:?} is not accepted: {accepted}")]
     Invalid {
-        /// The variable.
         name: String,
-        /// What it holds.
         value: String,
-        /// What it should hold.
         accepted: String,
     },
 }

@@ -15,22 +15,17 @@ pub const DEFAULT_NAMESPACE: &str = "ClipImageProcessor";
 pub const MAX_VALUES_PER_METRIC: usize = 100;
 
 /// Metrics of one line (embedded metric format's limit).
-pub const MAX_METRICS: usize = 100;
+const MAX_METRICS: usize = 100;
 
 /// CloudWatch's units, as far as this project uses them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // CloudWatch's own names.
 pub enum Unit {
-    /// A number of things.
     Count,
-    /// A rate.
     CountPerSecond,
-    /// Time in milliseconds.
     Milliseconds,
-    /// Time in seconds.
     Seconds,
-    /// A size.
     Bytes,
-    /// A share, 0 to 100.
     Percent,
 }
 

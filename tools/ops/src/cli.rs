@@ -3,17 +3,16 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
-use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use events::{ImageType, vector};
+use events::ImageType;
 use regex_lite::Regex;
 
 use crate::backfill::Job;
-use crate::units::{Rate, parse_date, parse_rate, parse_size};
+use crate::units::{Rate, parse_rate};
 
 /// The names that bundles have. A name with a slip of the pen would find no
 /// vector and enqueue a whole bucket again.
-const KNOWN_MODELS: [&str; 4] = ["ViT-B/32", "ViT-B/16", "ViT-L/14", "tiny"];
+pub const KNOWN_MODELS: [&str; 4] = ["ViT-B/32", "ViT-B/16", "ViT-L/14", "tiny"];
 
 /// The operator's commands of clip-image-processor.
 ///
@@ -73,36 +72,8 @@ pub struct BackfillArgs {
     /// The bucket, and what the keys begin with (taken as it is, not decoded).
     #[arg(value_name = "s3://BUCKET/PREFIX", value_parser = parse_location)]
     pub source: Location,
-    /// URL of the input queue.
-    #[arg(long, env = "INPUT_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
-    pub queue: String,
-    /// The bucket that holds the vectors.
-    #[arg(long, env = "CACHE_BUCKET", value_name = "BUCKET")]
-    pub cache_bucket: String,
-    /// What the vectors' keys begin with.
-    #[arg(long, env = "CACHE_PREFIX", value_name = "PREFIX", default_value = vector::DEFAULT_PREFIX)]
-    pub cache_prefix: String,
-    /// The model whose vectors count.
-    #[arg(long, env = "MODEL_NAME", value_parser = KNOWN_MODELS, default_value = KNOWN_MODELS[0])]
-    pub model: String,
-    /// Wanted types by extension, as in `png,jpeg` [default: all seven].
-    #[arg(long, value_delimiter = ',', value_parser = parse_type)]
-    pub types: Vec<ImageType>,
-    /// Leave out smaller objects (500, 10kB, 5MiB).
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1")]
-    pub min_size: u64,
-    /// Leave out larger objects.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub max_size: Option<u64>,
-    /// Only objects modified then or later (2026-01-31, or with a time).
-    #[arg(long, value_name = "DATE", value_parser = parse_date)]
-    pub since: Option<DateTime<Utc>>,
-    /// Only objects modified before.
-    #[arg(long, value_name = "DATE", value_parser = parse_date)]
-    pub until: Option<DateTime<Utc>>,
-    /// Also objects of the archive storage classes, which must be restored.
-    #[arg(long)]
-    pub include_archived: bool,
+    #[command(flatten)]
+    asked: Job,
     /// Read this S3 Inventory (CSV) instead of listing the bucket.
     #[arg(long, value_name = "s3://BUCKET/…/manifest.json", value_parser = parse_location)]
     pub manifest: Option<Location>,
@@ -129,35 +100,28 @@ pub struct BackfillArgs {
 impl BackfillArgs {
     /// What decides which objects go where.
     pub fn job(&self) -> Job {
-        let mut types = self.types.clone();
-        if types.is_empty() {
-            types = ImageType::ALL.to_vec();
+        let mut job = self.asked.clone();
+        job.bucket.clone_from(&self.source.bucket);
+        job.prefix.clone_from(&self.source.rest);
+        job.manifest = self.manifest.as_ref().map(Location::url);
+        if job.types.is_empty() {
+            job.types = ImageType::ALL.to_vec();
         }
-        types.sort_unstable();
-        types.dedup();
-        Job {
-            bucket: self.source.bucket.clone(),
-            prefix: self.source.rest.clone(),
-            manifest: self.manifest.as_ref().map(Location::url),
-            queue: self.queue.clone(),
-            cache_bucket: self.cache_bucket.clone(),
-            cache_prefix: self.cache_prefix.clone(),
-            model: self.model.clone(),
-            types,
-            min_size: self.min_size,
-            max_size: self.max_size,
-            since: self.since,
-            until: self.until,
-            include_archived: self.include_archived,
-        }
+        job.types.sort_unstable();
+        job.types.dedup();
+        job
     }
 
     /// What no parser of one option sees.
     pub fn check(&self) -> anyhow::Result<()> {
-        if self.max_size.is_some_and(|largest| largest < self.min_size) {
+        if self
+            .asked
+            .max_size
+            .is_some_and(|largest| largest < self.asked.min_size)
+        {
             bail!("--max-size is below --min-size: nothing would be left");
         }
-        if let (Some(since), Some(until)) = (self.since, self.until)
+        if let (Some(since), Some(until)) = (self.asked.since, self.asked.until)
             && until <= since
         {
             bail!("--until is not after --since: nothing would be left");
@@ -307,7 +271,7 @@ fn parse_location(text: &str) -> anyhow::Result<Location> {
     })
 }
 
-fn parse_queue(text: &str) -> anyhow::Result<String> {
+pub fn parse_queue(text: &str) -> anyhow::Result<String> {
     if text.ends_with(".fifo") {
         bail!("{text:?} is a FIFO queue; this pipeline's are standard queues");
     }
@@ -317,7 +281,7 @@ fn parse_queue(text: &str) -> anyhow::Result<String> {
     Ok(text.to_owned())
 }
 
-fn parse_type(text: &str) -> anyhow::Result<ImageType> {
+pub fn parse_type(text: &str) -> anyhow::Result<ImageType> {
     let name = text.trim();
     ImageType::from_name(&format!("x.{name}"))
         .or_else(|| ImageType::from_mime(name))

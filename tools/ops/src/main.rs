@@ -98,7 +98,16 @@ async fn run_backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> Exit
             state.in_doubt.len()
         ));
     }
-    let end = walk(args, &job, sdk, stop, &checkpoint, &mut state, &display).await;
+    let end = walk(
+        args,
+        &job,
+        sdk,
+        stop,
+        checkpoint.as_ref(),
+        &mut state,
+        &display,
+    )
+    .await;
     display.finish();
     match end {
         Ok(End::Complete) => {
@@ -121,12 +130,15 @@ async fn run_backfill(args: &BackfillArgs, sdk: &SdkConfig, stop: &Stop) -> Exit
 fn open_checkpoint(
     args: &BackfillArgs,
     job: &Job,
-) -> Result<(CheckpointFile, Checkpoint), BackfillError> {
+) -> Result<(Option<CheckpointFile>, Checkpoint), BackfillError> {
     match &args.checkpoint {
-        None => Ok((CheckpointFile::none(), Checkpoint::default())),
+        None => Ok((None, Checkpoint::default())),
         // A dry run tells what is left to do, and writes nothing.
-        Some(path) if args.dry_run => Ok((CheckpointFile::none(), read_checkpoint(path, job)?)),
-        Some(path) => Ok(CheckpointFile::open(path, job)?),
+        Some(path) if args.dry_run => Ok((None, read_checkpoint(path, job)?)),
+        Some(path) => {
+            let (file, state) = CheckpointFile::open(path, job)?;
+            Ok((Some(file), state))
+        }
     }
 }
 
@@ -135,7 +147,7 @@ async fn walk(
     job: &Job,
     sdk: &SdkConfig,
     stop: &Stop,
-    checkpoint: &CheckpointFile,
+    checkpoint: Option<&CheckpointFile>,
     state: &mut Checkpoint,
     display: &Display,
 ) -> Result<End, BackfillError> {
@@ -291,23 +303,17 @@ async fn run_redrive(args: &RedriveArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCo
 }
 
 fn summary(action: Action, counts: &Counts) -> String {
-    let mut parts = vec![
-        format!("{} seen", units::count(counts.seen)),
-        format!("{} chosen", units::count(counts.chosen)),
+    let parts = [
+        (true, counts.seen, "seen"),
+        (true, counts.chosen, "chosen"),
+        (action == Action::SendBack, counts.sent, "sent back"),
+        (action == Action::Discard, counts.deleted, "discarded"),
+        (counts.cut > 0, counts.cut, "stay, they are not whole"),
+        (counts.failed > 0, counts.failed, "failed"),
     ];
-    match action {
-        Action::Show => {}
-        Action::SendBack => parts.push(format!("{} sent back", units::count(counts.sent))),
-        Action::Discard => parts.push(format!("{} discarded", units::count(counts.deleted))),
-    }
-    if counts.cut > 0 {
-        parts.push(format!(
-            "{} stay, they are not whole",
-            units::count(counts.cut)
-        ));
-    }
-    if counts.failed > 0 {
-        parts.push(format!("{} failed", units::count(counts.failed)));
-    }
-    parts.join(", ")
+    let told = parts.into_iter().filter(|(is_told, ..)| *is_told);
+    let told: Vec<String> = told
+        .map(|(_, number, what)| format!("{} {what}", units::count(number)))
+        .collect();
+    told.join(", ")
 }

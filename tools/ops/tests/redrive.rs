@@ -392,7 +392,7 @@ async fn what_intake_could_not_take_goes_back_through_intake() {
         (
             &["--ids", id, "--intake", "broken"],
             1,
-            "intake failed (Unhandled): SendMessageBatch",
+            "the output queue failed 5 times: sqs:SendMessageBatch",
         ),
         (
             &["--all", "--intake", "scaler"],

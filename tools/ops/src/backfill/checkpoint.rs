@@ -75,14 +75,9 @@ pub enum CheckpointError {
     InUse { path: PathBuf },
 }
 
-/// The file that holds the state, or nothing when none is wanted.
+/// The file that holds the checkpoint.
 #[derive(Debug)]
 pub struct CheckpointFile {
-    target: Option<Target>,
-}
-
-#[derive(Debug)]
-struct Target {
     path: PathBuf,
     job: Value,
     /// Held as long as this process writes the file.
@@ -90,44 +85,38 @@ struct Target {
 }
 
 impl CheckpointFile {
-    pub fn none() -> Self {
-        Self { target: None }
-    }
-
     /// Opens the checkpoint for writing and reads what it holds. No other
     /// process can open it until this value is dropped.
     pub fn open(path: &Path, job: &Job) -> Result<(Self, Checkpoint), CheckpointError> {
         let lock = lock(path)?;
-        let state = read(path, job)?;
-        let target = Target {
+        let checkpoint = read(path, job)?;
+        let file = Self {
             path: path.to_owned(),
             job: job_value(job),
             _lock: lock,
         };
-        let file = Self {
-            target: Some(target),
-        };
-        Ok((file, state))
+        Ok((file, checkpoint))
     }
 
     /// Replaces the file in one step: whoever reads it, after whatever kind
     /// of end, finds the old state or the new one.
     pub fn save(&self, state: &Checkpoint) -> Result<(), CheckpointError> {
-        let Some(target) = &self.target else {
-            return Ok(());
-        };
         let form = Form {
             version: VERSION,
-            job: target.job.clone(),
+            job: self.job.clone(),
             state: state.clone(),
         };
         let mut content = serde_json::to_vec_pretty(&form).expect("a state's maps have text keys");
         content.push(b'\n');
-        replace(&target.path, &content).map_err(|problem| CheckpointError::Io {
-            path: target.path.clone(),
-            verb: "written",
-            problem,
-        })
+        replace(&self.path, &content).map_err(io_error(&self.path, "written"))
+    }
+}
+
+fn io_error(path: &Path, verb: &'static str) -> impl Fn(io::Error) -> CheckpointError {
+    move |problem| CheckpointError::Io {
+        path: path.to_owned(),
+        verb,
+        problem,
     }
 }
 
@@ -139,13 +128,7 @@ pub fn read(path: &Path, job: &Job) -> Result<Checkpoint, CheckpointError> {
         Err(problem) if problem.kind() == io::ErrorKind::NotFound => {
             return Ok(Checkpoint::default());
         }
-        Err(problem) => {
-            return Err(CheckpointError::Io {
-                path: path.to_owned(),
-                verb: "read",
-                problem,
-            });
-        }
+        Err(problem) => return Err(io_error(path, "read")(problem)),
     };
     let wrong_form = |problem: String| CheckpointError::Form {
         path: path.to_owned(),
@@ -203,21 +186,13 @@ fn lock(path: &Path) -> Result<File, CheckpointError> {
         .truncate(false)
         .write(true)
         .open(&lock_path)
-        .map_err(|problem| CheckpointError::Io {
-            path: lock_path.clone(),
-            verb: "written",
-            problem,
-        })?;
+        .map_err(io_error(&lock_path, "written"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(CheckpointError::InUse {
             path: path.to_owned(),
         }),
-        Err(TryLockError::Error(problem)) => Err(CheckpointError::Io {
-            path: lock_path,
-            verb: "written",
-            problem,
-        }),
+        Err(TryLockError::Error(problem)) => Err(io_error(&lock_path, "written")(problem)),
     }
 }
 

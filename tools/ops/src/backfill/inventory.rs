@@ -44,84 +44,62 @@ struct ManifestFile {
     key: String,
 }
 
-/// Which column holds what.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Columns {
-    count: usize,
-    key: usize,
-    etag: usize,
-    size: Option<usize>,
-    last_modified: Option<usize>,
-    storage_class: Option<usize>,
-    is_latest: Option<usize>,
-    is_delete_marker: Option<usize>,
+/// A row, by the names of its columns in lower case.
+#[derive(Deserialize)]
+struct Row {
+    key: String,
+    etag: String,
+    size: Option<u64>,
+    #[serde(rename = "lastmodifieddate")]
+    last_modified: Option<DateTime<Utc>>,
+    #[serde(rename = "storageclass")]
+    storage_class: Option<String>,
+    #[serde(rename = "islatest", default)]
+    is_latest: String,
+    #[serde(rename = "isdeletemarker", default)]
+    is_delete_marker: String,
 }
 
-impl Columns {
-    fn of(schema: &str, job: &Job) -> anyhow::Result<Self> {
-        let names: Vec<&str> = schema.split(',').map(str::trim).collect();
-        let find = |name: &str| names.iter().position(|one| one.eq_ignore_ascii_case(name));
-        let need = |name: &str, what: &str| {
-            find(name).with_context(|| {
-                format!("it has no column {name}, which {what} needs: add it to the inventory's optional fields")
-            })
-        };
-        let has_size_filter = job.max_size.is_some() || job.min_size > 1;
-        let has_date_filter = job.since.is_some() || job.until.is_some();
-        if has_size_filter {
-            need("Size", "--min-size or --max-size")?;
-        }
-        if has_date_filter {
-            need("LastModifiedDate", "--since or --until")?;
-        }
-        Ok(Self {
-            count: names.len(),
-            key: need("Key", "a backfill")?,
-            etag: need("ETag", "the look-up of vectors")?,
-            size: find("Size"),
-            last_modified: find("LastModifiedDate"),
-            storage_class: find("StorageClass"),
-            is_latest: find("IsLatest"),
-            is_delete_marker: find("IsDeleteMarker"),
-        })
-    }
-
-    fn object(&self, row: &StringRecord) -> anyhow::Result<Object> {
-        if row.len() != self.count {
+/// The names of the columns in lower case, if those are there that the job needs.
+fn columns(schema: &str, job: &Job) -> anyhow::Result<StringRecord> {
+    let names: Vec<String> = schema
+        .split(',')
+        .map(|name| name.trim().to_lowercase())
+        .collect();
+    let has_size_filter = job.max_size.is_some() || job.min_size > 1;
+    let has_date_filter = job.since.is_some() || job.until.is_some();
+    for (is_needed, name, what) in [
+        (true, "Key", "a backfill"),
+        (true, "ETag", "the look-up of vectors"),
+        (has_size_filter, "Size", "--min-size or --max-size"),
+        (has_date_filter, "LastModifiedDate", "--since or --until"),
+    ] {
+        if is_needed && !names.contains(&name.to_lowercase()) {
             bail!(
-                "it has {} columns, the manifest names {}",
-                row.len(),
-                self.count
+                "it has no column {name}, which {what} needs: \
+                 add it to the inventory's optional fields"
             );
         }
-        let text = |column: Option<usize>| column.map(|column| &row[column]).unwrap_or_default();
-        let key = decode_notification_key(&row[self.key])?;
-        let size = match text(self.size) {
-            "" => None,
-            size => Some(
-                size.parse::<u64>()
-                    .ok()
-                    .with_context(|| format!("{size:?} is no size"))?,
-            ),
-        };
-        let last_modified = match text(self.last_modified) {
-            "" => None,
-            date => {
-                let parsed = date.parse::<DateTime<Utc>>().ok();
-                Some(parsed.with_context(|| format!("{date:?} is no date"))?)
-            }
-        };
-        let is_old = text(self.is_latest).eq_ignore_ascii_case("false");
-        let is_delete_marker = text(self.is_delete_marker).eq_ignore_ascii_case("true");
-        Ok(Object {
-            key,
-            etag: row[self.etag].trim_matches('"').to_owned(),
-            size,
-            last_modified,
-            storage_class: self.storage_class.map(|column| row[column].to_owned()),
-            is_current: !is_old && !is_delete_marker,
-        })
     }
+    Ok(StringRecord::from(names))
+}
+
+fn object(row: &StringRecord, columns: &StringRecord) -> anyhow::Result<Object> {
+    if row.len() != columns.len() {
+        let (has, named) = (row.len(), columns.len());
+        bail!("it has {has} columns, the manifest names {named}");
+    }
+    let row: Row = row.deserialize(Some(columns))?;
+    let is_old = row.is_latest.eq_ignore_ascii_case("false");
+    let is_delete_marker = row.is_delete_marker.eq_ignore_ascii_case("true");
+    Ok(Object {
+        key: decode_notification_key(&row.key)?,
+        etag: row.etag.trim_matches('"').to_owned(),
+        size: row.size,
+        last_modified: row.last_modified,
+        storage_class: row.storage_class,
+        is_current: !is_old && !is_delete_marker,
+    })
 }
 
 pub struct Inventory {
@@ -131,7 +109,7 @@ pub struct Inventory {
     prefix: String,
     bucket: String,
     files: Vec<String>,
-    columns: Columns,
+    columns: StringRecord,
     file: usize,
     rows: u64,
     open: Option<csv::Reader<MultiGzDecoder<BufReader<File>>>>,
@@ -162,7 +140,7 @@ impl Inventory {
         .await?
         .map_err(unusable)?;
         let manifest = parse_manifest(&content, job).map_err(unusable)?;
-        let columns = Columns::of(&manifest.file_schema, job).map_err(unusable)?;
+        let columns = columns(&manifest.file_schema, job).map_err(unusable)?;
         let (file, rows) = match position {
             Some(Position::Row { file, rows }) => (*file, *rows),
             _ => (0, 0),
@@ -209,7 +187,7 @@ impl Inventory {
             .map_err(|error| self.no_file(error))?;
         let mut reader = csv::ReaderBuilder::new()
             .has_headers(false)
-            // Counted in `Columns`, with a better error.
+            // Counted in `object`, with a better error.
             .flexible(true)
             .from_reader(MultiGzDecoder::new(BufReader::new(file)));
         let mut row = StringRecord::new();
@@ -262,9 +240,7 @@ impl Source for Inventory {
                 self.rows = 0;
                 return Ok(Some(entries));
             }
-            let object = self
-                .columns
-                .object(&row)
+            let object = object(&row, &self.columns)
                 .map_err(|problem| self.wrong_row(self.rows, problem))?;
             self.rows += 1;
             if object.key.starts_with(&self.prefix) {
@@ -338,9 +314,9 @@ mod tests {
 
     #[test]
     fn a_row_becomes_an_object_with_its_key_decoded() {
-        let columns = Columns::of(SCHEMA, &job()).unwrap();
-        let object = columns
-            .object(&row([
+        let columns = columns(SCHEMA, &job()).unwrap();
+        let object = object(
+            &row([
                 "photos",
                 "a/my+photo%2B%C3%A9.png",
                 "",
@@ -350,8 +326,10 @@ mod tests {
                 "2026-05-01T10:00:00.000Z",
                 "abc-3",
                 "STANDARD",
-            ]))
-            .unwrap();
+            ]),
+            &columns,
+        )
+        .unwrap();
         assert_eq!(object.key, "a/my photo+é.png");
         assert_eq!((object.etag.as_str(), object.size), ("abc-3", Some(10)));
         assert!(object.is_current && object.last_modified.is_some());
@@ -359,35 +337,33 @@ mod tests {
 
     #[test]
     fn old_versions_and_delete_markers_are_not_current() {
-        let columns = Columns::of(SCHEMA, &job()).unwrap();
+        let columns = columns(SCHEMA, &job()).unwrap();
         for (latest, marker) in [("false", "false"), ("true", "true")] {
             let row = row(["b", "ab.png", "v", latest, marker, "", "", "", ""]);
-            assert!(!columns.object(&row).unwrap().is_current);
+            assert!(!object(&row, &columns).unwrap().is_current);
         }
     }
 
     #[test]
     fn a_column_that_a_filter_needs_is_asked_for_by_name() {
         let mut job = job();
-        assert!(Columns::of("Bucket, Key, ETag", &job).is_ok());
-        let problem = Columns::of("Bucket, Key", &job).unwrap_err().to_string();
+        assert!(columns("Bucket, Key, ETag", &job).is_ok());
+        let problem = columns("Bucket, Key", &job).unwrap_err().to_string();
         assert!(problem.contains("ETag"), "{problem}");
         job.max_size = Some(1);
-        let problem = Columns::of("Bucket, Key, ETag", &job)
-            .unwrap_err()
-            .to_string();
+        let problem = columns("Bucket, Key, ETag", &job).unwrap_err().to_string();
         assert!(problem.contains("Size"), "{problem}");
     }
 
     #[test]
     fn a_row_that_does_not_fit_is_an_error() {
-        let columns = Columns::of(SCHEMA, &job()).unwrap();
-        assert!(columns.object(&StringRecord::from(vec!["b", "k"])).is_err());
+        let columns = columns(SCHEMA, &job()).unwrap();
+        assert!(object(&StringRecord::from(vec!["b", "k"]), &columns).is_err());
         let mut values = ["b", "ab.png", "", "", "", "many", "", "e", ""];
-        assert!(columns.object(&row(values)).is_err());
+        assert!(object(&row(values), &columns).is_err());
         values[5] = "1";
         values[6] = "yesterday";
-        assert!(columns.object(&row(values)).is_err());
+        assert!(object(&row(values), &columns).is_err());
     }
 
     #[test]

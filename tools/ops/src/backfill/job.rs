@@ -1,11 +1,14 @@
 //! What a backfill is asked to do, and which objects it wants.
 
 use chrono::{DateTime, Utc};
+use clap::Args;
 use events::{CloudEvent, EventType, ImageType, S3Object, S3Url, vector};
 use serde::{Deserialize, Serialize};
 use uuid::{Uuid, uuid};
 
 use super::counts::Skip;
+use crate::cli::{KNOWN_MODELS, parse_queue, parse_type};
+use crate::units::{parse_date, parse_size};
 
 /// The middleware whose place the backfill takes.
 const S3_TRIGGER: &str = "s3-event-trigger";
@@ -20,28 +23,46 @@ const ARCHIVE_CLASSES: [&str; 2] = ["GLACIER", "DEEP_ARCHIVE"];
 
 /// Everything that decides which objects go where. Two runs share a
 /// checkpoint only when all of it is equal.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Job {
+    #[arg(skip)]
     pub bucket: String,
     /// What the keys begin with.
+    #[arg(skip)]
     pub prefix: String,
     /// The S3 Inventory manifest that is read instead of listing the bucket.
+    #[arg(skip)]
     pub manifest: Option<String>,
+    /// URL of the input queue.
+    #[arg(long, env = "INPUT_QUEUE_URL", value_name = "URL", value_parser = parse_queue)]
     pub queue: String,
-    /// Where the vectors lie.
+    /// The bucket that holds the vectors.
+    #[arg(long, env = "CACHE_BUCKET", value_name = "BUCKET")]
     pub cache_bucket: String,
     /// What the vectors' keys begin with.
+    #[arg(long, env = "CACHE_PREFIX", value_name = "PREFIX", default_value = vector::DEFAULT_PREFIX)]
     pub cache_prefix: String,
+    /// The model whose vectors count.
+    #[arg(long, env = "MODEL_NAME", value_parser = KNOWN_MODELS, default_value = KNOWN_MODELS[0])]
     pub model: String,
-    /// The wanted types, sorted.
+    /// Wanted types by extension, as in `png,jpeg` [default: all seven].
+    #[arg(long, value_delimiter = ',', value_parser = parse_type)]
     pub types: Vec<ImageType>,
+    /// Leave out smaller objects (500, 10kB, 5MiB).
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1")]
     pub min_size: u64,
+    /// Leave out larger objects.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_size: Option<u64>,
-    /// Wanted are objects that were last modified then or later.
+    /// Only objects modified then or later (2026-01-31, or with a time).
+    #[arg(long, value_name = "DATE", value_parser = parse_date)]
     pub since: Option<DateTime<Utc>>,
+    /// Only objects modified before.
+    #[arg(long, value_name = "DATE", value_parser = parse_date)]
     pub until: Option<DateTime<Utc>>,
-    /// Whether archived objects are wanted, because they have been restored.
+    /// Also objects of the archive storage classes, which must be restored.
+    #[arg(long)]
     pub include_archived: bool,
 }
 

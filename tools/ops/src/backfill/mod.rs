@@ -49,7 +49,7 @@ pub enum BackfillError {
         /// Events of the window.
         sent: usize,
         /// What it said of the first.
-        problem: PublishError,
+        problem: Box<PublishError>,
     },
 }
 
@@ -89,7 +89,8 @@ pub struct Walk<'a> {
     pub queue: Option<&'a Outputs>,
     pub waker: Option<&'a dyn Waker>,
     pub rate: TokenBucket,
-    pub checkpoint: &'a CheckpointFile,
+    /// Where the state is kept, if it is.
+    pub checkpoint: Option<&'a CheckpointFile>,
     pub progress: &'a dyn Progress,
     pub stop: &'a CancellationToken,
 }
@@ -115,7 +116,7 @@ impl Walk<'_> {
         if window.is_empty() && end.is_ok() {
             *engine.kept = engine.ahead.clone();
             engine.kept.complete = matches!(end, Ok(End::Complete));
-            engine.walk.checkpoint.save(engine.kept)?;
+            engine.save()?;
         }
         engine.walk.progress.counts(&engine.kept.counts);
         end
@@ -214,6 +215,13 @@ impl Engine<'_, '_> {
         Ok(decisions)
     }
 
+    fn save(&self) -> Result<(), CheckpointError> {
+        match self.walk.checkpoint {
+            Some(file) => file.save(self.kept),
+            None => Ok(()),
+        }
+    }
+
     /// Counts an object that an earlier run settled beyond its position.
     fn settle(&mut self, id: uuid::Uuid, settled: Settled, size: u64) {
         self.ahead.settled.remove(&id);
@@ -246,7 +254,7 @@ impl Engine<'_, '_> {
         // The intent comes first: whatever ends this process from here on,
         // the next run knows which events may be in the queue.
         self.kept.in_doubt.extend(window.iter().map(|one| one.id));
-        self.walk.checkpoint.save(self.kept)?;
+        self.save()?;
 
         let events: Vec<CloudEvent> = window.iter().map(|one| one.event.clone()).collect();
         let results = queue.publish(&events).await;
@@ -275,11 +283,11 @@ impl Engine<'_, '_> {
                 self.kept.in_doubt.remove(&wanted.id);
                 self.kept.settled.insert(wanted.id, settled);
             }
-            self.walk.checkpoint.save(self.kept)?;
+            self.save()?;
             return Err(BackfillError::Queue {
                 failed,
                 sent: window.len(),
-                problem,
+                problem: Box::new(problem),
             });
         }
         for (wanted, settled) in outcomes {
@@ -290,7 +298,7 @@ impl Engine<'_, '_> {
         }
         window.clear();
         *self.kept = self.ahead.clone();
-        self.walk.checkpoint.save(self.kept)?;
+        self.save()?;
         self.walk.progress.counts(&self.kept.counts);
         if !self.is_awake {
             self.wake().await;

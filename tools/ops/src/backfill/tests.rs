@@ -216,7 +216,7 @@ impl<'a> Run<'a> {
             queue: Some(&outputs),
             waker: None,
             rate: TokenBucket::new(self.rate, Instant::now()),
-            checkpoint: &checkpoint,
+            checkpoint: Some(&checkpoint),
             progress: &Silent,
             stop: &self.stop,
         };
@@ -398,7 +398,7 @@ async fn a_dry_run_counts_the_same_and_sends_nothing() {
         queue: None,
         waker: Some(&bell),
         rate: TokenBucket::new(Rate(Some(1.0)), Instant::now()),
-        checkpoint: &CheckpointFile::none(),
+        checkpoint: None,
         progress: &Silent,
         stop: &stop,
     };
@@ -422,7 +422,7 @@ async fn the_scaler_is_woken_with_the_first_work_and_at_the_end() {
         queue: Some(&outputs),
         waker: Some(&bell),
         rate: TokenBucket::new(Rate(None), Instant::now()),
-        checkpoint: &CheckpointFile::none(),
+        checkpoint: None,
         progress: &Silent,
         stop: &stop,
     };

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use aws_sdk_sqs::types::MessageAttributeValue;
+use aws_sdk_sqs::types::{Message, MessageAttributeValue, MessageSystemAttributeName};
 use chrono::{DateTime, Utc};
 use delivery::attribute;
 use regex_lite::Regex;
@@ -69,36 +69,37 @@ impl Fields {
 }
 
 impl Letter {
-    pub fn new(
-        id: &str,
-        receipt: &str,
-        body: &str,
-        attributes: &HashMap<String, MessageAttributeValue>,
-        receive_count: Option<u64>,
-        sent_at: Option<DateTime<Utc>>,
-        now: DateTime<Utc>,
-    ) -> Self {
+    pub fn new(message: Message, now: DateTime<Utc>) -> Self {
+        let number = |name: MessageSystemAttributeName| {
+            let text = message.attributes.as_ref()?.get(&name)?;
+            text.parse::<i64>().ok()
+        };
+        let receive_count = number(MessageSystemAttributeName::ApproximateReceiveCount);
+        let sent_at = number(MessageSystemAttributeName::SentTimestamp)
+            .and_then(DateTime::from_timestamp_millis);
+        let mut attributes = message.message_attributes.unwrap_or_default();
         let text = |name: &str| {
             let value = attributes.get(name)?.string_value()?;
             Some(value.to_owned())
         };
-        let record = Record::parse(body);
+        let body = message.body.unwrap_or_default();
+        let record = Record::parse(&body);
         let payload = record.as_ref().and_then(Record::payload);
-        let work = payload.as_deref().unwrap_or(body);
-        let (by, reason) = match (text(attribute::REASON), &record, undelivered(attributes)) {
+        let work = payload.as_deref().unwrap_or(&body);
+        let (by, reason) = match (text(attribute::REASON), &record, undelivered(&attributes)) {
             (Some(reason), _, _) => ("-", reason),
             (None, Some(record), _) => ("Lambda", record.reason()),
             (None, None, Some(reason)) => ("EventBridge", reason),
             (None, None, None) => ("SQS", MOVED_BY_SQS.to_owned()),
         };
         let fields = Fields {
-            id: id.to_owned(),
+            id: message.message_id.unwrap_or_default(),
             by: text(attribute::BY).unwrap_or_else(|| by.to_owned()),
             reason,
             stage: text(attribute::STAGE),
             object: text(attribute::OBJECT).or_else(|| object_of(work)),
             event: text(attribute::EVENT),
-            receive_count,
+            receive_count: receive_count.and_then(|count| u64::try_from(count).ok()),
             sent_at,
             age_seconds: sent_at
                 .and_then(|sent_at| u64::try_from((now - sent_at).num_seconds()).ok()),
@@ -107,17 +108,13 @@ impl Letter {
             is_record: record.is_some(),
             is_empty_record: record.is_some() && payload.is_none(),
         };
-        let others = attributes
-            .iter()
-            .filter(|(name, _)| !REJECTION_ATTRIBUTES.contains(&name.as_str()));
+        attributes.retain(|name, _| !REJECTION_ATTRIBUTES.contains(&name.as_str()));
         Self {
             fields,
-            body: body.to_owned(),
+            body,
             payload,
-            attributes: others
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect(),
-            receipt: receipt.to_owned(),
+            attributes,
+            receipt: message.receipt_handle.unwrap_or_default(),
         }
     }
 }
@@ -153,14 +150,21 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn letter(id: &str, attributes: &[(&str, &str)]) -> Letter {
-        let attributes = attributes
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), text(value)))
-            .collect();
-        let sent_at = "2026-05-01T10:00:00Z".parse().unwrap();
+        let mut message = Message::builder()
+            .message_id(id)
+            .receipt_handle(format!("receipt-{id}"))
+            .body("{}")
+            .attributes(MessageSystemAttributeName::ApproximateReceiveCount, "3")
+            .attributes(MessageSystemAttributeName::SentTimestamp, "1777629600000");
+        for (name, value) in attributes {
+            message = message.message_attributes(*name, text(value));
+        }
         let now = "2026-05-01T10:30:00Z".parse().unwrap();
-        let receipt = format!("receipt-{id}");
-        Letter::new(id, &receipt, "{}", &attributes, Some(3), Some(sent_at), now)
+        Letter::new(message.build(), now)
+    }
+
+    fn bare(body: &str) -> Letter {
+        Letter::new(Message::builder().body(body).build(), Utc::now())
     }
 
     #[test]
@@ -193,7 +197,7 @@ pub(crate) mod tests {
             "chainId":"6ebf76e4-f70c-440c-98f9-3e3e7eb34c79",
             "source":{"url":"s3://b/a.png","type":"image/png"},
             "document":{"url":"s3://b/a.png","type":"image/png"}}}"#;
-        let letter = Letter::new("m1", "r", body, &HashMap::new(), None, None, Utc::now());
+        let letter = bare(body);
         assert_eq!(letter.fields.by, "SQS");
         assert_eq!(letter.fields.object.as_deref(), Some("s3://b/a.png"));
         let choice = Choice::Reason(Regex::new("moved here by SQS").unwrap());
@@ -203,10 +207,7 @@ pub(crate) mod tests {
     #[test]
     fn a_record_without_its_payload_can_only_be_looked_at() {
         let mut record = super::super::record::tests::record(&serde_json::json!({"Records": []}));
-        let read = |record: &serde_json::Value| {
-            let body = record.to_string();
-            Letter::new("m1", "r", &body, &HashMap::new(), None, None, Utc::now())
-        };
+        let read = |record: &serde_json::Value| bare(&record.to_string());
         let whole = read(&record);
         assert!(whole.fields.is_record && !whole.fields.is_cut());
         assert_eq!(whole.fields.by, "Lambda");

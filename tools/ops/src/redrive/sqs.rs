@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use aws_config::SdkConfig;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{
-    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, Message,
+    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
     MessageSystemAttributeName, SendMessageBatchRequestEntry,
 };
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use delivery::{send_all, sqs_answer, with_call_timeout};
 use platform::aws;
 
@@ -84,8 +84,8 @@ impl Queues for SqsQueues {
                 aws::Error::from_sdk("sqs:ReceiveMessage", &error).of(&self.dead_letters)
             })?;
         let now = Utc::now();
-        let messages = response.messages().iter();
-        Ok(messages.map(|message| letter_of(message, now)).collect())
+        let messages = response.messages.unwrap_or_default().into_iter();
+        Ok(messages.map(|message| Letter::new(message, now)).collect())
     }
 
     async fn hold(&self, receipts: &[&str], time: Duration) {
@@ -166,24 +166,6 @@ impl Queues for SqsQueues {
             .map(|result| Ok(result?))
             .collect()
     }
-}
-
-fn letter_of(message: &Message, now: DateTime<Utc>) -> Letter {
-    let system = |name: MessageSystemAttributeName| {
-        let attributes = message.attributes()?;
-        attributes.get(&name)?.parse::<i64>().ok()
-    };
-    let no_attributes = std::collections::HashMap::new();
-    Letter::new(
-        message.message_id().unwrap_or_default(),
-        message.receipt_handle().unwrap_or_default(),
-        message.body().unwrap_or_default(),
-        message.message_attributes().unwrap_or(&no_attributes),
-        system(MessageSystemAttributeName::ApproximateReceiveCount)
-            .and_then(|count| u64::try_from(count).ok()),
-        system(MessageSystemAttributeName::SentTimestamp).and_then(DateTime::from_timestamp_millis),
-        now,
-    )
 }
 
 fn bytes_of(letter: &Letter) -> usize {
