@@ -1,9 +1,8 @@
 //! From lines of blocks to rows of the image: the planes of the components, two
 //! lines of blocks at a time, and what is made of them for the sink.
 
-use super::codestream::JPEG;
+use super::machine::Modern;
 use super::planes::{Upsampling, ycc_to_rgb};
-use crate::error::Result;
 use crate::raster::{Mode, Reduced, Sink, Spec};
 use crate::resample::ROW_PADDING;
 
@@ -16,8 +15,6 @@ pub(super) struct Plane {
     pub(super) band: usize,
     /// Samples across a block, as they are written.
     pub(super) size: usize,
-    /// Samples across a block, as libjpeg counts.
-    pub(super) counted: usize,
     /// First sample that matters, and one past the last.
     columns: (usize, usize),
     width: usize,
@@ -30,13 +27,7 @@ impl Plane {
         &self.samples[y % (2 * self.band) * self.stride..][..self.stride]
     }
 
-    /// First sample that matters, and one past the last.
-    pub(super) fn needed_columns(&self) -> (usize, usize) {
-        self.columns
-    }
-
     /// Samples from the first of a block of line `band` on, and the stride.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn block(&mut self, band: usize, row: usize, column: usize) -> (&mut [u8], usize) {
         let first_row = band % 2 * self.band + row * self.size;
@@ -59,6 +50,7 @@ pub(super) struct Sampling {
 
 /// An image being put together.
 pub(super) struct Assembly {
+    pub(super) modern: Modern,
     pub(super) planes: Vec<Plane>,
     mode: Mode,
     /// Colours are luma and chroma.
@@ -80,7 +72,7 @@ pub(super) struct Assembly {
 
 impl Assembly {
     /// Sizes by libjpeg's own rules for an image of `full` size at `eighths` of its
-    /// resolution. Starts the sink.
+    /// resolution. Starts the sink. `None` where this is left to libjpeg.
     pub(super) fn start(
         full: (u32, u32),
         eighths: u32,
@@ -88,7 +80,8 @@ impl Assembly {
         converts: bool,
         samplings: &[Sampling],
         sink: &mut dyn Sink,
-    ) -> Result<Self> {
+    ) -> Option<Self> {
+        let modern = Modern::detect()?;
         let smallest = eighths as usize;
         let side = |side: u32| (u64::from(side) * u64::from(eighths)).div_ceil(8) as usize;
         let (width, height) = (side(full.0), side(full.1));
@@ -98,7 +91,7 @@ impl Assembly {
         let mut planes = Vec::with_capacity(samplings.len());
         for &Sampling { across, down } in samplings {
             if across == 0 || down == 0 {
-                return Err(JPEG.corrupt("a sampling factor of zero"));
+                return None;
             }
             // Subsampled components are decoded at up to twice the scale, again and
             // again, as long as that does not make them larger than the image.
@@ -109,16 +102,13 @@ impl Assembly {
             {
                 size *= 2;
             }
-            let counted = size;
-            if cfg!(target_arch = "x86_64") && size > 8 && down == 1 {
-                // There is vector code for blocks up to eight; upsampling does the
-                // rest. With one block from top to bottom libjpeg's row pointers fit
-                // all the same.
+            if size > 8 {
+                // There is code for blocks up to eight; upsampling does the rest.
                 size = smallest;
             }
             let (reach, depth) = (most_across * smallest, most_down * smallest);
             if !reach.is_multiple_of(across * size) || !depth.is_multiple_of(down * size) {
-                return Err(JPEG.unsupported("sampling factors that are not whole multiples"));
+                return None;
             }
             let part = |side: u32, factor: usize, most: usize| {
                 (side as usize * factor * size).div_ceil(most * 8)
@@ -126,14 +116,13 @@ impl Assembly {
             let plane_width = part(full.0, across, most_across);
             // More than the blocks take: reduced blocks write past their end, and the
             // readers may look a little further.
-            let stride = units * across * size.max(counted) + 64;
+            let stride = units * across * size + 64;
             let band = down * size;
             planes.push(Plane {
                 samples: vec![0; stride * band * 2],
                 stride,
                 band,
                 size,
-                counted,
                 columns: (0, usize::MAX),
                 width: plane_width,
                 height: part(full.1, down, most_down),
@@ -151,7 +140,7 @@ impl Assembly {
             height: full.1,
             eighths,
         });
-        sink.start(spec)?;
+        sink.start(spec).ok()?;
         let columns = sink.columns();
         for plane in &mut planes {
             // Filters look one sample further.
@@ -162,7 +151,8 @@ impl Assembly {
             );
         }
         let widest = planes.iter().map(|plane| plane.stride).max().unwrap_or(0);
-        Ok(Self {
+        Some(Self {
+            modern,
             holds_back: planes.iter().any(|plane| plane.upsampling.needs_context()),
             sums: vec![0; widest],
             // Upsampling writes whole pairs, and the resize reads past the end.
@@ -182,16 +172,6 @@ impl Assembly {
     /// Lines of blocks in the image.
     pub(super) fn bands(&self) -> usize {
         self.height.div_ceil(self.band)
-    }
-
-    /// Rows of the image in a line of blocks.
-    pub(super) fn rows_in_band(&self) -> usize {
-        self.band
-    }
-
-    /// Rows of the image.
-    pub(super) fn height(&self) -> usize {
-        self.height
     }
 
     /// Units of an interleaved scan in a line.
@@ -225,25 +205,27 @@ impl Assembly {
     fn emit_row(&mut self, y: usize, sink: &mut dyn Sink) {
         for (plane, out) in self.planes.iter().zip(&mut self.rows) {
             let (near, far) = plane.upsampling.sources(y, plane.height);
-            plane.upsampling.row(
-                plane.row(near),
-                plane.row(far),
-                y,
-                plane.width,
-                self.columns,
-                &mut self.sums,
-                out,
-            );
+            let (near, far) = (plane.row(near), plane.row(far));
+            let (width, sums) = (plane.width, &mut self.sums);
+            // SAFETY: a `Modern` processor has AVX2.
+            unsafe {
+                plane
+                    .upsampling
+                    .row(near, far, y, width, self.columns, sums, out);
+            }
         }
         let range = self.columns.0..self.columns.1;
         if self.converts
             && let [luma, cb, cr, ..] = &mut self.rows[..]
         {
-            ycc_to_rgb(
-                &mut luma[range.clone()],
-                &mut cb[range.clone()],
-                &mut cr[range.clone()],
-            );
+            // SAFETY: a `Modern` processor has AVX2.
+            unsafe {
+                ycc_to_rgb(
+                    &mut luma[range.clone()],
+                    &mut cb[range.clone()],
+                    &mut cr[range.clone()],
+                );
+            }
         }
         if self.mode == Mode::Cmyk {
             // The reference takes CMYK to be stored inverted, as Adobe does. YCCK

@@ -12,7 +12,7 @@ use super::entropy::{
     Step, Table, natural,
 };
 use super::idct::Place;
-use super::machine::{Basic, Machine, Modern};
+use super::machine::Modern;
 use crate::raster::Sink;
 
 /// Lookups that a refilled window is enough for, after one of a difference.
@@ -140,16 +140,11 @@ pub(super) fn decode(
         until_restart: scan.coding.restart_interval,
         restarts: 0,
     };
-    let modern = Modern::detect();
+    let modern = assembly.modern;
     for band in 0..assembly.bands() {
         let is_needed = assembly.needs(band, sink);
-        let read = match modern {
-            // SAFETY: the processor has what the function asks for.
-            Some(modern) => unsafe {
-                read_band_modern(modern, &mut reader, assembly, band, is_needed)
-            },
-            None => read_band(Basic, &mut reader, assembly, band, is_needed),
-        };
+        // SAFETY: the processor has what the function asks for.
+        let read = unsafe { read_band(modern, &mut reader, assembly, band, is_needed) };
         if read.is_err() || reader.bits.is_overdrawn() {
             return false;
         }
@@ -172,22 +167,10 @@ fn is_end(rest: &[u8]) -> bool {
     }
 }
 
-/// [`read_band`] with all that the processor has.
-#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-fn read_band_modern(
-    machine: Modern,
-    reader: &mut Reader<'_>,
-    assembly: &mut Assembly,
-    band: usize,
-    is_needed: bool,
-) -> Step<()> {
-    read_band(machine, reader, assembly, band, is_needed)
-}
-
 /// Reads a line of units, and stores its blocks where they are needed.
-#[inline(always)]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn read_band(
-    machine: impl Machine,
+    machine: Modern,
     reader: &mut Reader<'_>,
     assembly: &mut Assembly,
     band: usize,

@@ -1,11 +1,12 @@
 //! The C library: owning its state, its errors, and its rows.
 
+#[cfg(target_arch = "x86_64")]
 use super::assemble::{Assembly, Sampling};
 use super::codestream::{Frame, JPEG};
 #[cfg(target_arch = "x86_64")]
-use super::{baseline, idct, progressive};
+use super::{baseline, progressive};
 use crate::error::{ImageError, Result};
-use crate::raster::{Mode, Sink};
+use crate::raster::{Mode, Sink, Spec};
 use mozjpeg_sys as ffi;
 use std::ffi::{c_int, c_long};
 use std::mem::MaybeUninit;
@@ -161,7 +162,8 @@ fn cut(row: u32, height: u32) -> ImageError {
     JPEG.truncated(format!("pixels end in row {row} of {height}"))
 }
 
-/// Decodes a whole file at `eighths` of its resolution.
+/// Decodes a whole file: here where that gives the same, at `eighths` of its
+/// resolution; else by libjpeg, at all of it.
 pub(super) fn decode(bytes: &[u8], frame: &Frame, eighths: u32, sink: &mut dyn Sink) -> Result<()> {
     caught(|| {
         let mut decompress = Decompress::new();
@@ -179,117 +181,40 @@ pub(super) fn decode(bytes: &[u8], frame: &Frame, eighths: u32, sink: &mut dyn S
                 }
             }
         }
-        state.cinfo.out_color_space = match frame.mode {
-            Mode::Grey => ffi::J_COLOR_SPACE::JCS_GRAYSCALE,
-            Mode::Cmyk => ffi::J_COLOR_SPACE::JCS_CMYK,
-            _ => ffi::J_COLOR_SPACE::JCS_RGB,
-        };
-        state.cinfo.scale_num = eighths;
-        state.cinfo.scale_denom = 8;
-        run(bytes, state, frame, eighths, sink)
+        if usize::try_from(state.cinfo.num_components) != Ok(frame.mode.bytes()) {
+            return Err(JPEG.corrupt("the number of components changes"));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if decodes_here(bytes, state, frame, eighths, sink).is_some() {
+            return Ok(());
+        }
+        let _ = eighths;
+        read_scanlines(state, frame, sink)
     })
 }
 
-/// The part of libjpeg's inverse-DCT module that it calls through.
-#[repr(C)]
-struct InverseDct {
-    start_pass: Option<unsafe extern "C-unwind" fn(*mut ffi::jpeg_decompress_struct)>,
-    methods: [Option<Method>; 10],
-}
-
-type Method = unsafe extern "C-unwind" fn(
-    *mut ffi::jpeg_decompress_struct,
-    *mut ffi::jpeg_component_info,
-    *mut i16,
-    *mut *mut u8,
-    u32,
-);
-
-/// What the inverse DCT has to know of a component.
-#[derive(Clone, Copy, Default)]
-struct Target {
-    /// First column that matters, and one past the last.
-    columns: (u32, u32),
-    /// Samples across a block, as libjpeg counts and as they are written.
-    counted: u32,
-    size: u32,
-    /// The method that libjpeg chose.
-    method: Option<Method>,
-}
-
-/// What the inverse DCT may leave out.
-struct Needed {
-    /// Whether any row of this line of blocks matters.
-    rows: bool,
-    targets: [Target; 4],
-}
-
-/// Takes the place of libjpeg's inverse DCT: leaves out blocks that the crop does
-/// not need, and transforms the others with vector code where there is some.
-unsafe extern "C-unwind" fn inverse_dct(
-    cinfo: *mut ffi::jpeg_decompress_struct,
-    component: *mut ffi::jpeg_component_info,
-    coefficients: *mut i16,
-    rows: *mut *mut u8,
-    column: u32,
-) {
-    // SAFETY: libjpeg passes its own valid structures; `client_data` points to the
-    // `Needed` of the running decode; a block has 64 coefficients, and the rows
-    // have room for eight samples at `column`.
-    unsafe {
-        let needed = &*(*cinfo).common.client_data.cast::<Needed>();
-        let target = &needed.targets[(*component).component_index as usize & 3];
-        let column = column / target.counted * target.size;
-        let (first, end) = target.columns;
-        if !needed.rows || column + target.size <= first || column >= end {
-            return;
-        }
-        #[cfg(target_arch = "x86_64")]
-        if !(*component).quant_table.is_null() && target.size <= 8 {
-            let quantisers = &(*(*component).quant_table).quantval;
-            let size = target.size as usize;
-            let mut samples = [0; 64];
-            let mut place = idct::Place {
-                samples: &mut samples,
-                stride: 8,
-            };
-            idct::transform(size, &*coefficients.cast(), quantisers, false, &mut place);
-            for (line, samples) in samples.chunks_exact(8).enumerate().take(size) {
-                // Reduced blocks write past their end, where the next block or the
-                // padding of the row is.
-                let place = (*rows.add(line)).add(column as usize);
-                ptr::copy_nonoverlapping(samples.as_ptr(), place, 8);
-            }
-            return;
-        }
-        if let Some(method) = target.method {
-            method(cinfo, component, coefficients, rows, column);
-        }
-    }
-}
-
-/// Decodes what the header described and hands on its rows.
-fn run(
+/// Decodes the scans here, if they are as they should be. Rows may have gone out in
+/// vain, and all have to come again, where the result is `None`.
+#[cfg(target_arch = "x86_64")]
+fn decodes_here(
     bytes: &[u8],
-    state: &mut State,
+    state: &State,
     frame: &Frame,
     eighths: u32,
     sink: &mut dyn Sink,
-) -> Result<()> {
-    let cinfo = &mut state.cinfo;
-    let mode = frame.mode;
-    let count = cinfo.num_components.max(0) as usize;
-    if count != mode.bytes() {
-        return Err(JPEG.corrupt("the number of components changes"));
+) -> Option<()> {
+    let cinfo = &state.cinfo;
+    if state.source.next_input_byte != bytes[frame.data..].as_ptr() {
+        return None;
     }
-    let converts = match (cinfo.jpeg_color_space, mode) {
+    let converts = match (cinfo.jpeg_color_space, frame.mode) {
         (ffi::J_COLOR_SPACE::JCS_YCbCr, Mode::Rgb) | (ffi::J_COLOR_SPACE::JCS_YCCK, _) => true,
         (ffi::J_COLOR_SPACE::JCS_RGB | ffi::J_COLOR_SPACE::JCS_CMYK, _) => false,
         (_, Mode::Grey) => false,
-        (other, _) => return Err(JPEG.unsupported(format!("colour space {}", other as i32))),
+        _ => return None,
     };
-    // SAFETY: after the header there are `num_components` components.
-    let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, count) };
+    // SAFETY: after the header there are as many components as a pixel has bytes.
+    let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, frame.mode.bytes()) };
     let samplings: Vec<Sampling> = components
         .iter()
         .map(|component| Sampling {
@@ -297,107 +222,69 @@ fn run(
             down: component.v_samp_factor.max(0) as usize,
         })
         .collect();
-    let full = (cinfo.image_width, cinfo.image_height);
-    #[cfg(target_arch = "x86_64")]
-    if (frame.scan.is_some() || frame.progression.is_some())
-        && state.source.next_input_byte == bytes[frame.data..].as_ptr()
-        && let Some(quantisers) = quantisers(cinfo, components)
-        // What is wrong with the frame, libjpeg tells.
-        && let Ok(mut assembly) = Assembly::start(full, eighths, mode, converts, &samplings, sink)
+    let quantisers: Vec<[u16; 64]> = components
+        .iter()
+        .map(|component| {
+            let table = usize::try_from(component.quant_tbl_no).ok()?;
+            let table = *cinfo.quant_tbl_ptrs.get(table)?;
+            // SAFETY: the library's tables live as long as its state.
+            unsafe { table.as_ref() }.map(|table| table.quantval)
+        })
+        .collect::<Option<_>>()?;
+    let full = (frame.width, frame.height);
+    let start = |sink: &mut dyn Sink| {
+        Assembly::start(full, eighths, frame.mode, converts, &samplings, sink)
+    };
+    let is_done = if let Some(progression) = &frame.progression {
+        let assembly = &mut start(sink)?;
+        progressive::decode(bytes, progression, &quantisers, &samplings, assembly, sink)
+    } else if let Some(scan) = &frame.scan
+        && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
     {
-        let assembly = &mut assembly;
-        let is_done = if let Some(progression) = &frame.progression {
-            progressive::decode(bytes, progression, &quantisers, &samplings, assembly, sink)
-        } else if let Some(scan) = &frame.scan
-            && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
-        {
-            let data = &bytes[frame.data..];
-            baseline::decode(data, scan, &quantisers, &samplings, assembly, sink)
-        } else {
-            false
-        };
-        if is_done {
-            #[cfg(test)]
-            super::tests::OWN_DECODES.set(super::tests::OWN_DECODES.get() + 1);
-            return Ok(());
-        }
-    }
-    let _ = bytes;
-    cinfo.raw_data_out = 1;
+        let (data, assembly) = (&bytes[frame.data..], &mut start(sink)?);
+        baseline::decode(data, scan, &quantisers, &samplings, assembly, sink)
+    } else {
+        false
+    };
+    #[cfg(test)]
+    super::tests::OWN_DECODES.set(super::tests::OWN_DECODES.get() + u32::from(is_done));
+    is_done.then_some(())
+}
+
+/// Has libjpeg decode what the header described, and hands on its rows.
+fn read_scanlines(state: &mut State, frame: &Frame, sink: &mut dyn Sink) -> Result<()> {
+    let cinfo = &mut state.cinfo;
+    cinfo.out_color_space = match frame.mode {
+        Mode::Grey => ffi::J_COLOR_SPACE::JCS_GRAYSCALE,
+        Mode::Cmyk => ffi::J_COLOR_SPACE::JCS_CMYK,
+        _ => ffi::J_COLOR_SPACE::JCS_RGB,
+    };
     // SAFETY: the header was read.
     if unsafe { ffi::jpeg_start_decompress(cinfo) } == 0 {
         return Err(JPEG.truncated("the scans end early"));
     }
-    let mut assembly = Assembly::start(full, eighths, mode, converts, &samplings, sink)?;
-    let mut needed = Needed {
-        rows: true,
-        targets: [Target::default(); 4],
-    };
-    // SAFETY: the structure ends with the pointers to its modules for the inverse
-    // DCT, upsampling, colour conversion and quantisation, which the binding keeps
-    // private; the exact version is pinned, and progressive files in the tests go
-    // through here. libjpeg has set the module up when it started.
-    unsafe {
-        let end = ptr::from_mut(cinfo).add(1).cast::<*mut InverseDct>();
-        let module = end.sub(4).read();
-        for (index, plane) in assembly.planes.iter().enumerate() {
-            let (first, end) = plane.needed_columns();
-            needed.targets[index] = Target {
-                columns: (first as u32, u32::try_from(end).unwrap_or(u32::MAX)),
-                counted: plane.counted as u32,
-                size: plane.size as u32,
-                method: (*module).methods[index],
-            };
-            (*module).methods[index] = Some(inverse_dct);
+    let (width, height) = (cinfo.output_width, cinfo.output_height);
+    sink.start(Spec::new(width, height, frame.mode))?;
+    let mut row = vec![0; width as usize * frame.mode.bytes()];
+    for y in 0..height {
+        let mut lines = [row.as_mut_ptr()];
+        // SAFETY: the row has room for a line of the output's components.
+        if unsafe { ffi::jpeg_read_scanlines(cinfo, lines.as_mut_ptr(), 1) } != 1 {
+            return Err(cut(y, height));
         }
-    }
-    let band = assembly.rows_in_band();
-    for index in 0..assembly.bands() {
-        needed.rows = assembly.needs(index, sink);
-        cinfo.common.client_data = ptr::from_ref(&needed).cast_mut().cast();
-        let mut lines: Vec<Vec<*mut u8>> = assembly
-            .planes
-            .iter_mut()
-            .map(|plane| {
-                let start = index % 2 * plane.band * plane.stride;
-                plane.samples[start..][..plane.band * plane.stride]
-                    .chunks_exact_mut(plane.stride)
-                    .map(<[u8]>::as_mut_ptr)
-                    .collect()
-            })
-            .collect();
-        let mut components: Vec<*mut *mut u8> = lines.iter_mut().map(Vec::as_mut_ptr).collect();
-        // SAFETY: each component has as many rows as a line of its blocks, each as
-        // wide as its blocks padded to whole units of a scan.
-        let got = unsafe { ffi::jpeg_read_raw_data(cinfo, components.as_mut_ptr(), band as u32) };
-        if got == 0 {
-            return Err(cut((index * band) as u32, assembly.height() as u32));
+        if frame.mode == Mode::Cmyk {
+            // The reference takes CMYK to be stored inverted, as Adobe does.
+            row.iter_mut().for_each(|sample| *sample = 255 - *sample);
         }
-        assembly.emit(index, sink);
+        if sink.wants(y) {
+            sink.row(y, &row);
+        }
     }
     // What comes after the pixels may still be a fatal error, and then the
     // reference refuses the file. That it may be missing is not one.
     // SAFETY: all rows were read.
     unsafe { ffi::jpeg_finish_decompress(cinfo) };
     Ok(())
-}
-
-/// The quantisation tables of the components; `None` where one is missing.
-#[cfg(target_arch = "x86_64")]
-fn quantisers(
-    cinfo: &ffi::jpeg_decompress_struct,
-    components: &[ffi::jpeg_component_info],
-) -> Option<Vec<[u16; 64]>> {
-    components
-        .iter()
-        .map(|component| {
-            let table = cinfo
-                .quant_tbl_ptrs
-                .get(usize::try_from(component.quant_tbl_no).ok()?)?;
-            // SAFETY: the library's tables live as long as its state.
-            unsafe { table.as_ref() }.map(|table| table.quantval)
-        })
-        .collect()
 }
 
 /// Colour space of the data in a TIFF's strip or tile.

@@ -3,6 +3,7 @@
 //! own decoder and settings, so its pixels bit for bit. It reads the header; where
 //! nothing is out of order, the scans are read here and give the same, only faster.
 
+#[cfg(target_arch = "x86_64")]
 mod assemble;
 #[cfg(target_arch = "x86_64")]
 mod baseline;
@@ -14,6 +15,7 @@ mod idct;
 mod libjpeg;
 #[cfg(target_arch = "x86_64")]
 mod machine;
+#[cfg(target_arch = "x86_64")]
 mod planes;
 #[cfg(target_arch = "x86_64")]
 mod progressive;

@@ -2,6 +2,8 @@
 //! its fancy upsampling and its YCbCr conversion, exactly, for the columns that
 //! are wanted.
 
+use std::arch::x86_64::*;
+
 /// How a component becomes as large as the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Upsampling {
@@ -64,8 +66,8 @@ impl Upsampling {
     /// Writes columns `first..end` of output row `y` to the same places of `out`.
     /// `width` is the component's own width.
     #[allow(clippy::too_many_arguments)]
-    #[inline(always)]
-    fn row_inner(
+    #[target_feature(enable = "avx2")]
+    pub(super) fn row(
         self,
         near: &[u8],
         far: &[u8],
@@ -107,40 +109,6 @@ impl Upsampling {
             }
         }
     }
-
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn row(
-        self,
-        near: &[u8],
-        far: &[u8],
-        y: usize,
-        width: usize,
-        columns: (usize, usize),
-        sums: &mut [u16],
-        out: &mut [u8],
-    ) {
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") {
-            #[target_feature(enable = "avx2")]
-            #[allow(clippy::too_many_arguments)]
-            fn wide(
-                how: Upsampling,
-                near: &[u8],
-                far: &[u8],
-                y: usize,
-                width: usize,
-                columns: (usize, usize),
-                sums: &mut [u16],
-                out: &mut [u8],
-            ) {
-                how.row_inner(near, far, y, width, columns, sums, out);
-            }
-            // SAFETY: the processor has AVX2.
-            unsafe { wide(self, near, far, y, width, columns, sums, out) };
-            return;
-        }
-        self.row_inner(near, far, y, width, columns, sums, out);
-    }
 }
 
 /// Doubles a row of sums: three parts of the nearer and one of the further,
@@ -179,18 +147,7 @@ fn across<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(
     }
 }
 
-/// Converts luma and chroma to red, green and blue in place.
-pub(super) fn ycc_to_rgb(luma: &mut [u8], cb: &mut [u8], cr: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2.
-        let done = unsafe { x86::ycc_to_rgb(luma, cb, cr) };
-        ycc_to_rgb_plain(&mut luma[done..], &mut cb[done..], &mut cr[done..]);
-        return;
-    }
-    ycc_to_rgb_plain(luma, cb, cr);
-}
-
+/// Luma and chroma to red, green and blue.
 fn ycc_to_rgb_plain(luma: &mut [u8], cb: &mut [u8], cr: &mut [u8]) {
     const HALF: i32 = 1 << 15;
     for ((first, second), third) in luma.iter_mut().zip(cb).zip(cr) {
@@ -207,62 +164,57 @@ fn ycc_to_rgb_plain(luma: &mut [u8], cb: &mut [u8], cr: &mut [u8]) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    /// Sixteen pixels at a time; returns how many were done.
-    #[target_feature(enable = "avx2")]
-    pub(super) fn ycc_to_rgb(luma: &mut [u8], cb: &mut [u8], cr: &mut [u8]) -> usize {
-        let length = luma.len().min(cb.len()).min(cr.len());
-        let centre = _mm256_set1_epi16(128);
-        let one = _mm256_set1_epi16(1);
-        // What is left of the factors once whole multiples are taken out: 1.402 is
-        // 1 + 26345/65536, 1.772 is 2 − 14942/65536, −0.71414 is −1 + 18734/65536.
-        let red_factor = _mm256_set1_epi16(26_345);
-        let blue_factor = _mm256_set1_epi16(-14_942);
-        let green_factors = _mm256_set1_epi32((-22_554i32 & 0xffff) | (18_734 << 16));
-        let half = _mm256_set1_epi32(1 << 15);
-        let mut x = 0;
-        while x + 16 <= length {
-            // SAFETY: `x + 16` is within all three slices.
-            let (y, b, r) = unsafe {
-                let load = |from: &[u8]| {
-                    _mm256_cvtepu8_epi16(_mm_loadu_si128(from.as_ptr().add(x).cast()))
-                };
-                (load(luma), load(cb), load(cr))
-            };
-            let (b, r) = (_mm256_sub_epi16(b, centre), _mm256_sub_epi16(r, centre));
-            let scaled = |chroma: __m256i, factor: __m256i| {
-                let doubled = _mm256_mulhi_epi16(_mm256_add_epi16(chroma, chroma), factor);
-                _mm256_srai_epi16::<1>(_mm256_add_epi16(doubled, one))
-            };
-            let red = _mm256_add_epi16(y, _mm256_add_epi16(r, scaled(r, red_factor)));
-            let twice = _mm256_add_epi16(b, b);
-            let blue = _mm256_add_epi16(y, _mm256_add_epi16(twice, scaled(b, blue_factor)));
-            let part = |pairs: __m256i| {
-                let sum = _mm256_madd_epi16(pairs, green_factors);
-                _mm256_srai_epi32::<16>(_mm256_add_epi32(sum, half))
-            };
-            let green = _mm256_packs_epi32(
-                part(_mm256_unpacklo_epi16(b, r)),
-                part(_mm256_unpackhi_epi16(b, r)),
-            );
-            let green = _mm256_add_epi16(y, _mm256_sub_epi16(green, r));
-            let narrow = |words: __m256i| {
-                let bytes = _mm256_packus_epi16(words, words);
-                _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b00_00_10_00>(bytes))
-            };
-            // SAFETY: as above.
-            unsafe {
-                _mm_storeu_si128(luma.as_mut_ptr().add(x).cast(), narrow(red));
-                _mm_storeu_si128(cb.as_mut_ptr().add(x).cast(), narrow(green));
-                _mm_storeu_si128(cr.as_mut_ptr().add(x).cast(), narrow(blue));
-            }
-            x += 16;
+/// Converts luma and chroma to red, green and blue in place, sixteen pixels at a
+/// time.
+#[target_feature(enable = "avx2")]
+pub(super) fn ycc_to_rgb(luma: &mut [u8], cb: &mut [u8], cr: &mut [u8]) {
+    let length = luma.len().min(cb.len()).min(cr.len());
+    let centre = _mm256_set1_epi16(128);
+    let one = _mm256_set1_epi16(1);
+    // What is left of the factors once whole multiples are taken out: 1.402 is
+    // 1 + 26345/65536, 1.772 is 2 − 14942/65536, −0.71414 is −1 + 18734/65536.
+    let red_factor = _mm256_set1_epi16(26_345);
+    let blue_factor = _mm256_set1_epi16(-14_942);
+    let green_factors = _mm256_set1_epi32((-22_554i32 & 0xffff) | (18_734 << 16));
+    let half = _mm256_set1_epi32(1 << 15);
+    let mut x = 0;
+    while x + 16 <= length {
+        // SAFETY: `x + 16` is within all three slices.
+        let (y, b, r) = unsafe {
+            let load =
+                |from: &[u8]| _mm256_cvtepu8_epi16(_mm_loadu_si128(from.as_ptr().add(x).cast()));
+            (load(luma), load(cb), load(cr))
+        };
+        let (b, r) = (_mm256_sub_epi16(b, centre), _mm256_sub_epi16(r, centre));
+        let scaled = |chroma: __m256i, factor: __m256i| {
+            let doubled = _mm256_mulhi_epi16(_mm256_add_epi16(chroma, chroma), factor);
+            _mm256_srai_epi16::<1>(_mm256_add_epi16(doubled, one))
+        };
+        let red = _mm256_add_epi16(y, _mm256_add_epi16(r, scaled(r, red_factor)));
+        let twice = _mm256_add_epi16(b, b);
+        let blue = _mm256_add_epi16(y, _mm256_add_epi16(twice, scaled(b, blue_factor)));
+        let part = |pairs: __m256i| {
+            let sum = _mm256_madd_epi16(pairs, green_factors);
+            _mm256_srai_epi32::<16>(_mm256_add_epi32(sum, half))
+        };
+        let green = _mm256_packs_epi32(
+            part(_mm256_unpacklo_epi16(b, r)),
+            part(_mm256_unpackhi_epi16(b, r)),
+        );
+        let green = _mm256_add_epi16(y, _mm256_sub_epi16(green, r));
+        let narrow = |words: __m256i| {
+            let bytes = _mm256_packus_epi16(words, words);
+            _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b00_00_10_00>(bytes))
+        };
+        // SAFETY: as above.
+        unsafe {
+            _mm_storeu_si128(luma.as_mut_ptr().add(x).cast(), narrow(red));
+            _mm_storeu_si128(cb.as_mut_ptr().add(x).cast(), narrow(green));
+            _mm_storeu_si128(cr.as_mut_ptr().add(x).cast(), narrow(blue));
         }
-        x
+        x += 16;
     }
+    ycc_to_rgb_plain(&mut luma[x..], &mut cb[x..], &mut cr[x..]);
 }
 
 #[cfg(test)]
@@ -271,6 +223,7 @@ mod tests {
 
     #[test]
     fn vector_colours_equal_plain_ones_for_every_chroma() {
+        assert!(std::arch::is_x86_feature_detected!("avx2"));
         for luma in [0u8, 1, 77, 128, 200, 255] {
             let pairs = || (0..=255u8).flat_map(|cb| (0..=255u8).map(move |cr| (cb, cr)));
             let mut fast: [Vec<u8>; 3] = [
@@ -280,7 +233,8 @@ mod tests {
             ];
             let mut plain = fast.clone();
             let [a, b, c] = &mut fast;
-            ycc_to_rgb(a, b, c);
+            // SAFETY: the processor has AVX2.
+            unsafe { ycc_to_rgb(a, b, c) };
             let [a, b, c] = &mut plain;
             ycc_to_rgb_plain(a, b, c);
             assert_eq!(fast, plain);
@@ -289,6 +243,7 @@ mod tests {
 
     #[test]
     fn a_part_of_a_row_is_the_part_of_the_whole() {
+        assert!(std::arch::is_x86_feature_detected!("avx2"));
         let near: Vec<u8> = (0..97u32).map(|x| (x * 37 % 256) as u8).collect();
         let far: Vec<u8> = (0..97u32).map(|x| (x * 91 % 256) as u8).collect();
         for how in [
@@ -300,10 +255,12 @@ mod tests {
             let width = 97 * how.factors().0;
             let mut sums = vec![0; 200];
             let mut whole = vec![0; width];
-            how.row(&near, &far, 1, 97, (0, width), &mut sums, &mut whole);
+            // SAFETY: the processor has AVX2.
+            unsafe { how.row(&near, &far, 1, 97, (0, width), &mut sums, &mut whole) };
             for (first, end) in [(0, 5), (1, 2), (7, 60), (40, width - 1), (90, width)] {
                 let mut part = vec![0; width];
-                how.row(&near, &far, 1, 97, (first, end), &mut sums, &mut part);
+                // SAFETY: the processor has AVX2.
+                unsafe { how.row(&near, &far, 1, 97, (first, end), &mut sums, &mut part) };
                 assert_eq!(
                     part[first..end],
                     whole[first..end],

@@ -19,7 +19,7 @@ use super::entropy::{
     Step, Table, Window, natural,
 };
 use super::idct::Place;
-use super::machine::{Basic, Machine, Modern};
+use super::machine::Modern;
 use crate::raster::Sink;
 
 /// Scans of a file; encoders write about ten. Each has tables of 12 kB.
@@ -284,16 +284,11 @@ pub(super) fn decode(
             return false;
         }
     }
-    let modern = Modern::detect();
+    let modern = assembly.modern;
     for band in 0..assembly.bands() {
         let is_needed = assembly.needs(band, sink);
-        let read = match modern {
-            // SAFETY: the processor has what the function asks for.
-            Some(modern) => unsafe {
-                read_band_modern(modern, &mut scans, &mut grids, assembly, band, is_needed)
-            },
-            None => read_band(Basic, &mut scans, &mut grids, assembly, band, is_needed),
-        };
+        // SAFETY: the processor has what the function asks for.
+        let read = unsafe { read_band(modern, &mut scans, &mut grids, assembly, band, is_needed) };
         if read.is_err() {
             return false;
         }
@@ -304,23 +299,10 @@ pub(super) fn decode(
         .all(|scan| scan.end_run == 0 && scan.bits.is_at_marker() && scan.bits.rest().is_empty())
 }
 
-/// [`read_band`] with all that the processor has.
-#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-fn read_band_modern(
-    machine: Modern,
-    scans: &mut [Scan<'_>],
-    grids: &mut [Grid],
-    assembly: &mut Assembly,
-    band: usize,
-    is_needed: bool,
-) -> Step<()> {
-    read_band(machine, scans, grids, assembly, band, is_needed)
-}
-
 /// Reads a line of blocks of every scan, and makes its samples.
-#[inline(always)]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn read_band(
-    machine: impl Machine,
+    machine: Modern,
     scans: &mut [Scan<'_>],
     grids: &mut [Grid],
     assembly: &mut Assembly,
@@ -431,7 +413,7 @@ fn refined_dc(window: &mut Window, source: &mut Bits<'_>, low: u32, blocks: &mut
 /// Reads blocks of a scan of one component.
 #[inline(always)]
 fn read_blocks(
-    machine: impl Machine,
+    machine: Modern,
     scan: &mut Scan<'_>,
     grid: &mut Grid,
     row: usize,
@@ -560,7 +542,7 @@ impl AcReader<'_, '_> {
     #[inline(always)]
     fn refine(
         &mut self,
-        machine: impl Machine,
+        machine: Modern,
         block: &mut [i16; 64],
         mask: &mut u64,
         counting: u64,
@@ -613,7 +595,7 @@ impl AcReader<'_, '_> {
 
     /// Takes the bits of the passed coefficients, and says which are ones.
     #[inline(always)]
-    fn fixes(&mut self, machine: impl Machine, passed: u64) -> u64 {
+    fn fixes(&mut self, machine: Modern, passed: u64) -> u64 {
         let count = passed.count_ones();
         if self.window.count() < count {
             self.window.refill(self.source);
@@ -627,7 +609,7 @@ impl AcReader<'_, '_> {
     /// [`Self::fixes`] of more coefficients than a window has bits.
     #[cold]
     #[inline(never)]
-    fn many_fixes(&mut self, machine: impl Machine, passed: u64) -> u64 {
+    fn many_fixes(&mut self, machine: Modern, passed: u64) -> u64 {
         let mut fixes = 0;
         for half in [passed & !0 << 32, passed & !(!0 << 32)] {
             self.window.need(half.count_ones(), self.source);
