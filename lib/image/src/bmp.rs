@@ -2,9 +2,9 @@
 //! bottom-up and top-down. Written here because palettes have to stay palettes
 //! for the nearest-neighbour resize, and crates expand them.
 
-use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Sink, Spec, try_zeroed};
+use crate::{Header, budget};
 
 const BMP: Blame = Blame("BMP");
 
@@ -335,6 +335,7 @@ fn decode_runs(parsed: &Parsed, data: &[u8]) -> Result<Vec<u8>> {
     // Position in `pixels`, and the column as the encoder counts it.
     let (mut at, mut x) = (0, 0);
     while at < wanted {
+        budget::check()?;
         let (Some(count), Some(value)) = (input.next(), input.next()) else {
             break;
         };

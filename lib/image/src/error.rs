@@ -31,10 +31,11 @@ pub enum ImageError {
         /// The feature.
         detail: String,
     },
-    /// The file, as its header describes it, is larger than what is allowed.
+    /// The file, as its header describes it, is larger than what is allowed, or
+    /// decoding it took more than that.
     #[error("image needs {needed} {what}, more than the limit of {limit}")]
     LimitExceeded {
-        /// What is limited: `pixels`, `bytes of file` or `bytes of memory`.
+        /// What is limited, such as `pixels` or `milliseconds of work`.
         what: &'static str,
         /// How many the image has or needs.
         needed: u64,

@@ -1,15 +1,19 @@
 //! GIF, first frame. Container parsed here with the reference's rules for the
 //! canvas and its palette; the LZW stream by `weezl`.
 
-use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Raster, Sink, Spec, palette_from_rgb, try_zeroed};
+use crate::{Header, budget};
 use weezl::{BitOrder, LzwStatus, decode::Decoder};
 
 const GIF: Blame = Blame("GIF");
 
 /// Codes longer than this are not GIF.
 const MAX_CODE_BITS: u8 = 12;
+
+/// Steps of the LZW decoder that may do nothing that shows: it takes clear codes, of
+/// which a few are in the word of bits that it holds.
+pub(crate) const MAX_IDLE_STEPS: usize = 64;
 
 /// A reader that knows how much is left.
 struct Reader<'a> {
@@ -82,6 +86,7 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     }
     let mut transparent = None;
     loop {
+        budget::check()?;
         match reader.byte("block type")? {
             b'!' => {
                 let label = reader.byte("extension label")?;
@@ -193,19 +198,27 @@ fn expand(parsed: &Parsed<'_>, wanted: usize) -> Result<Vec<u8>> {
     let mut filled = 0;
     let mut is_over = false;
     'blocks: while filled < wanted && !is_over {
+        budget::check()?;
         // Once the blocks are over, the decoder may still hold codes.
         let mut block = reader.block().unwrap_or_else(|| {
             is_over = true;
             &[]
         });
+        let mut idle = 0;
         while filled < wanted {
             let step = decoder.decode_bytes(block, &mut pixels[filled..]);
             block = &block[step.consumed_in..];
             filled += step.consumed_out;
             match step.status {
                 Ok(LzwStatus::Done) => break 'blocks,
-                Ok(_) if step.consumed_in == 0 && step.consumed_out == 0 => break,
-                Ok(_) => {}
+                Ok(LzwStatus::NoProgress) => break,
+                Ok(_) if step.consumed_in == 0 && step.consumed_out == 0 => {
+                    idle += 1;
+                    if idle > MAX_IDLE_STEPS {
+                        break;
+                    }
+                }
+                Ok(_) => idle = 0,
                 Err(_) if filled == wanted => break 'blocks,
                 Err(error) => {
                     return Err(GIF.corrupt(format!("{error} at pixel {filled} of {wanted}")));

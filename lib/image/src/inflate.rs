@@ -1,5 +1,7 @@
 //! Zlib streams of exactly known length, for PNG and TIFF.
 
+use crate::budget;
+use crate::error::Result;
 use flate2::{Decompress, FlushDecompress, Status};
 
 /// How a stream ended.
@@ -39,11 +41,12 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Inflater<'a, I> {
     }
 
     /// Fills `out` as far as it goes; gives the bytes written and why it stopped.
-    pub(crate) fn read(&mut self, out: &mut [u8]) -> (usize, Ending) {
+    pub(crate) fn read(&mut self, out: &mut [u8]) -> Result<(usize, Ending)> {
         let mut written = 0;
         while written < out.len() {
+            budget::check()?;
             if self.finished {
-                return (written, Ending::Finished);
+                return Ok((written, Ending::Finished));
             }
             if self.piece.is_empty() {
                 match self.pieces.next() {
@@ -51,7 +54,7 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Inflater<'a, I> {
                         self.piece = piece;
                         continue;
                     }
-                    None => return (written, Ending::Starved),
+                    None => return Ok((written, Ending::Starved)),
                 }
             }
             let (consumed, produced) = (self.decoder.total_in(), self.decoder.total_out());
@@ -69,9 +72,9 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Inflater<'a, I> {
                     self.piece = &[];
                 }
                 Ok(_) => {}
-                Err(error) => return (written, Ending::Broken(error.to_string())),
+                Err(error) => return Ok((written, Ending::Broken(error.to_string()))),
             }
         }
-        (written, Ending::Full)
+        Ok((written, Ending::Full))
     }
 }

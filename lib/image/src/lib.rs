@@ -12,6 +12,7 @@
 #![warn(missing_docs)]
 
 mod bmp;
+mod budget;
 mod convert;
 mod error;
 mod exif;
@@ -33,6 +34,7 @@ use error::Result;
 use raster::{Collect, Mode, Sink};
 use resample::Crop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 /// Side of the crop that the published CLIP models read, in pixels.
 pub const DEFAULT_SIZE: u32 = 224;
@@ -97,7 +99,12 @@ pub struct Options {
     pub apply_exif_orientation: bool,
     /// Exact or fast decoding of JPEG.
     pub decode: DecodeMode,
+    /// Computing time that one image may take before it is given up.
+    pub time_limit: Duration,
 }
+
+/// Ten times what the largest honest files take on one core.
+pub const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(30);
 
 impl Default for Options {
     fn default() -> Self {
@@ -106,6 +113,7 @@ impl Default for Options {
             limits: Limits::default(),
             apply_exif_orientation: false,
             decode: DecodeMode::Exact,
+            time_limit: DEFAULT_TIME_LIMIT,
         }
     }
 }
@@ -218,8 +226,10 @@ fn examine(bytes: &[u8], kind: ImageType, options: &Options) -> Result<(Header, 
 /// Where the header cannot be read or the image has more pixels or bytes than
 /// `options` allow.
 pub fn memory_needed(bytes: &[u8], kind: ImageType, options: &Options) -> Result<u64> {
-    guarded(kind, || {
-        examine(bytes, kind, options).map(|(_, _, memory)| memory)
+    budget::limited(options.time_limit, || {
+        guarded(kind, || {
+            examine(bytes, kind, options).map(|(_, _, memory)| memory)
+        })
     })
 }
 
@@ -243,7 +253,7 @@ pub fn prepare(
             wanted,
         });
     }
-    guarded(kind, || {
+    let work = || {
         let (header, turn, memory) = examine(bytes, kind, options)?;
         check("bytes of memory", memory, options.limits.max_memory)?;
         let mut crop = Crop::new(options.size);
@@ -265,7 +275,8 @@ pub fn prepare(
         } else {
             Err(error::Blame(format_name(kind)).corrupt("no image in the file"))
         }
-    })
+    };
+    budget::limited(options.time_limit, || guarded(kind, work))
 }
 
 fn decode(bytes: &[u8], kind: ImageType, options: &Options, sink: &mut dyn Sink) -> Result<()> {

@@ -2,9 +2,9 @@
 //! in planes; run-length coded. Written here because no maintained crate reads
 //! all of these and keeps the palette, which the nearest-neighbour resize needs.
 
-use crate::Header;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Sink, Spec, palette_from_rgb};
+use crate::{Header, budget};
 
 const PCX: Blame = Blame("PCX");
 
@@ -118,6 +118,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     let spec = Spec::new(parsed.width as u32, parsed.height as u32, parsed.mode);
     sink.start(spec.with_palette(parsed.palette.clone()))?;
     for y in 0..parsed.height {
+        budget::check()?;
         let mut filled = 0;
         let ended = || PCX.truncated(format!("pixels end in row {y} of {}", parsed.height));
         while filled < line.len() {

@@ -3,10 +3,12 @@
 //! it lets pass is decided there (checksums before the pixels, none after);
 //! inflating is `flate2`'s work.
 
-use crate::error::{Blame, Result};
+use crate::budget;
+use crate::error::{Blame, ImageError, Result};
 use crate::inflate::{Ending, Inflater};
 use crate::raster::{Mode, Palette, Raster, Sink, Spec, palette_from_rgb};
 use crate::{Header, exif};
+use flate2::{Decompress, FlushDecompress, Status};
 
 const PNG: Blame = Blame("PNG");
 
@@ -42,21 +44,25 @@ struct Parsed<'a> {
     /// Where the first chunk of pixels begins, at its length.
     pixels: usize,
     exif: Option<&'a [u8]>,
-    animation: Animation,
+    so_far: SoFar,
 }
 
-/// What the chunks of an animation have said so far.
-#[derive(Clone, Copy, Default)]
-struct Animation {
+/// What the chunks have said so far.
+#[derive(Default)]
+struct SoFar {
     frames: u32,
     /// Number of the last frame control or frame data chunk.
     sequence: Option<u32>,
     /// The pixels are an image of their own, not the first frame.
     has_own_default: bool,
+    /// Bytes of text, inflated.
+    text_bytes: u64,
+    /// What texts are inflated with, one after the other.
+    decoder: Option<Decompress>,
 }
 
-impl Animation {
-    fn is_moving(self) -> bool {
+impl SoFar {
+    fn is_moving(&self) -> bool {
         self.frames > 0 && self.frames + u32::from(self.has_own_default) > 1
     }
 
@@ -124,10 +130,13 @@ fn chunk(bytes: &[u8], at: usize, cut: bool) -> Result<Chunk<'_>> {
 
 /// Text and profiles may not become larger than this, in bytes, when they are
 /// inflated.
-const MAX_TEXT_BYTES: usize = 1024 * 1024;
+const MAX_TEXT_BYTES: u64 = 1024 * 1024;
+
+/// All texts of a file together may not.
+const MAX_TEXTS_BYTES: u64 = 64 * MAX_TEXT_BYTES;
 
 /// Refuses what the reference's chunk handlers refuse.
-fn check_chunk(chunk: &Chunk<'_>, animation: &mut Animation) -> Result<()> {
+fn check_chunk(chunk: &Chunk<'_>, so_far: &mut SoFar) -> Result<()> {
     let least = match &chunk.name {
         b"IHDR" => 13,
         b"gAMA" => 4,
@@ -146,40 +155,43 @@ fn check_chunk(chunk: &Chunk<'_>, animation: &mut Animation) -> Result<()> {
         )));
     }
     match &chunk.name {
-        b"acTL" if animation.frames == 0 => {
-            animation.frames = word(chunk.data, 0).filter(|&n| n <= 1 << 31).unwrap_or(0);
+        b"acTL" if so_far.frames == 0 => {
+            so_far.frames = word(chunk.data, 0).filter(|&n| n <= 1 << 31).unwrap_or(0);
         }
         // A second one makes the file a still image.
-        b"acTL" => animation.frames = 0,
-        b"fcTL" => animation.step(word(chunk.data, 0), true)?,
-        b"fdAT" => animation.step(word(chunk.data, 0), false)?,
-        b"iCCP" | b"zTXt" | b"iTXt" => check_text(chunk)?,
+        b"acTL" => so_far.frames = 0,
+        b"fcTL" => so_far.step(word(chunk.data, 0), true)?,
+        b"fdAT" => so_far.step(word(chunk.data, 0), false)?,
+        b"iCCP" | b"tEXt" | b"zTXt" | b"iTXt" => check_text(chunk, so_far)?,
         _ => {}
     }
     Ok(())
 }
 
-/// Refuses compressed text that is a bomb, or compressed in an unknown way.
-fn check_text(chunk: &Chunk<'_>) -> Result<()> {
+/// Refuses text that is a bomb, alone or with all before it, or compressed in an
+/// unknown way.
+fn check_text(chunk: &Chunk<'_>, so_far: &mut SoFar) -> Result<()> {
     let Some(end) = chunk.data.iter().position(|&byte| byte == 0) else {
         return Ok(());
     };
     let rest = &chunk.data[end + 1..];
-    let (method, compressed) = if &chunk.name == b"iTXt" {
-        // Flag, method, language, translated keyword, text.
-        let [flag, method, fields @ ..] = rest else {
-            return Ok(());
-        };
-        let text = fields.splitn(3, |&byte| byte == 0).nth(2);
-        match text {
-            Some(text) if *flag != 0 && *method == 0 => (0, text),
-            _ => return Ok(()),
+    let (method, text, is_compressed) = match &chunk.name {
+        b"tEXt" => (0, rest, false),
+        b"iTXt" => {
+            // Flag, method, language, translated keyword, text.
+            let [flag, method, fields @ ..] = rest else {
+                return Ok(());
+            };
+            match fields.splitn(3, |&byte| byte == 0).nth(2) {
+                Some(text) if *flag == 0 => (0, text, false),
+                Some(text) if *method == 0 => (0, text, true),
+                _ => return Ok(()),
+            }
         }
-    } else {
-        match rest.split_first() {
-            Some((&method, compressed)) => (method, compressed),
+        _ => match rest.split_first() {
+            Some((&method, compressed)) => (method, compressed, true),
             None => return Ok(()),
-        }
+        },
     };
     if method != 0 {
         return Err(PNG.unsupported(format!(
@@ -187,16 +199,49 @@ fn check_text(chunk: &Chunk<'_>) -> Result<()> {
             show(chunk.name)
         )));
     }
-    // One byte more than is allowed tells, and so does input that is left over.
-    let mut text = vec![0; MAX_TEXT_BYTES + 1];
-    let mut inflater = Inflater::new(std::iter::once(compressed));
-    if let (_, Ending::Full) = inflater.read(&mut text) {
+    let length = if is_compressed {
+        let decoder = so_far.decoder.get_or_insert_with(|| Decompress::new(true));
+        inflated_bytes(decoder, text)?
+    } else {
+        text.len() as u64
+    };
+    if is_compressed && length > MAX_TEXT_BYTES {
         return Err(PNG.corrupt(format!(
             "chunk {} inflates to over {MAX_TEXT_BYTES} bytes",
             show(chunk.name)
         )));
     }
+    if &chunk.name != b"iCCP" {
+        so_far.text_bytes += length;
+    }
+    if so_far.text_bytes > MAX_TEXTS_BYTES {
+        return Err(ImageError::LimitExceeded {
+            what: "bytes of text",
+            needed: so_far.text_bytes,
+            limit: MAX_TEXTS_BYTES,
+        });
+    }
     Ok(())
+}
+
+/// How many bytes a text has, or that it has more than [`MAX_TEXT_BYTES`]; none where
+/// it is broken.
+fn inflated_bytes(decoder: &mut Decompress, compressed: &[u8]) -> Result<u64> {
+    let mut scratch = [0; 16 * 1024];
+    decoder.reset(true);
+    loop {
+        budget::check()?;
+        let (taken, made) = (decoder.total_in(), decoder.total_out());
+        let rest = &compressed[taken as usize..];
+        let status = decoder.decompress(rest, &mut scratch, FlushDecompress::None);
+        match status {
+            Err(_) => return Ok(0),
+            Ok(Status::StreamEnd) => return Ok(decoder.total_out()),
+            _ if decoder.total_out() > MAX_TEXT_BYTES => return Ok(decoder.total_out()),
+            _ if (taken, made) == (decoder.total_in(), decoder.total_out()) => return Ok(made),
+            Ok(_) => {}
+        }
+    }
 }
 
 fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
@@ -209,22 +254,23 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     let mut palette = None;
     let mut frame = None;
     let mut exif = None;
-    let mut animation = Animation::default();
+    let mut so_far = SoFar::default();
     let mut at = SIGNATURE.len();
     let pixels = loop {
+        budget::check()?;
         let head = chunk(bytes, at, true)?;
         if &head.name == b"IDAT" || &head.name == b"fdAT" {
             if &head.name == b"fdAT" {
-                check_chunk(&head, &mut animation)?;
+                check_chunk(&head, &mut so_far)?;
             }
-            animation.has_own_default = frame.is_none();
+            so_far.has_own_default = frame.is_none();
             break at;
         }
         if &head.name == b"IEND" {
             return Err(PNG.corrupt("no pixels before the end of the file"));
         }
         let chunk = chunk(bytes, at, false)?;
-        check_chunk(&chunk, &mut animation)?;
+        check_chunk(&chunk, &mut so_far)?;
         let data = chunk.data;
         match &chunk.name {
             b"IHDR" => {
@@ -289,7 +335,7 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
         frame,
         pixels,
         exif,
-        animation,
+        so_far,
     })
 }
 
@@ -321,7 +367,7 @@ fn layout_of(depth: u8, colour: u8) -> Option<(Mode, Packing, usize)> {
 pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
     let parsed = parse(bytes)?;
     let line = (u64::from(parsed.width) * parsed.bits as u64).div_ceil(8) + 1;
-    let mut memory = line * 2 + u64::from(parsed.width) * 4;
+    let mut memory = line * 2 + INFLATED_BYTES as u64 + u64::from(parsed.width) * 4;
     if needs_raster(&parsed) {
         memory += u64::from(parsed.width) * u64::from(parsed.height) * parsed.mode.bytes() as u64;
     }
@@ -385,7 +431,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
             if columns == 0 || rows == 0 {
                 continue;
             }
-            let mut lines = Lines::new(&parsed, columns as usize);
+            let mut lines = Lines::new(&parsed, columns as usize, rows as usize);
             let pixel = parsed.mode.bytes();
             let mut row = vec![0u8; columns as usize * pixel];
             for index in 0..rows {
@@ -405,10 +451,11 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
         return raster.feed(sink);
     }
     sink.start(spec)?;
-    let mut lines = Lines::new(&parsed, parsed.width as usize);
+    let mut lines = Lines::new(&parsed, parsed.width as usize, parsed.height as usize);
     let mut row = vec![0u8; parsed.width as usize * parsed.mode.bytes()];
     let mut ended = false;
     for y in 0..parsed.height {
+        budget::check()?;
         if !ended && !lines.next(&mut inflater, y, y > 0)? {
             // The stream ended between two lines: the reference leaves the rest black.
             ended = true;
@@ -435,20 +482,38 @@ const ADAM7: [[u32; 4]; 7] = [
     [0, 1, 1, 2],
 ];
 
+/// Bytes that are inflated at once, unless a line is longer.
+const INFLATED_BYTES: usize = 32 * 1024;
+
 /// Decodes the lines of one pass.
 struct Lines {
-    current: Vec<u8>,
-    previous: Vec<u8>,
+    /// Whole lines, each with its filter, after the last one of before.
+    buffer: Vec<u8>,
+    /// Bytes of a line.
+    length: usize,
+    /// Where the current line begins.
+    at: usize,
+    /// Where the data ends.
+    end: usize,
+    /// Lines that are not in the buffer yet.
+    to_come: usize,
+    /// Why there may be less data than lines.
+    ending: Ending,
     /// Bytes between a sample and the same one of the pixel before.
     distance: usize,
 }
 
 impl Lines {
-    fn new(parsed: &Parsed<'_>, columns: usize) -> Self {
+    fn new(parsed: &Parsed<'_>, columns: usize, rows: usize) -> Self {
         let length = (columns * parsed.bits).div_ceil(8) + 1;
+        let at_once = (INFLATED_BYTES / length).clamp(1, rows);
         Self {
-            current: vec![0; length],
-            previous: vec![0; length],
+            buffer: vec![0; length * (at_once + 1)],
+            length,
+            at: 0,
+            end: length,
+            to_come: rows,
+            ending: Ending::Full,
             distance: parsed.bits.div_ceil(8),
         }
     }
@@ -461,25 +526,34 @@ impl Lines {
         y: u32,
         may_end: bool,
     ) -> Result<bool> {
-        std::mem::swap(&mut self.current, &mut self.previous);
-        match inflater.read(&mut self.current) {
-            (_, Ending::Full) => {}
-            (0, Ending::Finished) if may_end => return Ok(false),
-            (_, Ending::Finished | Ending::Starved) => {
-                return Err(PNG.truncated(format!("pixels end in row {y}")));
+        if self.at + self.length == self.end && self.ending == Ending::Full {
+            // The last line stays as the one above the next.
+            self.buffer.copy_within(self.at..self.end, 0);
+            let count = self.to_come.min(self.buffer.len() / self.length - 1);
+            self.to_come -= count;
+            let wanted = &mut self.buffer[self.length..self.length * (count + 1)];
+            let (got, ending) = inflater.read(wanted)?;
+            if let Ending::Broken(reason) = ending {
+                return Err(PNG.corrupt(format!("{reason} after row {y}")));
             }
-            (_, Ending::Broken(reason)) => {
-                return Err(PNG.corrupt(format!("{reason} in row {y}")));
-            }
+            (self.at, self.end, self.ending) = (0, self.length + got, ending);
         }
+        let left = self.end - self.at - self.length;
+        if left < self.length {
+            if self.ending == Ending::Finished && left == 0 && may_end {
+                return Ok(false);
+            }
+            return Err(PNG.truncated(format!("pixels end in row {y}")));
+        }
+        self.at += self.length;
         self.unfilter(y)?;
         Ok(true)
     }
 
     fn unfilter(&mut self, y: u32) -> Result<()> {
-        let filter = self.current[0];
-        let line = &mut self.current[1..];
-        let above = &self.previous[1..];
+        let (above, line) = self.buffer[self.at - self.length..].split_at_mut(self.length);
+        let (filter, line) = (line[0], &mut line[1..self.length]);
+        let above = &above[1..];
         match filter {
             0 => {}
             1 => sub(line, self.distance),
@@ -496,7 +570,7 @@ impl Lines {
     }
 
     fn unpack(&self, parsed: &Parsed<'_>, row: &mut [u8]) {
-        let line = &self.current[1..];
+        let line = &self.buffer[self.at + 1..self.at + self.length];
         match parsed.packing {
             Packing::Bytes => row.copy_from_slice(line),
             Packing::Bits(depth) => {
@@ -597,16 +671,20 @@ fn predict(left: u8, up: u8, corner: u8) -> u8 {
 /// needed, and refuses a file that is cut within one of them. A broken name or a
 /// missing end is let pass.
 fn check_rest(parsed: &Parsed<'_>, mut at: usize) -> Result<()> {
-    let mut animation = parsed.animation;
+    let mut so_far = SoFar {
+        decoder: None,
+        ..parsed.so_far
+    };
     loop {
+        budget::check()?;
         let head = match chunk(parsed.bytes, at, true) {
             Ok(head) if &head.name != b"IEND" => head,
             _ => return Ok(()),
         };
-        if &head.name == b"fcTL" && animation.is_moving() {
+        if &head.name == b"fcTL" && so_far.is_moving() {
             return Ok(());
         }
-        check_chunk(&chunk(parsed.bytes, at, false)?, &mut animation)?;
+        check_chunk(&chunk(parsed.bytes, at, false)?, &mut so_far)?;
         at = head.next;
     }
 }

@@ -13,6 +13,7 @@ use super::entropy::{
 };
 use super::idct::Place;
 use super::machine::Modern;
+use crate::budget;
 use crate::raster::Sink;
 
 /// Lookups that a refilled window is enough for, after one of a difference.
@@ -142,6 +143,9 @@ pub(super) fn decode(
     };
     let modern = assembly.modern;
     for band in 0..assembly.bands() {
+        if budget::look().is_err() {
+            return false;
+        }
         let is_needed = assembly.needs(band, sink);
         // SAFETY: the processor has what the function asks for.
         let read = unsafe { read_band(modern, &mut reader, assembly, band, is_needed) };

@@ -4,6 +4,7 @@
 // What only the decoders of x86-64 ask for.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
+use crate::budget;
 use crate::error::{Blame, Result};
 use crate::raster::Mode;
 use std::ops::Range;
@@ -21,8 +22,8 @@ pub(super) struct Frame {
     /// Samples of all components for each pixel, after subsampling.
     samples: f64,
     is_progressive: bool,
-    /// All EXIF segments, joined, without their identifiers but the first.
-    pub(super) exif: Option<Vec<u8>>,
+    /// Where the EXIF segments are, without their identifiers but the first.
+    pub(super) exif: Vec<Range<usize>>,
     /// Where the data of the first scan begins.
     pub(super) data: usize,
     /// Where there is but one scan with everything in it.
@@ -88,10 +89,11 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
         return Err(JPEG.corrupt("no start-of-image marker"));
     }
     let mut frame: Option<Frame> = None;
-    let mut exif: Option<Vec<u8>> = None;
+    let mut exif = Vec::new();
     let mut tables = CodingTables::default();
     let mut at = 2;
     loop {
+        budget::check()?;
         // A marker is any number of 0xff and a code; anything else is skipped.
         let Some(skipped) = bytes[at..].iter().position(|&byte| byte == 0xff) else {
             return Err(JPEG.truncated("no scan before the end of the file"));
@@ -137,10 +139,10 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Frame> {
             }
             0xc0..=0xcf | 0xde => frame = Some(read_frame(code, data)?),
             0xdb => check_quantisation(data)?,
-            0xe1 if data.starts_with(b"Exif\0\0") => match &mut exif {
-                None => exif = Some(data.to_vec()),
-                Some(joined) => joined.extend_from_slice(&data[6..]),
-            },
+            0xe1 if data.starts_with(b"Exif\0\0") => {
+                let identifier = if exif.is_empty() { 0 } else { 6 };
+                exif.push(end - data.len() + identifier..end);
+            }
             0xda => {
                 let Some(mut frame) = frame else {
                     return Err(JPEG.corrupt("a scan before any frame header"));
@@ -212,7 +214,7 @@ fn read_frame(code: u8, data: &[u8]) -> Result<Frame> {
         memory: 0,
         samples: f64::from(units) / f64::from(unit),
         is_progressive: matches!(code, 0xc2 | 0xc6 | 0xca | 0xce),
-        exif: None,
+        exif: Vec::new(),
         data: 0,
         scan: None,
         progression: None,

@@ -5,6 +5,7 @@ use super::assemble::{Assembly, Sampling};
 use super::codestream::{Frame, JPEG};
 #[cfg(target_arch = "x86_64")]
 use super::{baseline, progressive};
+use crate::budget;
 use crate::error::{ImageError, Result};
 use crate::raster::{Mode, Sink, Spec};
 use mozjpeg_sys as ffi;
@@ -13,13 +14,8 @@ use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 
-/// Work that a progressive file may ask for, in blocks times scans: a hostile
-/// file can have thousands of empty scans over a large frame. A file of the
-/// largest allowed size with a hundred scans stays below.
-const MAX_SCAN_BLOCKS: u64 = 1_000_000_000;
-
-/// Message of libjpeg's fatal error, carried by the unwinding.
-struct Fatal(String);
+/// Why libjpeg does not go on, carried by the unwinding.
+struct Fatal(ImageError);
 
 /// The library's state. The three structures point to each other, so they are
 /// boxed together and never moved.
@@ -50,7 +46,7 @@ unsafe extern "C-unwind" fn on_fatal(cinfo: &mut ffi::jpeg_common_struct) {
         .unwrap_or(text.len());
     let message = String::from_utf8_lossy(&text[..length]).into_owned();
     // Unwinds through the C frames, which are built for it, without the panic hook.
-    resume_unwind(Box::new(Fatal(message)));
+    resume_unwind(Box::new(Fatal(JPEG.corrupt(message.to_lowercase()))));
 }
 
 unsafe extern "C-unwind" fn on_message(_: &mut ffi::jpeg_common_struct) {}
@@ -61,13 +57,19 @@ unsafe extern "C-unwind" fn on_progress(cinfo: &mut ffi::jpeg_common_struct) {
     // SAFETY: this monitor is only installed in a decompressor, of which the
     // common structure is the first field.
     let cinfo = unsafe { &*ptr::from_mut(cinfo).cast::<ffi::jpeg_decompress_struct>() };
+    let (scans, blocks) = scan_work(cinfo);
+    let budget = budget::check().and_then(|()| budget::check_scans(scans, blocks));
+    if let Err(error) = budget {
+        resume_unwind(Box::new(Fatal(error)));
+    }
+}
+
+/// The scan that libjpeg is at, and the blocks of the image.
+fn scan_work(cinfo: &ffi::jpeg_decompress_struct) -> (u64, u64) {
     let blocks = u64::from(cinfo.image_width.div_ceil(8))
         * u64::from(cinfo.image_height.div_ceil(8))
         * cinfo.num_components.max(1) as u64;
-    let scans = cinfo.input_scan_number.max(0) as u64;
-    if scans > 100 && scans * blocks > MAX_SCAN_BLOCKS {
-        resume_unwind(Box::new(Fatal(format!("{scans} scans are too many"))));
-    }
+    (cinfo.input_scan_number.max(0) as u64, blocks)
 }
 
 unsafe extern "C-unwind" fn no_op(_: &mut ffi::jpeg_decompress_struct) {}
@@ -152,7 +154,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result,
         Err(panic) => match panic.downcast::<Fatal>() {
-            Ok(fatal) => Err(JPEG.corrupt(fatal.0.to_lowercase())),
+            Ok(fatal) => Err(fatal.0),
             Err(panic) => resume_unwind(panic),
         },
     }
@@ -188,6 +190,7 @@ pub(super) fn decode(bytes: &[u8], frame: &Frame, eighths: u32, sink: &mut dyn S
         if decodes_here(bytes, state, frame, eighths, sink).is_some() {
             return Ok(());
         }
+        budget::look()?;
         let _ = eighths;
         read_scanlines(state, frame, sink)
     })
@@ -215,13 +218,17 @@ fn decodes_here(
     };
     // SAFETY: after the header there are as many components as a pixel has bytes.
     let components = unsafe { std::slice::from_raw_parts(cinfo.comp_info, frame.mode.bytes()) };
-    let samplings: Vec<Sampling> = components
+    let mut samplings: Vec<Sampling> = components
         .iter()
         .map(|component| Sampling {
             across: component.h_samp_factor.max(0) as usize,
             down: component.v_samp_factor.max(0) as usize,
         })
         .collect();
+    if let [only] = &mut samplings[..] {
+        // A component alone comes block by block, whatever its factors.
+        (only.across, only.down) = (1, 1);
+    }
     let quantisers: Vec<[u16; 64]> = components
         .iter()
         .map(|component| {
@@ -238,9 +245,7 @@ fn decodes_here(
     let is_done = if let Some(progression) = &frame.progression {
         let assembly = &mut start(sink)?;
         progressive::decode(bytes, progression, &quantisers, &samplings, assembly, sink)
-    } else if let Some(scan) = &frame.scan
-        && (samplings.len() > 1 || (samplings[0].across, samplings[0].down) == (1, 1))
-    {
+    } else if let Some(scan) = &frame.scan {
         let (data, assembly) = (&bytes[frame.data..], &mut start(sink)?);
         baseline::decode(data, scan, &quantisers, &samplings, assembly, sink)
     } else {
@@ -296,12 +301,13 @@ pub(crate) enum Space {
     YCbCr,
 }
 
-/// Decodes one strip or tile of a TIFF, whose `tables` may be stored apart:
-/// width, height, components and samples.
+/// Decodes one strip or tile of a TIFF, whose `tables` may be stored apart and which
+/// may be as large as `most`: width, height, components and samples.
 pub(crate) fn decode_tile(
     tables: Option<&[u8]>,
     bytes: &[u8],
     space: Space,
+    most: (usize, usize),
 ) -> Result<(u32, u32, u32, Vec<u8>)> {
     caught(|| {
         let mut decompress = Decompress::new();
@@ -317,6 +323,13 @@ pub(crate) fn decode_tile(
         // SAFETY: created, source set.
         if unsafe { ffi::jpeg_read_header(cinfo, 1) } != 1 {
             return Err(JPEG.truncated("header of a strip"));
+        }
+        let (width, height) = (cinfo.image_width as usize, cinfo.image_height as usize);
+        if width > most.0 || height > most.1 {
+            return Err(JPEG.corrupt(format!(
+                "{width}×{height} pixels where at most {}×{} belong",
+                most.0, most.1
+            )));
         }
         if space == Space::YCbCr && cinfo.num_components == 3 {
             cinfo.jpeg_color_space = ffi::J_COLOR_SPACE::JCS_YCbCr;
@@ -340,6 +353,8 @@ pub(crate) fn decode_tile(
                 return Err(cut(y as u32, height));
             }
         }
+        let (scans, blocks) = scan_work(cinfo);
+        budget::spend_scans(scans, blocks);
         Ok((width, height, components, samples))
     })
 }

@@ -27,6 +27,9 @@ use crate::raster::Sink;
 use crate::{DecodeMode, FAST_OVERSAMPLING, Header, Options, exif};
 pub(crate) use libjpeg::{Space, decode_tile};
 
+/// Bytes of EXIF in which the orientation is looked for; it is near the beginning.
+const MAX_EXIF_BYTES: usize = 1024 * 1024;
+
 /// Eighths of the full resolution: all of it.
 const FULL_SCALE: u32 = 8;
 
@@ -60,10 +63,14 @@ fn fast_scale(width: u32, height: u32, size: u32) -> u32 {
 
 /// The orientation in the file's EXIF segment.
 pub(crate) fn orientation(bytes: &[u8]) -> u8 {
-    codestream::scan(bytes)
-        .ok()
-        .and_then(|frame| frame.exif)
-        .map_or(1, |exif| exif::orientation(&exif))
+    let segments = codestream::scan(bytes).map_or_else(|_| Vec::new(), |frame| frame.exif);
+    let mut joined = Vec::new();
+    for segment in segments {
+        if joined.len() < MAX_EXIF_BYTES {
+            joined.extend_from_slice(&bytes[segment]);
+        }
+    }
+    exif::orientation(&joined)
 }
 
 #[cfg(test)]

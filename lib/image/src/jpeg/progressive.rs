@@ -20,6 +20,7 @@ use super::entropy::{
 };
 use super::idct::Place;
 use super::machine::Modern;
+use crate::budget;
 use crate::raster::Sink;
 
 /// Scans of a file; encoders write about ten. Each has tables of 12 kB.
@@ -277,6 +278,10 @@ pub(super) fn decode(
             }
         })
         .collect();
+    let blocks: usize = grids.iter().map(|grid| grid.width * grid.height).sum();
+    if budget::check_scans(scans.len() as u64, blocks as u64).is_err() {
+        return false;
+    }
     for scan in &scans {
         let blocks = scan.components.iter().map(|&index| &grids[index]);
         let blocks: usize = blocks.map(|grid| grid.across * grid.down).sum();
@@ -286,6 +291,9 @@ pub(super) fn decode(
     }
     let modern = assembly.modern;
     for band in 0..assembly.bands() {
+        if budget::look().is_err() {
+            return false;
+        }
         let is_needed = assembly.needs(band, sink);
         // SAFETY: the processor has what the function asks for.
         let read = unsafe { read_band(modern, &mut scans, &mut grids, assembly, band, is_needed) };

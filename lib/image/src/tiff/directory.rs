@@ -8,6 +8,10 @@ use std::collections::HashMap;
 /// hostile one is cut here.
 const MAX_ENTRIES: u64 = 65_535;
 
+/// Values of a tag that are looked at, where they are not one for each strip: a colour
+/// map has three times 256.
+const MAX_VALUES: usize = 1024;
+
 #[derive(Clone, Copy)]
 struct Entry<'a> {
     kind: u16,
@@ -123,24 +127,51 @@ impl<'a> Directory<'a> {
         self.entries.get(&tag).map(|entry| entry.data)
     }
 
-    /// All values of a tag that holds whole numbers.
-    pub(super) fn numbers(&self, tag: u16) -> Option<Vec<u64>> {
+    /// The values of a tag that holds whole numbers.
+    pub(super) fn values(&self, tag: u16) -> Option<Values<'a>> {
         let entry = self.entries.get(&tag)?;
         if !matches!(entry.kind, 1 | 3 | 4 | 6 | 7 | 8 | 9 | 13 | 16) {
             return None;
         }
-        let unit = size_of(entry.kind)?;
+        Some(Values {
+            big: self.big,
+            unit: size_of(entry.kind)?,
+            data: entry.data,
+        })
+    }
+
+    /// The first values of a tag, more than any that describes pixels has.
+    pub(super) fn numbers(&self, tag: u16) -> Option<Vec<u64>> {
+        let values = self.values(tag)?;
         Some(
-            entry
-                .data
-                .chunks_exact(unit)
-                .map(|value| unsigned(self.big, value))
+            (0..MAX_VALUES)
+                .map_while(|index| values.get(index))
                 .collect(),
         )
     }
 
     /// The first value of a tag.
     pub(super) fn number(&self, tag: u16) -> Option<u64> {
-        self.numbers(tag)?.first().copied()
+        self.values(tag)?.get(0)
+    }
+}
+
+/// Whole numbers as they lie in the file.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    big: bool,
+    unit: usize,
+    data: &'a [u8],
+}
+
+impl Values<'_> {
+    pub(super) fn len(&self) -> usize {
+        self.data.len() / self.unit
+    }
+
+    pub(super) fn get(&self, index: usize) -> Option<u64> {
+        let start = index.checked_mul(self.unit)?;
+        let value = self.data.get(start..start.checked_add(self.unit)?)?;
+        Some(unsigned(self.big, value))
     }
 }

@@ -2,11 +2,14 @@
 
 use super::fax::{self, Scheme};
 use super::layout::{self, Layout};
-use super::{Parsed, TIFF, tag};
+use super::{LZMA_BYTES, Parsed, TIFF, tag};
+use crate::budget::{self, PIECE_BYTES};
 use crate::error::{ImageError, Result};
+use crate::gif::MAX_IDLE_STEPS;
 use crate::inflate::{Ending, Inflater};
 use crate::jpeg::{Space, decode_tile};
 use crate::raster::try_zeroed;
+use std::borrow::Cow;
 use std::io::Read;
 use weezl::BitOrder;
 
@@ -48,12 +51,12 @@ impl Codec {
 }
 
 /// Expanded samples, row after row.
-pub(super) struct Strip {
-    pub(super) data: Vec<u8>,
+pub(super) struct Strip<'a> {
+    pub(super) data: Cow<'a, [u8]>,
     pub(super) row_bytes: usize,
 }
 
-impl Strip {
+impl Strip<'_> {
     pub(super) fn unpack(&self, line: usize, columns: usize, layout: &Layout, row: &mut [u8]) {
         let line = &self.data[line * self.row_bytes..][..self.row_bytes];
         layout::unpack(line, columns, layout, row);
@@ -83,7 +86,7 @@ pub(super) fn expand(
     row_bytes: usize,
     what: &str,
     index: usize,
-) -> Result<Strip> {
+) -> Result<Strip<'static>> {
     // Chroma-subsampled data has its own unit: a block of lumas with two chromas.
     let blocks = parsed.subsampling.map(|(across, down)| Blocks {
         across,
@@ -117,19 +120,19 @@ pub(super) fn expand(
     let mut out = try_zeroed(wanted)?;
     match parsed.codec {
         Codec::PackBits => {
-            let got = packbits(data, &mut out);
+            let got = packbits(data, &mut out)?;
             if got < wanted {
                 return Err(short(got));
             }
         }
         Codec::Lzw => {
-            let got = lzw(data, &mut out).map_err(broken)?;
+            let got = lzw(data, &mut out, broken)?;
             if got < wanted {
                 return Err(short(got));
             }
         }
         Codec::Deflate => {
-            let (got, ending) = Inflater::new(std::iter::once(data)).read(&mut out);
+            let (got, ending) = Inflater::new(data.chunks(PIECE_BYTES)).read(&mut out)?;
             match ending {
                 Ending::Full => {}
                 Ending::Broken(reason) => return Err(broken(reason)),
@@ -137,17 +140,23 @@ pub(super) fn expand(
             }
         }
         Codec::Zstandard => {
-            let mut decoder = ruzstd::decoding::StreamingDecoder::new(data)
+            let broken = |reason: String| budget::look().err().unwrap_or_else(|| broken(reason));
+            let mut decoder = ruzstd::decoding::StreamingDecoder::new(Watched(data))
                 .map_err(|error| broken(error.to_string()))?;
             decoder
                 .read_exact(&mut out)
                 .map_err(|error| broken(error.to_string()))?;
         }
         Codec::Lzma => {
-            let got = xz(data, &mut out).map_err(broken)?;
-            if got < wanted {
-                return Err(short(got));
-            }
+            let stream = liblzma::stream::Stream::new_stream_decoder(LZMA_BYTES, 0);
+            let stream = stream.map_err(|error| broken(error.to_string()))?;
+            liblzma::read::XzDecoder::new_stream(Watched(data), stream)
+                .read_exact(&mut out)
+                .map_err(|error| {
+                    budget::look()
+                        .err()
+                        .unwrap_or_else(|| broken(error.to_string()))
+                })?;
         }
         Codec::ThunderScan => {
             if parsed.depth != 4 {
@@ -168,7 +177,7 @@ pub(super) fn expand(
                 },
                 _ => Scheme::Group4,
             };
-            fax::expand(data, scheme, width, &mut out)
+            fax::expand(data, scheme, width, &mut out)?
                 .ok_or_else(|| broken("no line of CCITT data".to_owned()))?;
         }
         Codec::None | Codec::Jpeg | Codec::OldJpeg => {}
@@ -206,7 +215,7 @@ pub(super) fn expand(
     match blocks {
         Some(blocks) => blocks.to_rgb(&out, width, rows),
         None => Ok(Strip {
-            data: out,
+            data: out.into(),
             row_bytes,
         }),
     }
@@ -270,9 +279,10 @@ fn undo_float_differences(row: &mut [u8], samples: usize, size: usize) {
     }
 }
 
-fn packbits(mut data: &[u8], out: &mut [u8]) -> usize {
+fn packbits(mut data: &[u8], out: &mut [u8]) -> Result<usize> {
     let mut filled = 0;
     while filled < out.len() {
+        budget::check()?;
         let Some((&head, rest)) = data.split_first() else {
             break;
         };
@@ -299,10 +309,10 @@ fn packbits(mut data: &[u8], out: &mut [u8]) -> usize {
             }
         }
     }
-    filled
+    Ok(filled)
 }
 
-fn lzw(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
+fn lzw(data: &[u8], out: &mut [u8], broken: impl Fn(String) -> ImageError) -> Result<usize> {
     // Old writers put the low bit first and switch code sizes late; their streams
     // begin with a clear code that gives them away.
     let is_old = data.len() >= 2 && data[0] == 0 && data[1] & 1 != 0;
@@ -311,106 +321,37 @@ fn lzw(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
     } else {
         weezl::decode::Decoder::with_tiff_size_switch(BitOrder::Msb, 8)
     };
-    let (mut read, mut filled) = (0, 0);
+    let (mut read, mut filled, mut idle) = (0, 0, 0);
     while filled < out.len() {
-        let step = decoder.decode_bytes(&data[read..], &mut out[filled..]);
+        budget::look()?;
+        let piece = &data[read..data.len().min(read + PIECE_BYTES)];
+        let step = decoder.decode_bytes(piece, &mut out[filled..]);
         read += step.consumed_in;
         filled += step.consumed_out;
         match step.status {
             Ok(weezl::LzwStatus::Done) => break,
-            Ok(_) if step.consumed_in == 0 && step.consumed_out == 0 => break,
-            Ok(_) => {}
-            Err(error) if filled < out.len() => return Err(error.to_string()),
+            Ok(weezl::LzwStatus::NoProgress) => break,
+            Ok(_) if step.consumed_in == 0 && step.consumed_out == 0 => {
+                idle += 1;
+                if idle > MAX_IDLE_STEPS {
+                    break;
+                }
+            }
+            Ok(_) => idle = 0,
+            Err(error) if filled < out.len() => return Err(broken(error.to_string())),
             Err(_) => break,
         }
     }
     Ok(filled)
 }
 
-/// One block of an XZ stream. The crate knows the container, too, but not the
-/// delta filter, which libtiff always writes.
-fn xz(data: &[u8], out: &mut [u8]) -> std::result::Result<usize, String> {
-    const STREAM_HEADER_BYTES: usize = 12;
-    const DELTA: u64 = 3;
-    const LZMA2: u64 = 0x21;
-    if !data.starts_with(b"\xfd7zXZ\0") {
-        return Err("no XZ stream".to_owned());
-    }
-    let cut = || "XZ block header is cut".to_owned();
-    let block = data.get(STREAM_HEADER_BYTES..).ok_or_else(cut)?;
-    let (&size, &flags) = block.first().zip(block.get(1)).ok_or_else(cut)?;
-    let length = (usize::from(size) + 1) * 4;
-    let body = block.get(length..).ok_or_else(cut)?;
-    let mut fields = &block[2..length];
-    // Numbers of seven bits a byte, the lowest first.
-    let number = |fields: &mut &[u8]| {
-        let (mut value, mut shift) = (0u64, 0);
-        while let Some((&byte, rest)) = fields.split_first() {
-            *fields = rest;
-            value |= u64::from(byte & 0x7f).checked_shl(shift)?;
-            if byte & 0x80 == 0 {
-                return Some(value);
-            }
-            shift += 7;
-        }
-        None
-    };
-    for present in [flags & 0x40, flags & 0x80] {
-        if present != 0 {
-            number(&mut fields).ok_or_else(cut)?;
-        }
-    }
-    let mut distance = 0;
-    for _ in 0..=flags & 3 {
-        let filter = number(&mut fields).ok_or_else(cut)?;
-        let length = number(&mut fields).ok_or_else(cut)?;
-        let (properties, rest) = usize::try_from(length)
-            .ok()
-            .and_then(|length| fields.split_at_checked(length))
-            .ok_or_else(cut)?;
-        fields = rest;
-        match (filter, properties) {
-            (DELTA, &[less_one]) if distance == 0 => distance = usize::from(less_one) + 1,
-            (LZMA2, [_]) => {}
-            _ => return Err(format!("XZ filter {filter}")),
-        }
-    }
-    let mut sink = Bounded { out, filled: 0 };
-    let result = lzma_rs::lzma2_decompress(&mut &body[..], &mut sink);
-    let got = sink.filled;
-    if got < out.len()
-        && let Err(error) = result
-    {
-        return Err(format!("{error:?}"));
-    }
-    if distance > 0 {
-        for at in distance..got {
-            out[at] = out[at].wrapping_add(out[at - distance]);
-        }
-    }
-    Ok(got)
-}
+/// Input of a decoder that is asked for little at a time, with an eye on the clock.
+struct Watched<'a>(&'a [u8]);
 
-/// A writer that takes no more than it has room for.
-struct Bounded<'a> {
-    out: &'a mut [u8],
-    filled: usize,
-}
-
-impl std::io::Write for Bounded<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = self.out.len() - self.filled;
-        if room == 0 && !bytes.is_empty() {
-            return Err(std::io::Error::other("more data than the strip holds"));
-        }
-        let count = bytes.len().min(room);
-        self.out[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);
-        self.filled += count;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+impl Read for Watched<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        budget::check().map_err(std::io::Error::other)?;
+        self.0.read(out)
     }
 }
 
@@ -473,7 +414,13 @@ fn thunder_scan(data: &[u8], width: usize, out: &mut [u8], row_bytes: usize) -> 
     Some(())
 }
 
-fn jpeg(file: &[u8], data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize) -> Result<Strip> {
+fn jpeg(
+    file: &[u8],
+    data: &[u8],
+    parsed: &Parsed<'_>,
+    width: usize,
+    rows: usize,
+) -> Result<Strip<'static>> {
     let space = if parsed.photometric == 6 {
         Space::YCbCr
     } else {
@@ -495,8 +442,16 @@ fn jpeg(file: &[u8], data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize
         }
     }
     let tables = parsed.directory.bytes(tag::JPEG_TABLES);
-    let (got_width, got_rows, components, samples) =
-        decode_tile(tables, data, space).map_err(|error| match error {
+    let most = if parsed.codec == Codec::OldJpeg {
+        (
+            parsed.width.next_multiple_of(32),
+            parsed.height.next_multiple_of(32),
+        )
+    } else {
+        (width, rows.max(parsed.tiles.height))
+    };
+    let (got_width, got_rows, components, samples) = decode_tile(tables, data, space, most)
+        .map_err(|error| match error {
             ImageError::Truncated { detail, .. } => TIFF.truncated(detail),
             ImageError::Corrupt { detail, .. } => TIFF.corrupt(detail),
             other => other,
@@ -511,7 +466,7 @@ fn jpeg(file: &[u8], data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize
     let row_bytes = width * wanted;
     if got_width == width && got_rows >= rows {
         return Ok(Strip {
-            data: samples,
+            data: samples.into(),
             row_bytes,
         });
     }
@@ -528,7 +483,7 @@ fn jpeg(file: &[u8], data: &[u8], parsed: &Parsed<'_>, width: usize, rows: usize
         return Err(TIFF.truncated(format!("JPEG of {got_rows} rows in a tile of {rows}")));
     }
     Ok(Strip {
-        data: out,
+        data: out.into(),
         row_bytes,
     })
 }
@@ -542,7 +497,7 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn to_rgb(&self, data: &[u8], width: usize, rows: usize) -> Result<Strip> {
+    fn to_rgb(&self, data: &[u8], width: usize, rows: usize) -> Result<Strip<'static>> {
         let unit = self.across * self.down + 2;
         let mut out = try_zeroed(width * rows * 3)?;
         for (y, row) in out.chunks_exact_mut(width * 3).enumerate() {
@@ -554,7 +509,7 @@ impl Blocks {
             }
         }
         Ok(Strip {
-            data: out,
+            data: out.into(),
             row_bytes: width * 3,
         })
     }

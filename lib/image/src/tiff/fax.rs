@@ -3,6 +3,8 @@
 //! TIFF's variants (no end-of-line codes, byte alignment, a known number of rows)
 //! and what is done about a broken line are not that crate's subject.
 
+use crate::budget;
+use crate::error::Result;
 use fax::BitReader;
 use fax::maps::{Mode, black, mode, white};
 
@@ -47,7 +49,7 @@ impl BitReader for Bits<'_> {
         (!self.is_over()).then(|| self.look(bits))
     }
 
-    fn consume(&mut self, bits: u8) -> Result<(), ()> {
+    fn consume(&mut self, bits: u8) -> std::result::Result<(), ()> {
         self.position += usize::from(bits);
         Ok(())
     }
@@ -73,12 +75,20 @@ fn run(bits: &mut Bits<'_>, is_black: bool) -> Option<usize> {
     }
 }
 
+/// Changes of colour that libtiff has room for in a line: runs of no length count.
+fn most_changes(width: usize) -> usize {
+    2 * width.next_multiple_of(32)
+}
+
 /// Positions where the colour changes, of a line of runs, as far as it is sound.
 /// The flag is false where a code was not.
 fn one_dimensional(bits: &mut Bits<'_>, width: usize, changes: &mut Vec<usize>) -> bool {
     changes.clear();
     let (mut position, mut is_black) = (0, false);
     while position < width {
+        if changes.len() > most_changes(width) {
+            return false;
+        }
         let Some(length) = run(bits, is_black) else {
             return false;
         };
@@ -89,16 +99,30 @@ fn one_dimensional(bits: &mut Bits<'_>, width: usize, changes: &mut Vec<usize>) 
     true
 }
 
-/// The first change in `reference` right of `from` (or at the left edge) to the
-/// colour opposite to `is_black`.
-fn next_change(reference: &[usize], from: isize, is_black: bool, width: usize) -> (usize, usize) {
-    let mut index = usize::from(is_black);
-    while index < reference.len() && reference[index] as isize <= from {
-        index += 2;
+/// The changes of the line above, read from left to right.
+struct Reference<'a> {
+    changes: &'a [usize],
+    /// The first change right of where the line is.
+    next: usize,
+    width: usize,
+}
+
+impl Reference<'_> {
+    /// The first change right of `from` (or at the left edge) to the colour opposite
+    /// to `is_black`, and the one after it.
+    fn after(&mut self, from: isize, is_black: bool) -> (usize, usize) {
+        let is_right = |index: usize| self.changes[index] as isize > from;
+        // A line goes back by a few pixels at most.
+        while self.next > 0 && is_right(self.next - 1) {
+            self.next -= 1;
+        }
+        while self.next < self.changes.len() && !is_right(self.next) {
+            self.next += 1;
+        }
+        let first = self.next + usize::from(self.next % 2 != usize::from(is_black));
+        let change = |index: usize| self.changes.get(index).copied().unwrap_or(self.width);
+        (change(first), change(first + 1))
     }
-    let first = reference.get(index).copied().unwrap_or(width);
-    let second = reference.get(index + 1).copied().unwrap_or(width);
-    (first, second)
 }
 
 /// What a two-dimensional line came to.
@@ -115,12 +139,20 @@ fn two_dimensional(
     changes: &mut Vec<usize>,
 ) -> Line {
     changes.clear();
+    let mut reference = Reference {
+        changes: reference,
+        next: 0,
+        width,
+    };
     let (mut position, mut is_black) = (-1isize, false);
     while position < width as isize {
+        if changes.len() > most_changes(width) {
+            return Line::Broken;
+        }
         let Some(code) = mode::decode(bits) else {
             return Line::Broken;
         };
-        let (b1, b2) = next_change(reference, position, is_black, width);
+        let (b1, b2) = reference.after(position, is_black);
         match code {
             Mode::Pass => position = b2 as isize,
             Mode::Vertical(delta) => {
@@ -157,8 +189,17 @@ fn paint(changes: &[usize], width: usize, row: &mut [u8]) {
     for pair in changes.chunks(2) {
         let start = pair[0].min(width);
         let end = pair.get(1).copied().unwrap_or(width).min(width);
-        for x in start..end {
-            row[x / 8] |= 0x80 >> (x % 8);
+        if start >= end {
+            continue;
+        }
+        let (first, last) = (start / 8, (end - 1) / 8);
+        let (from, to) = (0xff >> (start % 8), !(0x7f >> ((end - 1) % 8)));
+        if first == last {
+            row[first] |= from & to;
+        } else {
+            row[first] |= from;
+            row[first + 1..last].fill(0xff);
+            row[last] |= to;
         }
     }
 }
@@ -185,12 +226,18 @@ fn find_end_of_line(bits: &mut Bits<'_>) {
 
 /// Expands `data` to rows of `width` bits, black as one. `None` where not a
 /// single line could be read.
-pub(super) fn expand(data: &[u8], scheme: Scheme, width: usize, out: &mut [u8]) -> Option<()> {
+pub(super) fn expand(
+    data: &[u8],
+    scheme: Scheme,
+    width: usize,
+    out: &mut [u8],
+) -> Result<Option<()>> {
     let row_bytes = width.div_ceil(8);
     let mut bits = Bits { data, position: 0 };
     let (mut reference, mut changes) = (Vec::new(), Vec::new());
     let mut read = 0;
     for row in out.chunks_exact_mut(row_bytes) {
+        budget::check()?;
         if bits.is_over() {
             break;
         }
@@ -243,5 +290,5 @@ pub(super) fn expand(data: &[u8], scheme: Scheme, width: usize, out: &mut [u8]) 
         read += 1;
         std::mem::swap(&mut reference, &mut changes);
     }
-    (read > 0).then_some(())
+    Ok((read > 0).then_some(()))
 }

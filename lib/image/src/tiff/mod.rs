@@ -1,19 +1,21 @@
 //! TIFF, first page. The directory and the way in which tags choose a mode are
 //! read here as the reference reads them; strips and tiles are expanded by
 //! `weezl` (LZW), `flate2` (Deflate), libjpeg (JPEG), `fax`'s code tables
-//! (CCITT), `ruzstd` (Zstandard) and `lzma-rs` (LZMA).
+//! (CCITT), `ruzstd` (Zstandard) and liblzma (LZMA).
 
 mod directory;
 mod expand;
 mod fax;
 mod layout;
 
+use crate::budget;
 use crate::error::{Blame, Result};
 use crate::raster::{Mode, Palette, Raster, Sink, Spec, palette_from_rgb, try_zeroed};
 use crate::{Header, exif};
-use directory::Directory;
+use directory::{Directory, Values};
 use expand::{Codec, Strip};
 use layout::{Layout, Unpack};
+use std::borrow::Cow;
 
 const TIFF: Blame = Blame("TIFF");
 
@@ -49,6 +51,10 @@ mod tag {
 /// No layout that the reference reads has more samples in a pixel.
 const MAX_SAMPLES: u64 = 6;
 
+/// Bytes that the LZMA decoder may take: the dictionary of its highest preset, 64 MiB,
+/// with the rest.
+const LZMA_BYTES: u64 = 72 * 1024 * 1024;
+
 struct Parsed<'a> {
     directory: Directory<'a>,
     width: usize,
@@ -65,18 +71,56 @@ struct Parsed<'a> {
     /// Chroma subsampling of YCbCr data that is not JPEG.
     subsampling: Option<(usize, usize)>,
     palette: Option<Box<Palette>>,
-    tiles: Tiles,
+    tiles: Tiles<'a>,
 }
 
 /// How the image is cut.
-struct Tiles {
+struct Tiles<'a> {
     width: usize,
     height: usize,
     across: usize,
     down: usize,
     is_tiled: bool,
-    offsets: Vec<u64>,
-    lengths: Vec<u64>,
+    offsets: Offsets<'a>,
+    counts: Option<Values<'a>>,
+}
+
+/// Where the data of strips or tiles begins.
+enum Offsets<'a> {
+    Stored(Values<'a>),
+    /// One of everything.
+    One(u64),
+}
+
+impl Offsets<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Stored(values) => values.len(),
+            Self::One(_) => 1,
+        }
+    }
+
+    fn get(&self, index: usize) -> Option<u64> {
+        match self {
+            Self::Stored(values) => values.get(index),
+            Self::One(offset) => (index == 0).then_some(*offset),
+        }
+    }
+}
+
+impl Tiles<'_> {
+    /// The data of strip or tile `index` from its beginning on, and how much of it
+    /// belongs there; `None` where the file tells no beginning.
+    fn place<'b>(&self, bytes: &'b [u8], index: usize) -> Option<(&'b [u8], usize)> {
+        let offset = usize::try_from(self.offsets.get(index)?).unwrap_or(usize::MAX);
+        let data = &bytes[offset.min(bytes.len())..];
+        let count = self.counts.and_then(|counts| counts.get(index));
+        let count = count.filter(|&count| count > 0).unwrap_or(u64::MAX);
+        Some((
+            data,
+            usize::try_from(count).unwrap_or(usize::MAX).min(data.len()),
+        ))
+    }
 }
 
 fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
@@ -192,7 +236,7 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     let (Some(width), Some(height)) = (limit(width), limit(height)) else {
         return Err(TIFF.corrupt(format!("size {width}×{height}")));
     };
-    let tiles = tiles_of(&directory, width, height, bytes.len() as u64, codec)?;
+    let tiles = tiles_of(&directory, width, height, codec)?;
     if planar && codec == Codec::None {
         // Each strip past the last plane has no channel to go to.
         let planes = tiles.offsets.len().div_ceil(tiles.across * tiles.down);
@@ -217,14 +261,13 @@ fn parse(bytes: &[u8]) -> Result<Parsed<'_>> {
     })
 }
 
-fn tiles_of(
-    directory: &Directory<'_>,
+fn tiles_of<'a>(
+    directory: &Directory<'a>,
     width: usize,
     height: usize,
-    file: u64,
     codec: Codec,
-) -> Result<Tiles> {
-    let strips = directory.numbers(tag::STRIP_OFFSETS);
+) -> Result<Tiles<'a>> {
+    let strips = directory.values(tag::STRIP_OFFSETS).map(Offsets::Stored);
     let is_tiled = strips.is_none() || (codec != Codec::None && directory.has(tag::TILE_WIDTH));
     let side = |tag: u16, whole: usize| {
         let value = directory.number(tag).unwrap_or(whole as u64);
@@ -232,18 +275,16 @@ fn tiles_of(
     };
     let (offsets, counts, tile_width, tile_height);
     if is_tiled {
-        offsets = directory.numbers(tag::TILE_OFFSETS).or(strips).or_else(|| {
-            directory
-                .number(tag::JPEG_STREAM)
-                .map(|offset| vec![offset])
-        });
+        let tiles = directory.values(tag::TILE_OFFSETS).map(Offsets::Stored);
+        let stream = || directory.number(tag::JPEG_STREAM).map(Offsets::One);
+        offsets = tiles.or(strips).or_else(stream);
         counts = directory
-            .numbers(tag::TILE_BYTE_COUNTS)
-            .or_else(|| directory.numbers(tag::STRIP_BYTE_COUNTS));
+            .values(tag::TILE_BYTE_COUNTS)
+            .or_else(|| directory.values(tag::STRIP_BYTE_COUNTS));
         (tile_width, tile_height) = (side(tag::TILE_WIDTH, width), side(tag::TILE_LENGTH, height));
     } else {
         offsets = strips;
-        counts = directory.numbers(tag::STRIP_BYTE_COUNTS);
+        counts = directory.values(tag::STRIP_BYTE_COUNTS);
         (tile_width, tile_height) = (width, side(tag::ROWS_PER_STRIP, height).min(height));
     }
     let Some(mut offsets) = offsets else {
@@ -261,18 +302,10 @@ fn tiles_of(
         let is_planar = directory.number(tag::PLANAR_CONFIGURATION) == Some(2);
         if !is_planar {
             // Every strip covers the image: the last one stays.
-            offsets.drain(..offsets.len() - 1);
+            let last = offsets.len() - 1;
+            offsets = Offsets::One(offsets.get(last).unwrap_or(u64::MAX));
         }
     }
-    let lengths = (0..offsets.len())
-        .map(|index| {
-            let rest = file.saturating_sub(offsets[index]);
-            match counts.as_ref().and_then(|counts| counts.get(index)) {
-                Some(&count) if count > 0 => count.min(rest),
-                _ => rest,
-            }
-        })
-        .collect();
     Ok(Tiles {
         width: tile_width,
         height: tile_height,
@@ -280,7 +313,7 @@ fn tiles_of(
         down: height.div_ceil(tile_height),
         is_tiled,
         offsets,
-        lengths,
+        counts,
     })
 }
 
@@ -294,7 +327,8 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
         .div_ceil(8);
     let mut memory = match parsed.codec {
         Codec::None => 0,
-        Codec::Jpeg | Codec::OldJpeg => tile * 4,
+        Codec::Jpeg | Codec::OldJpeg => tile.saturating_mul(4),
+        Codec::Lzma => tile.saturating_mul(2).saturating_add(LZMA_BYTES),
         _ => tile.saturating_mul(2),
     };
     if needs_raster(&parsed) {
@@ -336,6 +370,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     if parsed.layout.unpack == Unpack::Refused {
         return Err(TIFF.unsupported("premultiplied grey cannot become RGB in the reference"));
     }
+    check_work(bytes, &parsed)?;
     if needs_raster(&parsed) {
         let mut raster = Raster::zeroed(spec)?;
         let planes = if parsed.planar { parsed.samples } else { 1 };
@@ -351,6 +386,7 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     sink.start(spec)?;
     let mut y = 0;
     for index in 0..parsed.tiles.down {
+        budget::check()?;
         let rows = parsed.tiles.height.min(parsed.height - y);
         if parsed.codec == Codec::None && index >= parsed.tiles.offsets.len() {
             // The reference leaves rows black that no strip covers.
@@ -373,6 +409,30 @@ pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
     Ok(())
 }
 
+/// Refuses what a file can ask for by naming the same data again and again, or by
+/// tiles that hardly touch the image.
+fn check_work(bytes: &[u8], parsed: &Parsed<'_>) -> Result<()> {
+    if parsed.codec == Codec::None {
+        return Ok(());
+    }
+    let tiles = &parsed.tiles;
+    let planes = if parsed.planar { parsed.samples } else { 1 };
+    let count = tiles.across * tiles.down * planes;
+    let size = |width: usize, height: usize| {
+        let bits = (parsed.samples * parsed.depth) as u128;
+        u64::try_from(width as u128 * height as u128 * bits / 8).unwrap_or(u64::MAX)
+    };
+    let expanded = size(tiles.width * tiles.across, tiles.height * tiles.down);
+    budget::check_padding(expanded, size(parsed.width, parsed.height))?;
+    let mut stored = 0u64;
+    for index in 0..count.min(tiles.offsets.len()) {
+        budget::check()?;
+        let length = tiles.place(bytes, index).map_or(0, |(_, length)| length);
+        stored = stored.saturating_add(length as u64);
+    }
+    budget::check_shared(stored, bytes.len() as u64)
+}
+
 fn decode_plane(
     bytes: &[u8],
     parsed: &Parsed<'_>,
@@ -384,6 +444,7 @@ fn decode_plane(
     let stride = raster.stride();
     for down in 0..tiles.down {
         for across in 0..tiles.across {
+            budget::check()?;
             let index = (plane * tiles.down + down) * tiles.across + across;
             let (left, top) = (across * tiles.width, down * tiles.height);
             let columns = tiles.width.min(parsed.width - left);
@@ -409,27 +470,22 @@ fn decode_plane(
 }
 
 /// Expands one strip or tile of `width × rows` pixels.
-fn read_tile(
-    bytes: &[u8],
+fn read_tile<'a>(
+    bytes: &'a [u8],
     parsed: &Parsed<'_>,
     index: usize,
     width: usize,
     rows: usize,
     top: usize,
-) -> Result<Strip> {
+) -> Result<Strip<'a>> {
     let tiles = &parsed.tiles;
     let what = if tiles.is_tiled { "tile" } else { "strip" };
-    let (Some(&offset), Some(&length)) = (tiles.offsets.get(index), tiles.lengths.get(index))
-    else {
+    let Some((data, length)) = tiles.place(bytes, index) else {
         return Err(TIFF.truncated(format!("no {what} {index}")));
     };
     let samples = if parsed.planar { 1 } else { parsed.samples };
     let bits = samples * parsed.depth;
     let row_bytes = (width * bits).div_ceil(8);
-    let start = usize::try_from(offset)
-        .unwrap_or(usize::MAX)
-        .min(bytes.len());
-    let data = &bytes[start..];
     if parsed.codec == Codec::None {
         // The reference reads on past the length that the file gives.
         let visible = rows.min(parsed.height - top);
@@ -441,15 +497,17 @@ fn read_tile(
                 data.len()
             )));
         }
-        let mut stored = try_zeroed(visible * row_bytes)?;
-        stored[..wanted].copy_from_slice(&data[..wanted]);
-        return Ok(Strip {
-            data: stored,
-            row_bytes,
-        });
+        let padded = visible * row_bytes;
+        let data = match data.get(..padded) {
+            Some(data) => Cow::Borrowed(data),
+            None => {
+                let mut stored = try_zeroed(padded)?;
+                stored[..wanted].copy_from_slice(&data[..wanted]);
+                Cow::Owned(stored)
+            }
+        };
+        return Ok(Strip { data, row_bytes });
     }
-    let data = &data[..usize::try_from(length)
-        .unwrap_or(usize::MAX)
-        .min(data.len())];
+    let data = &data[..length];
     expand::expand(bytes, data, parsed, width, rows, row_bytes, what, index)
 }
