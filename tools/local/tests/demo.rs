@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -197,6 +198,71 @@ fn an_interrupt_stops_everything_that_was_started() {
         );
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_kept_pipeline_goes_on_telling_what_happens() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut running = demo(
+        &folder,
+        &[Path::new("--keep"), &samples().join("flower.gif")],
+    )
+    .stdout(Stdio::piped())
+    .stderr(Stdio::null())
+    .spawn()
+    .expect("it runs");
+    let mut lines = BufReader::new(running.stdout.take().expect("its output")).lines();
+    let mut until = |wanted: &str| {
+        let mut said = Vec::new();
+        for line in lines.by_ref() {
+            said.push(line.expect("text"));
+            if said.last().is_some_and(|line| line.contains(wanted)) {
+                return said;
+            }
+        }
+        panic!("it ended without {wanted:?}: {said:#?}");
+    };
+    let told = until("AWS_ENDPOINT_URL=").pop().unwrap_or_default();
+    until("aws s3 cp photo.jpg");
+    let (_, endpoint) = told.split_once("AWS_ENDPOINT_URL=").expect("an endpoint");
+    let endpoint = endpoint.split(' ').next().unwrap_or_default();
+    put(
+        endpoint,
+        "by hand.pcx",
+        &fs::read(samples().join("fruit.pcx")).expect("a sample"),
+    );
+    put(endpoint, "no image.png", b"text");
+    let mut said = until("by hand.pcx");
+    if !said.iter().any(|line| line.contains("no image.png")) {
+        said.extend(until("no image.png"));
+    }
+    said.extend(until("is gone"));
+    for wanted in [
+        "scaler   ",
+        "task     ",
+        "instance ",
+        "event    by hand.pcx",
+        "rejected no image.png",
+    ] {
+        assert!(
+            said.iter().any(|line| line.contains(wanted)),
+            "{wanted}: {said:#?}"
+        );
+    }
+    let pid = rustix::process::Pid::from_child(&running);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
+    assert_eq!(running.wait().expect("its end").code(), Some(130));
+}
+
+/// Puts an object into the source bucket, as a person would.
+fn put(endpoint: &str, key: &str, content: &[u8]) {
+    let config = local::sdk::config(endpoint);
+    let config = aws_sdk_s3::config::Builder::from(&config).force_path_style(true);
+    let s3 = aws_sdk_s3::Client::from_conf(config.build());
+    let put = s3.put_object().bucket("clip-source").key(key);
+    let put = put.body(content.to_vec().into());
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(put.send()).expect("it is taken");
 }
 
 #[test]

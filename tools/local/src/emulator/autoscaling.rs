@@ -76,9 +76,9 @@ fn write_group(xml: &mut Xml, state: &CloudState, group: &Group) {
         xml.text("LaunchTemplateName", name);
         xml.text("Version", "1");
     });
-    xml.text("MinSize", group.min);
-    xml.text("MaxSize", group.max);
-    xml.text("DesiredCapacity", group.desired);
+    xml.text("MinSize", group.config.min);
+    xml.text("MaxSize", group.config.max);
+    xml.text("DesiredCapacity", group.config.desired);
     xml.text("DefaultCooldown", 300);
     xml.list("AvailabilityZones", &group.config.zones, |xml, zone| {
         xml.raw_text(zone)
@@ -101,7 +101,7 @@ fn write_group(xml: &mut Xml, state: &CloudState, group: &Group) {
     });
     xml.text(
         "NewInstancesProtectedFromScaleIn",
-        group.protect_new_instances,
+        group.config.protect_new_instances,
     );
 }
 
@@ -194,19 +194,19 @@ fn set_desired_capacity(cloud: &Cloud, parameters: &Parameters) -> Answer {
         let Some(group) = state.groups.get_mut(&name) else {
             return Err(not_found(&name));
         };
-        if desired > group.max {
+        if desired > group.config.max {
             return Err(validation(format!(
                 "New SetDesiredCapacity value {desired} is above max value {} for the AutoScalingGroup.",
-                group.max
+                group.config.max
             )));
         }
-        if desired < group.min {
+        if desired < group.config.min {
             return Err(validation(format!(
                 "New SetDesiredCapacity value {desired} is below min value {} for the AutoScalingGroup.",
-                group.min
+                group.config.min
             )));
         }
-        group.desired = desired;
+        group.config.desired = desired;
     }
     groups::reconcile(cloud, &name);
     Ok(Xml::new())

@@ -346,32 +346,45 @@ fn list_tasks(cloud: &Cloud, request: &Value) -> Answer {
 }
 
 fn describe_tasks(cloud: &Cloud, request: &Value) -> Answer {
-    let wanted = texts(&request["tasks"]);
+    describe(
+        cloud,
+        request,
+        "tasks",
+        "Tasks",
+        |state, cluster, reference| {
+            let task = state.tasks.get(last_segment(reference));
+            let task = task.filter(|task| task.cluster.name == cluster.name);
+            task.map(|task| task.describe(TimeForm::Epoch))
+        },
+    )
+}
+
+fn describe(
+    cloud: &Cloud,
+    request: &Value,
+    member: &str,
+    label: &str,
+    find: impl Fn(&CloudState, &ClusterState, &str) -> Option<Value>,
+) -> Answer {
+    let wanted = texts(&request[member]);
     if wanted.is_empty() {
-        return Err(Refusal::invalid("Tasks cannot be empty."));
+        return Err(Refusal::invalid(format!("{label} cannot be empty.")));
     }
     if wanted.len() > DESCRIBE_MAX {
-        return Err(Refusal::invalid("Tasks can have at most 100 items."));
+        return Err(Refusal::invalid(format!(
+            "{label} can have at most 100 items."
+        )));
     }
     let state = cloud.lock();
     let cluster = cluster_of(&state, request)?;
-    let mut found = Vec::new();
-    let mut failures = Vec::new();
+    let (mut found, mut failures) = (Vec::new(), Vec::new());
     for reference in wanted {
-        match state
-            .tasks
-            .get(last_segment(&reference))
-            .filter(|task| task.cluster.name == cluster.name)
-        {
-            Some(task) => found.push(task.describe(TimeForm::Epoch)),
-            None => failures.push(missing(
-                cloud,
-                &reference,
-                &format!("task/{}", cluster.name),
-            )),
+        match find(&state, cluster, &reference) {
+            Some(shown) => found.push(shown),
+            None => failures.push(json!({"arn": reference, "reason": "MISSING"})),
         }
     }
-    Ok(json!({"tasks": found, "failures": failures}))
+    Ok(json!({ member: found, "failures": failures }))
 }
 
 // ----------------------------------------------------- container instances --
@@ -400,32 +413,12 @@ fn list_container_instances(cloud: &Cloud, request: &Value) -> Answer {
 }
 
 fn describe_container_instances(cloud: &Cloud, request: &Value) -> Answer {
-    let wanted = texts(&request["containerInstances"]);
-    if wanted.is_empty() {
-        return Err(Refusal::invalid("Container instances cannot be empty."));
-    }
-    if wanted.len() > DESCRIBE_MAX {
-        return Err(Refusal::invalid(
-            "Container instances can have at most 100 items.",
-        ));
-    }
-    let state = cloud.lock();
-    let cluster = cluster_of(&state, request)?;
-    let mut found = Vec::new();
-    let mut failures = Vec::new();
-    for reference in wanted {
-        let shown = find_instance(&state, cluster, &reference)
-            .and_then(|instance| state.describe_container_instance(instance, TimeForm::Epoch));
-        match shown {
-            Some(shown) => found.push(shown),
-            None => failures.push(missing(
-                cloud,
-                &reference,
-                &format!("container-instance/{}", cluster.name),
-            )),
-        }
-    }
-    Ok(json!({"containerInstances": found, "failures": failures}))
+    const MEMBER: &str = "containerInstances";
+    let find = |state: &CloudState, cluster: &ClusterState, reference: &str| {
+        let instance = find_instance(state, cluster, reference)?;
+        state.describe_container_instance(instance, TimeForm::Epoch)
+    };
+    describe(cloud, request, MEMBER, "Container instances", find)
 }
 
 fn update_container_instances_state(cloud: &Cloud, request: &Value) -> Answer {
@@ -610,15 +603,6 @@ fn cluster_of<'a>(state: &'a CloudState, request: &Value) -> Result<&'a ClusterS
         .clusters
         .get(last_segment(reference))
         .ok_or_else(|| Refusal::client("ClusterNotFoundException", "Cluster not found."))
-}
-
-fn missing(cloud: &Cloud, reference: &str, kind: &str) -> Value {
-    let arn = if reference.starts_with("arn:") {
-        reference.to_owned()
-    } else {
-        cloud.arn("ecs", &format!("{kind}/{reference}"))
-    };
-    json!({"arn": arn, "reason": "MISSING"})
 }
 
 fn last_segment(reference: &str) -> &str {

@@ -30,11 +30,7 @@ pub(crate) fn create(cloud: &Cloud, config: GroupConfig) {
     );
     let group = Group {
         arn,
-        min: config.min,
-        max: config.max,
-        desired: config.desired,
         created_at: Utc::now(),
-        protect_new_instances: config.protect_new_instances,
         tags: std::collections::BTreeMap::new(),
         activities: Vec::new(),
         capacity: None,
@@ -62,7 +58,7 @@ pub(crate) fn reconcile(cloud: &Cloud, name: &str) {
         let Some(group) = state.groups.get(name) else {
             return;
         };
-        let desired = group.desired;
+        let desired = group.config.desired;
         let live = live_instances(&state, name);
         if live.len() < desired {
             for _ in live.len()..desired {
@@ -167,7 +163,7 @@ fn launch(cloud: &Cloud, state: &mut CloudState, name: &str) -> Step {
     let cause = format!(
         "At {} an instance was started in response to a difference between desired and actual capacity, increasing the capacity from {live} to {}.",
         iso(),
-        group.desired
+        group.config.desired
     );
     let now = Utc::now();
     let mut activity = Activity {
@@ -208,7 +204,7 @@ fn launch(cloud: &Cloud, state: &mut CloudState, name: &str) -> Step {
         instance_type: group.config.instance_type.clone(),
         zone,
         lifecycle: Lifecycle::Pending,
-        protected: group.protect_new_instances,
+        protected: group.config.protect_new_instances,
         launched_at: now,
         in_service_at: None,
         resources: Resources {
@@ -423,10 +419,10 @@ pub(crate) fn terminate(
             return Ok(activity);
         }
         if decrement {
-            if group.desired <= group.min {
-                return Err(TerminateRefusal::BelowMinimum(group.min));
+            if group.config.desired <= group.config.min {
+                return Err(TerminateRefusal::BelowMinimum(group.config.min));
             }
-            group.desired -= 1;
+            group.config.desired -= 1;
         }
         let cause = format!(
             "At {} instance {instance_id} was taken out of service in response to a user request.",

@@ -112,7 +112,7 @@ pub struct GroupConfig {
     pub min: usize,
     /// Upper limit of the desired capacity.
     pub max: usize,
-    /// Desired capacity at creation.
+    /// Desired capacity.
     pub desired: usize,
     /// Availability zones, used in turn.
     pub zones: Vec<String>,

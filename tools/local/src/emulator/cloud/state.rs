@@ -99,11 +99,7 @@ pub(crate) struct ClientToken {
 pub(crate) struct Group {
     pub config: GroupConfig,
     pub arn: String,
-    pub min: usize,
-    pub max: usize,
-    pub desired: usize,
     pub created_at: DateTime<Utc>,
-    pub protect_new_instances: bool,
     pub tags: BTreeMap<String, GroupTag>,
     /// Newest last.
     pub activities: Vec<Activity>,
