@@ -521,6 +521,11 @@ fn an_image_that_is_not_hardened() {
         "ENTRYPOINT /usr/local/bin/gpu-task",
         "must be a program",
     );
+    dockerfile_mistake(
+        "    ORT_DISABLE_TELEMETRY=1 \\\n",
+        "",
+        "ORT_DISABLE_TELEMETRY must be 1",
+    );
     dockerfile_mistake(" AS cuda", " AS gpu", "has no target cuda");
     dockerfile_mistake(
         "ENV ORT_DYLIB_PATH",

@@ -80,6 +80,8 @@ fn pid_of(pid: u32) -> Option<Pid> {
 /// The variables that programs need from this process to run at all: where
 /// programs, libraries and temporary files are. Credentials and endpoints of
 /// the surrounding shell are not among them, so that nothing reaches real AWS.
+/// ONNX Runtime asks the environment alone whether it may send telemetry when
+/// it is loaded, and leaves files of it behind.
 #[must_use]
 pub fn base_environment() -> BTreeMap<String, OsString> {
     const PASSED_ON: [&str; 10] = [
@@ -97,6 +99,7 @@ pub fn base_environment() -> BTreeMap<String, OsString> {
     PASSED_ON
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), std::env::var_os(name)?)))
+        .chain([("ORT_DISABLE_TELEMETRY".to_owned(), "1".into())])
         .collect()
 }
 

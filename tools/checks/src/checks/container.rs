@@ -102,11 +102,19 @@ pub fn dockerfile(project: &Project) -> Vec<Finding> {
             fail(format!("{line}: a base image needs a version or digest"));
         }
     }
-    if !variables(text).contains("NVIDIA_DRIVER_CAPABILITIES") {
-        fail(
-            "NVIDIA_DRIVER_CAPABILITIES must be compute,utility, or no driver library is mounted"
-                .to_owned(),
-        );
+    for (name, reason) in [
+        (
+            "NVIDIA_DRIVER_CAPABILITIES",
+            "must be compute,utility, or no driver library is mounted",
+        ),
+        (
+            "ORT_DISABLE_TELEMETRY",
+            "must be 1: ONNX Runtime sends events when it is loaded, before a program can refuse",
+        ),
+    ] {
+        if !variables(text).contains(name) {
+            fail(format!("{name} {reason}"));
+        }
     }
     findings
 }

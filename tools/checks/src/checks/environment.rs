@@ -10,8 +10,9 @@ use template::{Stack, list};
 /// Read by the AWS SDK and its runtime, not by a program.
 const READ_BY_THE_SDK: &[&str] = &["AWS_REGION"];
 
-/// Read by the dynamic linker and NVIDIA's container runtime.
+/// Read by the dynamic linker, NVIDIA's container runtime and ONNX Runtime.
 const READ_BY_THE_SYSTEM: &[&str] = &[
+    "ORT_DISABLE_TELEMETRY",
     "LD_LIBRARY_PATH",
     "NVIDIA_DRIVER_CAPABILITIES",
     "NVIDIA_VISIBLE_DEVICES",

@@ -154,6 +154,8 @@ async fn run(arguments: &[&str]) -> Result<(), BundleProblem> {
     let program = process::sibling("clip-model");
     let output = tokio::process::Command::new(&program)
         .args(arguments)
+        .env_clear()
+        .envs(process::base_environment())
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
