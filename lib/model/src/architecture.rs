@@ -1,29 +1,17 @@
 //! The shapes of a CLIP model: what its two towers look like, and the published ones by name.
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// The non-linearity between the two layers of a block's perceptron.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Activation {
-    /// `x · sigmoid(1.702 x)`, what OpenAI trained with.
+    /// `x · sigmoid(1.702 x)`, what OpenAI trained with
+    #[value(aliases = ["quick_gelu", "quickgelu"])]
     QuickGelu,
-    /// The exact `x · Φ(x)`, what most other CLIP models were trained with.
+    /// The exact `x · Φ(x)`, what most other CLIP models were trained with
     Gelu,
-}
-
-impl std::str::FromStr for Activation {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "quick-gelu" | "quick_gelu" | "quickgelu" => Ok(Activation::QuickGelu),
-            "gelu" => Ok(Activation::Gelu),
-            other => Err(format!(
-                "unknown activation `{other}`; known are quick-gelu and gelu"
-            )),
-        }
-    }
 }
 
 /// One transformer: what both towers share.

@@ -25,15 +25,19 @@ const SPIN_OUT: Duration = Duration::from_millis(100);
 const FEWEST_TURNS: usize = 5;
 
 /// What is measured.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct Plan {
     /// Images in one run.
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32,64")]
     pub batches: Vec<usize>,
     /// Threads that share an operator.
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
     pub threads: Vec<usize>,
-    /// Time spent on each figure.
-    pub each: Duration,
+    /// Seconds spent on each figure.
+    #[arg(long, default_value_t = 4.0)]
+    pub seconds: f64,
     /// What computes.
+    #[arg(long, env = "EXECUTION_PROVIDER", default_value_t = ExecutionProvider::Cpu)]
     pub provider: ExecutionProvider,
 }
 
@@ -110,7 +114,14 @@ pub fn run(bundle: &Bundle, plan: &Plan) -> Result<Report, EngineError> {
                 max_batch: batch,
                 ..EngineOptions::default()
             };
-            figures.push(measure(bundle, &options, batch, threads, plan.each, flops)?);
+            figures.push(measure(
+                bundle,
+                &options,
+                batch,
+                threads,
+                plan.seconds,
+                flops,
+            )?);
         }
     }
     Ok(Report {
@@ -126,7 +137,7 @@ fn measure(
     options: &EngineOptions,
     batch: usize,
     threads: usize,
-    each: Duration,
+    seconds: f64,
     flops: u64,
 ) -> Result<Figure, EngineError> {
     let mut engine = VisionEngine::load(bundle, options)?;
@@ -139,7 +150,7 @@ fn measure(
     ceiling.run()?;
     let (mut model, mut product) = (Vec::new(), Vec::new());
     let started = Instant::now();
-    while started.elapsed() < each || model.len() < FEWEST_TURNS {
+    while started.elapsed().as_secs_f64() < seconds || model.len() < FEWEST_TURNS {
         std::thread::sleep(SPIN_OUT);
         let turn = Instant::now();
         ceiling.run()?;
@@ -149,7 +160,7 @@ fn measure(
         engine.embed(&pixels, batch)?;
         model.push(turn.elapsed().as_secs_f64());
     }
-    let seconds = median(&mut model) / batch as f64;
+    let per_image = median(&mut model) / batch as f64;
     // A peak is the best that was seen; the model gets its median.
     let fastest = product.into_iter().fold(f64::INFINITY, f64::min);
     let per_second = (2 * ROWS * INNER * COLUMNS) as f64 / fastest;
@@ -157,10 +168,10 @@ fn measure(
     Ok(Figure {
         threads,
         batch,
-        ms_per_image: 1e3 * seconds,
+        ms_per_image: 1e3 * per_image,
         floor_ms_per_image: 1e3 * floor,
         ceiling_gflops: per_second / 1e9,
-        efficiency: floor / seconds,
+        efficiency: floor / per_image,
     })
 }
 

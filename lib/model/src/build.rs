@@ -22,29 +22,22 @@ use crate::towers::{self, CompileError, PIXEL_DEVIATION, PIXEL_MEAN, Target};
 const LABEL_BATCH: usize = 32;
 
 /// Why a bundle cannot be built.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum BuildError {
-    /// A tower does not compile.
     #[error(transparent)]
     Compile(#[from] CompileError),
-    /// A label cannot be encoded.
     #[error("cannot encode the labels: {0}")]
     Labels(#[from] TokenizerError),
-    /// The labels' embeddings cannot be computed.
     #[error("cannot embed the labels: {0}; `--no-labels` builds a bundle without them")]
     Engine(#[from] EngineError),
-    /// The list of labels is empty.
     #[error("the list of labels is empty; `--no-labels` builds a bundle without any")]
     NoLabels,
-    /// A file cannot be read or written.
     #[error("cannot write the bundle: {}: {source}", path.display())]
     Write {
-        /// The file.
         path: PathBuf,
-        /// What the system says.
         source: std::io::Error,
     },
-    /// What was written cannot be opened.
     #[error(transparent)]
     Bundle(#[from] BundleError),
 }

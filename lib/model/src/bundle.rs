@@ -46,48 +46,19 @@ pub const FORMAT: u32 = 1;
 const HASHED_ON_OPEN_BYTES: u64 = 4 << 20;
 
 /// Why a bundle cannot be used.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum BundleError {
-    /// The folder holds no bundle.
     #[error("no model bundle at {}: {reason}; make one with `clip-model build`", path.display())]
-    Absent {
-        /// The folder.
-        path: PathBuf,
-        /// What the system says.
-        reason: String,
-    },
-    /// The manifest cannot be understood.
+    Absent { path: PathBuf, reason: String },
     #[error("the manifest {} is malformed: {reason}", path.display())]
-    Manifest {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The bundle is of another version.
+    Manifest { path: PathBuf, reason: String },
     #[error("the bundle {} has format {found}, this program reads format {FORMAT}; build it again", path.display())]
-    Format {
-        /// The folder.
-        path: PathBuf,
-        /// The version that it has.
-        found: u32,
-    },
-    /// A file is not what the manifest says.
+    Format { path: PathBuf, found: u32 },
     #[error("{} does not match its manifest: {reason}; the bundle is damaged, fetch or build it again", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// How it differs.
-        reason: String,
-    },
-    /// The bundle has no such part.
+    Damaged { path: PathBuf, reason: String },
     #[error("the bundle {} has no {part}; build it without `--vision-only` and `--no-labels`", path.display())]
-    Lacking {
-        /// The folder.
-        path: PathBuf,
-        /// What it lacks.
-        part: &'static str,
-    },
+    Lacking { path: PathBuf, part: &'static str },
 }
 
 /// Size and digest of a file of the bundle.

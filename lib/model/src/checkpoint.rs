@@ -1,10 +1,10 @@
 //! A CLIP checkpoint on disk: safetensors in OpenAI's or Hugging Face's layout, memory-mapped, and
 //! read tensor by tensor so that no more than one is in memory.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use clap::{Args, ValueEnum};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -21,88 +21,46 @@ use crate::synthesize::{MARK_KEY, Mark, SynthesizedWeights};
 const OPENAI_SUFFIX: &str = ".openai";
 
 /// Why a checkpoint cannot be used.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
-    /// The file cannot be read.
     #[error("cannot read weights {}: {reason}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        reason: String,
-    },
-    /// The file cannot be written.
+    Read { path: PathBuf, reason: String },
     #[error("cannot write weights {}: {reason}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        reason: String,
-    },
-    /// The file is not a safetensors file.
+    Write { path: PathBuf, reason: String },
     #[error("{} is not a safetensors file: {reason}", path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Neither of the known layouts.
+    Format { path: PathBuf, reason: String },
     #[error(
         "{origin} is not a CLIP checkpoint: it has neither `visual.conv1.weight` (OpenAI, OpenCLIP) \
          nor `vision_model.embeddings.patch_embedding.weight` (Hugging Face); its first tensors are {first}"
     )]
-    UnknownLayout {
-        /// Where the weights come from.
-        origin: String,
-        /// A few of the names it has instead.
-        first: String,
-    },
-    /// A tensor is not there.
+    UnknownLayout { origin: String, first: String },
     #[error("{origin} has no tensor `{name}`, wanted with shape {wanted:?}")]
     Missing {
-        /// Where the weights come from.
         origin: String,
-        /// The tensor's name.
         name: String,
-        /// The shape that the architecture asks for.
         wanted: Vec<usize>,
     },
-    /// A tensor has another shape.
     #[error("tensor `{name}` of {origin} has shape {found:?}, wanted {wanted:?}")]
     Shape {
-        /// Where the weights come from.
         origin: String,
-        /// The tensor's name.
         name: String,
-        /// Its shape.
         found: Vec<usize>,
-        /// The shape that the architecture asks for.
         wanted: Vec<usize>,
     },
-    /// A tensor has values of a type that weights are not stored in.
     #[error("tensor `{name}` of {origin} holds {found}, wanted F32, F16 or BF16")]
     Type {
-        /// Where the weights come from.
         origin: String,
-        /// The tensor's name.
         name: String,
-        /// Its type.
         found: String,
     },
-    /// The shape of the model cannot be worked out, or contradicts itself.
     #[error("cannot tell the architecture of {origin}: {reason}")]
-    Architecture {
-        /// Where the weights come from.
-        origin: String,
-        /// What is missing or contradictory.
-        reason: String,
-    },
+    Architecture { origin: String, reason: String },
 }
 
 /// How the tensors are named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+enum Layout {
     /// `visual.transformer.resblocks.…`, as in OpenAI's and OpenCLIP's checkpoints.
     OpenAi,
     /// `vision_model.encoder.layers.…`, as in Hugging Face's `CLIPModel`.
@@ -110,13 +68,16 @@ pub enum Layout {
 }
 
 /// What the user knows better than the file.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Args)]
 pub struct Overrides {
-    /// The non-linearity, which tensors do not tell.
+    /// The non-linearity, where no configuration beside the weights says it.
+    #[arg(long)]
     pub activation: Option<Activation>,
-    /// Attention heads of the vision tower, which tensors do not tell.
+    /// Attention heads of the vision tower, where they are not 64 channels each.
+    #[arg(long)]
     pub vision_heads: Option<usize>,
-    /// Attention heads of the text tower.
+    /// Attention heads of the text tower, where they are not 64 channels each.
+    #[arg(long)]
     pub text_heads: Option<usize>,
 }
 
@@ -233,11 +194,6 @@ impl Checkpoint {
         &self.architecture
     }
 
-    /// How its tensors are named.
-    pub fn layout(&self) -> Layout {
-        self.layout
-    }
-
     /// The seed, where the weights say that they were synthesised.
     pub fn synthesized_seed(&self) -> Option<u64> {
         self.synthesized_seed
@@ -253,13 +209,9 @@ impl Checkpoint {
         &self.assumptions
     }
 
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.store.shape(name)
-    }
-
     /// One tensor as 32-bit floats, after checking its shape.
-    pub fn tensor(&self, name: &str, wanted: &[usize]) -> Result<Vec<f32>, CheckpointError> {
-        let Some(found) = self.shape(name) else {
+    pub(crate) fn tensor(&self, name: &str, wanted: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        let Some(found) = self.store.shape(name) else {
             return Err(CheckpointError::Missing {
                 origin: self.origin.clone(),
                 name: name.to_owned(),
@@ -296,7 +248,7 @@ impl Checkpoint {
     }
 
     /// The patch convolution `[width, 3, patch, patch]`.
-    pub fn patch_convolution(&self) -> Result<Vec<f32>, CheckpointError> {
+    pub(crate) fn patch_convolution(&self) -> Result<Vec<f32>, CheckpointError> {
         let vision = &self.architecture.vision;
         let shape = [
             vision.transformer.width,
@@ -304,17 +256,11 @@ impl Checkpoint {
             vision.patch_size,
             vision.patch_size,
         ];
-        self.tensor(
-            self.pick(
-                "visual.conv1.weight",
-                "vision_model.embeddings.patch_embedding.weight",
-            ),
-            &shape,
-        )
+        self.tensor(self.patch_name(), &shape)
     }
 
     /// The class token `[width]`.
-    pub fn class_token(&self) -> Result<Vec<f32>, CheckpointError> {
+    pub(crate) fn class_token(&self) -> Result<Vec<f32>, CheckpointError> {
         let name = self.pick(
             "visual.class_embedding",
             "vision_model.embeddings.class_embedding",
@@ -323,52 +269,30 @@ impl Checkpoint {
     }
 
     /// The learnt positions `[tokens, width]` of a tower.
-    pub fn positions(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
-        match tower {
-            Tower::Vision => self.tensor(
-                self.pick(
-                    "visual.positional_embedding",
-                    "vision_model.embeddings.position_embedding.weight",
-                ),
-                &[
-                    self.architecture.vision.tokens(),
-                    self.architecture.vision.transformer.width,
-                ],
-            ),
-            Tower::Text => self.tensor(
-                self.pick(
-                    "positional_embedding",
-                    "text_model.embeddings.position_embedding.weight",
-                ),
-                &[
-                    self.architecture.text.context,
-                    self.architecture.text.transformer.width,
-                ],
-            ),
-        }
+    pub(crate) fn positions(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
+        let tokens = match tower {
+            Tower::Vision => self.architecture.vision.tokens(),
+            Tower::Text => self.architecture.text.context,
+        };
+        let shape = [tokens, self.transformer(tower).width];
+        self.tensor(self.positions_name(tower), &shape)
     }
 
     /// The token embedding `[vocabulary, width]`.
-    pub fn token_embedding(&self) -> Result<Vec<f32>, CheckpointError> {
+    pub(crate) fn token_embedding(&self) -> Result<Vec<f32>, CheckpointError> {
         let text = &self.architecture.text;
-        self.tensor(
-            self.pick(
-                "token_embedding.weight",
-                "text_model.embeddings.token_embedding.weight",
-            ),
-            &[text.vocabulary, text.transformer.width],
-        )
+        let shape = [text.vocabulary, text.transformer.width];
+        self.tensor(self.token_embedding_name(), &shape)
     }
 
     /// The normalisation before the vision tower's first block.
-    pub fn norm_before(&self) -> Result<Norm, CheckpointError> {
+    pub(crate) fn norm_before(&self) -> Result<Norm, CheckpointError> {
         // The misspelling is Hugging Face's.
         let name = self.pick("visual.ln_pre", "vision_model.pre_layrnorm");
         self.norm(name, self.architecture.vision.transformer.width)
     }
 
-    /// The normalisation after a tower's last block.
-    pub fn norm_after(&self, tower: Tower) -> Result<Norm, CheckpointError> {
+    pub(crate) fn norm_after(&self, tower: Tower) -> Result<Norm, CheckpointError> {
         let name = match tower {
             Tower::Vision => self.pick("visual.ln_post", "vision_model.post_layernorm"),
             Tower::Text => self.pick("ln_final", "text_model.final_layer_norm"),
@@ -377,7 +301,7 @@ impl Checkpoint {
     }
 
     /// The projection into the shared space as `[width, dimensions]`, row-major.
-    pub fn projection(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
+    pub(crate) fn projection(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
         let width = self.transformer(tower).width;
         let dimensions = self.architecture.dimensions;
         match (self.layout, tower) {
@@ -394,20 +318,30 @@ impl Checkpoint {
         }
     }
 
-    /// The normalisation before a block's attention.
-    pub fn attention_norm(&self, tower: Tower, layer: usize) -> Result<Norm, CheckpointError> {
+    pub(crate) fn attention_norm(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<Norm, CheckpointError> {
         let name = self.block(tower, layer, "ln_1", "layer_norm1");
         self.norm(&name, self.transformer(tower).width)
     }
 
-    /// The normalisation before a block's perceptron.
-    pub fn perceptron_norm(&self, tower: Tower, layer: usize) -> Result<Norm, CheckpointError> {
+    pub(crate) fn perceptron_norm(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<Norm, CheckpointError> {
         let name = self.block(tower, layer, "ln_2", "layer_norm2");
         self.norm(&name, self.transformer(tower).width)
     }
 
     /// The projections to queries, keys and values of a block.
-    pub fn attention_in(&self, tower: Tower, layer: usize) -> Result<[Linear; 3], CheckpointError> {
+    pub(crate) fn attention_in(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<[Linear; 3], CheckpointError> {
         let width = self.transformer(tower).width;
         match self.layout {
             Layout::OpenAi => {
@@ -431,15 +365,21 @@ impl Checkpoint {
         }
     }
 
-    /// The projection after a block's attention.
-    pub fn attention_out(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+    pub(crate) fn attention_out(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<Linear, CheckpointError> {
         let width = self.transformer(tower).width;
         let prefix = self.block(tower, layer, "attn.out_proj", "self_attn.out_proj");
         self.linear(&prefix, width, width)
     }
 
-    /// The first layer of a block's perceptron.
-    pub fn perceptron_in(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+    pub(crate) fn perceptron_in(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<Linear, CheckpointError> {
         let Transformer { width, hidden, .. } = *self.transformer(tower);
         self.linear(
             &self.block(tower, layer, "mlp.c_fc", "mlp.fc1"),
@@ -448,8 +388,11 @@ impl Checkpoint {
         )
     }
 
-    /// The second layer of a block's perceptron.
-    pub fn perceptron_out(&self, tower: Tower, layer: usize) -> Result<Linear, CheckpointError> {
+    pub(crate) fn perceptron_out(
+        &self,
+        tower: Tower,
+        layer: usize,
+    ) -> Result<Linear, CheckpointError> {
         let Transformer { width, hidden, .. } = *self.transformer(tower);
         self.linear(
             &self.block(tower, layer, "mlp.c_proj", "mlp.fc2"),
@@ -458,12 +401,38 @@ impl Checkpoint {
         )
     }
 
-    /// The shape of a tower's transformer.
-    pub fn transformer(&self, tower: Tower) -> &Transformer {
+    pub(crate) fn transformer(&self, tower: Tower) -> &Transformer {
         match tower {
             Tower::Vision => &self.architecture.vision.transformer,
             Tower::Text => &self.architecture.text.transformer,
         }
+    }
+
+    fn patch_name(&self) -> &'static str {
+        self.pick(
+            "visual.conv1.weight",
+            "vision_model.embeddings.patch_embedding.weight",
+        )
+    }
+
+    fn positions_name(&self, tower: Tower) -> &'static str {
+        match tower {
+            Tower::Vision => self.pick(
+                "visual.positional_embedding",
+                "vision_model.embeddings.position_embedding.weight",
+            ),
+            Tower::Text => self.pick(
+                "positional_embedding",
+                "text_model.embeddings.position_embedding.weight",
+            ),
+        }
+    }
+
+    fn token_embedding_name(&self) -> &'static str {
+        self.pick(
+            "token_embedding.weight",
+            "text_model.embeddings.token_embedding.weight",
+        )
     }
 
     fn pick(&self, open_ai: &'static str, hugging_face: &'static str) -> &'static str {
@@ -512,21 +481,9 @@ impl Checkpoint {
             configuration.vision.activation = Some(Activation::QuickGelu);
             configuration.text.activation = Some(Activation::QuickGelu);
         }
-        let convolution = self.shape_of(
-            self.pick(
-                "visual.conv1.weight",
-                "vision_model.embeddings.patch_embedding.weight",
-            ),
-            4,
-        )?;
+        let convolution = self.shape_of(self.patch_name(), 4)?;
         let (vision_width, patch_size) = (convolution[0], convolution[2]);
-        let vision_positions = self.shape_of(
-            self.pick(
-                "visual.positional_embedding",
-                "vision_model.embeddings.position_embedding.weight",
-            ),
-            2,
-        )?;
+        let vision_positions = self.shape_of(self.positions_name(Tower::Vision), 2)?;
         let grid = (vision_positions[0].saturating_sub(1)).isqrt();
         if grid * grid + 1 != vision_positions[0] {
             return Err(self.contradiction(format!(
@@ -539,20 +496,8 @@ impl Checkpoint {
             Layout::OpenAi => self.shape_of("visual.proj", 2)?[1],
             Layout::HuggingFace => self.shape_of("visual_projection.weight", 2)?[0],
         };
-        let token_embedding = self.shape_of(
-            self.pick(
-                "token_embedding.weight",
-                "text_model.embeddings.token_embedding.weight",
-            ),
-            2,
-        )?;
-        let text_positions = self.shape_of(
-            self.pick(
-                "positional_embedding",
-                "text_model.embeddings.position_embedding.weight",
-            ),
-            2,
-        )?;
+        let token_embedding = self.shape_of(self.token_embedding_name(), 2)?;
+        let text_positions = self.shape_of(self.positions_name(Tower::Text), 2)?;
         let text_width = token_embedding[1];
 
         let mut tower = |tower: Tower,
@@ -626,7 +571,7 @@ impl Checkpoint {
     }
 
     fn shape_of(&self, name: &str, rank: usize) -> Result<Vec<usize>, CheckpointError> {
-        match self.shape(name) {
+        match self.store.shape(name) {
             Some(shape) if shape.len() == rank => Ok(shape),
             Some(shape) => Err(self.contradiction(format!(
                 "tensor `{name}` has shape {shape:?}, wanted {rank} dimensions"
@@ -853,7 +798,7 @@ impl From<HuggingFaceFile> for Configuration {
             head_width: None,
             activation: match &tower.hidden_act {
                 None => Some(Activation::QuickGelu),
-                Some(name) => match name.parse() {
+                Some(name) => match Activation::from_str(name, false) {
                     Ok(activation) => Some(activation),
                     Err(_) => {
                         unknown_activations.push(name.clone());
@@ -922,24 +867,6 @@ impl From<OpenClipFile> for Configuration {
                 activation,
             },
             unknown_activations: Vec::new(),
-        }
-    }
-}
-
-/// Names and shapes of a checkpoint's tensors, for `inspect` and for tests.
-impl Checkpoint {
-    /// Every tensor's name and shape.
-    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        match &self.store {
-            Store::File { header, .. } => header
-                .tensors()
-                .into_iter()
-                .map(|(name, info)| (name, info.shape.clone()))
-                .collect(),
-            Store::Synthesized(weights) => weights
-                .shapes()
-                .map(|(name, shape)| (name.to_owned(), shape.to_vec()))
-                .collect(),
         }
     }
 }

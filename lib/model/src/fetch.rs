@@ -15,18 +15,19 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 use ureq::http::{HeaderMap, Response, StatusCode};
-use ureq::{Agent, Body};
+use ureq::typestate::WithoutBody;
+use ureq::{Agent, Body, RequestBuilder};
 
-use crate::files::{hexadecimal, sha256_of_file};
+use crate::files::sha256_of_file;
 
 /// The model hub, unless `HF_ENDPOINT` names another (a mirror, or a test's own server).
-pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// The environment variable that names another hub, as the hub's own tools read it.
-pub const ENDPOINT_VARIABLE: &str = "HF_ENDPOINT";
+const ENDPOINT_VARIABLE: &str = "HF_ENDPOINT";
 /// The environment variable with an access token, as the hub's own tools read it.
-pub const TOKEN_VARIABLE: &str = "HF_TOKEN";
+const TOKEN_VARIABLE: &str = "HF_TOKEN";
 /// The file in every one of the repositories.
-pub const WEIGHTS_FILE: &str = "open_clip_model.safetensors";
+const WEIGHTS_FILE: &str = "open_clip_model.safetensors";
 /// The file beside it that says what the tensors do not tell (heads, activation).
 const CONFIGURATION_FILE: &str = "open_clip_config.json";
 
@@ -37,6 +38,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// One attempt reads the body for this long at most and then goes on with another request, so that
 /// a connection that has died in silence does not hang the download.
 const BODY_TIMEOUT: Duration = Duration::from_secs(300);
+/// Whether the hub can be reached is known after this long, or it cannot.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// To connect, and to receive the head of an answer.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Redirections within the hub (renamed repositories) that are followed.
@@ -47,56 +50,25 @@ const CHUNK: usize = 1 << 18;
 const CONFIGURATION_BYTES: u64 = 1 << 20;
 
 /// Why weights cannot be downloaded.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum FetchError {
-    /// Not a published model.
     #[error("no published weights are known for `{name}`; known are {}", PUBLISHED.map(|(name, _)| name).join(", "))]
-    UnknownModel {
-        /// The name given.
-        name: String,
-    },
-    /// The hub cannot be reached, or answers with an error.
+    UnknownModel { name: String },
     #[error("cannot fetch {url}: {reason}")]
-    Hub {
-        /// What was asked for.
-        url: String,
-        /// What went wrong.
-        reason: String,
-    },
-    /// The hub does not say the file's digest.
+    Hub { url: String, reason: String },
     #[error("{url} came without a sha256 (X-Linked-Etag is `{etag}`); nothing unverified is used")]
-    NoDigest {
-        /// What was asked for.
-        url: String,
-        /// What the hub said instead.
-        etag: String,
-    },
-    /// What arrived is not what the hub announced.
+    NoDigest { url: String, etag: String },
     #[error("{} has sha256 {found}, the hub announced {wanted}; what had arrived was deleted, try again", path.display())]
     Digest {
-        /// The file.
         path: PathBuf,
-        /// Its digest.
         found: String,
-        /// The hub's digest.
         wanted: String,
     },
-    /// A file cannot be written.
     #[error("cannot write {}: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// The file cannot be had for this download alone.
+    Write { path: PathBuf, source: io::Error },
     #[error("cannot download {}: {reason}", path.display())]
-    Busy {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        reason: String,
-    },
+    Busy { path: PathBuf, reason: String },
 }
 
 /// The models with published weights, and their repositories on the hub.
@@ -155,6 +127,23 @@ pub fn endpoint() -> String {
         .ok()
         .filter(|value| !value.is_empty())
         .unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned())
+}
+
+/// Whether anything answers at the hub's address, whatever it says.
+pub fn probe(endpoint: &str) -> Result<(), FetchError> {
+    let agent: Agent = Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(PROBE_TIMEOUT))
+        .build()
+        .into();
+    agent
+        .head(endpoint)
+        .call()
+        .map(|_| ())
+        .map_err(|error| FetchError::Hub {
+            url: endpoint.to_owned(),
+            reason: error.to_string(),
+        })
 }
 
 /// Downloads the published weights of `model` to `output`, and the configuration beside them.
@@ -238,6 +227,15 @@ impl Hub {
         format!("{}/{repository}/resolve/main/{file}", self.endpoint)
     }
 
+    fn authorised(&self, request: RequestBuilder<WithoutBody>) -> RequestBuilder<WithoutBody> {
+        // Compressed answers would announce another length.
+        let request = request.header("accept-encoding", "identity");
+        match &self.token {
+            Some(token) => request.header("authorization", format!("Bearer {token}")),
+            None => request,
+        }
+    }
+
     fn announcement(&self, url: &str) -> Result<Announcement, FetchError> {
         let hub = |reason: String| FetchError::Hub {
             url: url.to_owned(),
@@ -246,15 +244,7 @@ impl Hub {
         let mut target = url.to_owned();
         for _ in 0..HUB_REDIRECTIONS {
             let response = self.patiently(url, || {
-                // Compressed answers would announce another length.
-                let mut request = self
-                    .head_agent
-                    .head(&target)
-                    .header("accept-encoding", "identity");
-                if let Some(token) = &self.token {
-                    request = request.header("authorization", format!("Bearer {token}"));
-                }
-                request.call()
+                self.authorised(self.head_agent.head(&target)).call()
             })?;
             let headers = response.headers();
             let status = response.status();
@@ -360,7 +350,8 @@ impl Hub {
             });
         }
         let mut hasher = Sha256::new();
-        let mut received = rehash(&mut file, &mut hasher).map_err(write)?;
+        // What an earlier run has brought; the cursor is at its end afterwards.
+        let mut received = io::copy(&mut file, &mut hasher).map_err(write)?;
         progress(Progress {
             received,
             total: announced.bytes,
@@ -404,7 +395,7 @@ impl Hub {
         }
         file.sync_all().map_err(write)?;
         drop(file);
-        let found = hexadecimal(&hasher.finalize());
+        let found = hex::encode(hasher.finalize());
         if received != announced.bytes || found != announced.sha256 {
             std::fs::remove_file(&part).map_err(write)?;
             let path = output.to_owned();
@@ -430,10 +421,7 @@ impl Hub {
         received: &mut u64,
         progress: &dyn Fn(Progress),
     ) -> Result<(), Attempt> {
-        let mut request = self.agent.get(url).header("accept-encoding", "identity");
-        if let Some(token) = &self.token {
-            request = request.header("authorization", format!("Bearer {token}"));
-        }
+        let mut request = self.authorised(self.agent.get(url));
         if *received > 0 {
             request = request.header("range", format!("bytes={received}-"));
         }
@@ -485,13 +473,7 @@ impl Hub {
     /// Puts the configuration beside the weights, under the name that [`crate::checkpoint`] reads.
     fn configuration(&self, repository: &str, output: &Path) -> Result<(), FetchError> {
         let url = self.url(repository, CONFIGURATION_FILE);
-        let response = self.patiently(&url, || {
-            let mut request = self.agent.get(&url);
-            if let Some(token) = &self.token {
-                request = request.header("authorization", format!("Bearer {token}"));
-            }
-            request.call()
-        })?;
+        let response = self.patiently(&url, || self.authorised(self.agent.get(&url)).call())?;
         let hub = |reason: String| FetchError::Hub {
             url: url.clone(),
             reason,
@@ -515,21 +497,6 @@ enum Attempt {
     Passing(String),
     Final(FetchError),
     Write(io::Error),
-}
-
-/// Hashes what is in the file and leaves the cursor at its end.
-fn rehash(file: &mut File, hasher: &mut Sha256) -> io::Result<u64> {
-    file.seek(SeekFrom::Start(0))?;
-    let mut chunk = vec![0; CHUNK];
-    let mut received = 0;
-    loop {
-        let read = file.read(&mut chunk)?;
-        if read == 0 {
-            return Ok(received);
-        }
-        hasher.update(&chunk[..read]);
-        received += read as u64;
-    }
 }
 
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {

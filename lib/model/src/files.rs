@@ -1,7 +1,8 @@
 //! Small helpers around files: digests, permissions.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -11,21 +12,15 @@ const DIGEST_CHUNK: usize = 1 << 20;
 
 /// SHA-256 of bytes, in lower-case hexadecimal.
 pub fn sha256_of_bytes(bytes: &[u8]) -> String {
-    hexadecimal(&Sha256::digest(bytes))
+    hex::encode(Sha256::digest(bytes))
 }
 
 /// SHA-256 of a file, in lower-case hexadecimal.
 pub fn sha256_of_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    let mut file = BufReader::with_capacity(DIGEST_CHUNK, File::open(path)?);
     let mut hasher = Sha256::new();
-    let mut chunk = vec![0; DIGEST_CHUNK];
-    loop {
-        let read = file.read(&mut chunk)?;
-        if read == 0 {
-            return Ok(hexadecimal(&hasher.finalize()));
-        }
-        hasher.update(&chunk[..read]);
-    }
+    io::copy(&mut file, &mut hasher)?;
+    Ok(hex::encode(hasher.finalize()))
 }
 
 /// Floats as little-endian bytes. Written into a buffer of known size: the compiler makes a copy of
@@ -38,27 +33,8 @@ pub fn little_endian(values: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// Bytes as lower-case hexadecimal.
-pub fn hexadecimal(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
-}
-
 /// Temporary files are born private; what they become is as readable as any other file.
-#[cfg(unix)]
 pub fn make_readable(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
     let mode = if path.is_dir() { 0o755 } else { 0o644 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-}
-
-/// Elsewhere permissions are inherited.
-#[cfg(not(unix))]
-pub fn make_readable(_path: &Path) -> io::Result<()> {
-    Ok(())
 }

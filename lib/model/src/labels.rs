@@ -7,6 +7,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::bundle::BundleError;
+use crate::files::little_endian;
 
 /// The labels that a bundle gets unless the user brings others: everyday nouns of many domains.
 pub const DEFAULT_LABELS: &str = include_str!("../labels.txt");
@@ -81,11 +82,7 @@ impl Labels {
 
     /// Writes the labels as a safetensors file.
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
-        let bytes: Vec<u8> = self
-            .embeddings
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
+        let bytes = little_endian(&self.embeddings);
         let shape = vec![self.names.len(), self.dimensions];
         let view = TensorView::new(Dtype::F32, shape, &bytes).map_err(std::io::Error::other)?;
         let names = serde_json::to_string(&self.names).map_err(std::io::Error::other)?;
@@ -97,32 +94,29 @@ impl Labels {
 
     /// Reads what [`Labels::write`] wrote.
     pub(crate) fn read(path: &Path, dimensions: usize) -> Result<Labels, BundleError> {
-        let damaged = |reason: String| BundleError::Damaged {
+        Labels::decode(path, dimensions).map_err(|error| BundleError::Damaged {
             path: path.to_owned(),
-            reason,
-        };
-        let encoded = std::fs::read(path).map_err(|error| damaged(error.to_string()))?;
-        let (_, header) =
-            SafeTensors::read_metadata(&encoded).map_err(|error| damaged(error.to_string()))?;
-        let names = header
-            .metadata()
-            .as_ref()
-            .and_then(|metadata| metadata.get(NAMES_KEY));
-        let names = names.ok_or_else(|| damaged("it names no labels".to_owned()))?;
-        let names: Vec<String> =
-            serde_json::from_str(names).map_err(|error| damaged(error.to_string()))?;
-        let tensors =
-            SafeTensors::deserialize(&encoded).map_err(|error| damaged(error.to_string()))?;
-        let tensor = tensors
-            .tensor(TENSOR)
-            .map_err(|error| damaged(error.to_string()))?;
+            reason: error.to_string(),
+        })
+    }
+
+    fn decode(path: &Path, dimensions: usize) -> Result<Labels, Box<dyn std::error::Error>> {
+        let encoded = std::fs::read(path)?;
+        let (_, header) = SafeTensors::read_metadata(&encoded)?;
+        let metadata = header.metadata().as_ref();
+        let names = metadata
+            .and_then(|metadata| metadata.get(NAMES_KEY))
+            .ok_or("it names no labels")?;
+        let names: Vec<String> = serde_json::from_str(names)?;
+        let tensors = SafeTensors::deserialize(&encoded)?;
+        let tensor = tensors.tensor(TENSOR)?;
         if tensor.dtype() != Dtype::F32 || tensor.shape() != [names.len(), dimensions] {
-            let reason = format!(
+            return Err(format!(
                 "embeddings of shape {:?}, wanted {} labels of {dimensions} values",
                 tensor.shape(),
                 names.len()
-            );
-            return Err(damaged(reason));
+            )
+            .into());
         }
         let embeddings = tensor
             .data()

@@ -14,13 +14,14 @@ pub mod engine;
 pub mod fetch;
 pub mod files;
 pub mod labels;
-pub mod onnx;
-pub mod precision;
+mod onnx;
+mod precision;
 pub mod synthesize;
 pub mod tokenizer;
-pub mod towers;
+mod towers;
 
 pub use architecture::Architecture;
 pub use bundle::{Bundle, BundleError, Manifest, WeightsOrigin};
 pub use labels::Labels;
 pub use precision::Precision;
+pub use towers::blocks;

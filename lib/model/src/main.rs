@@ -1,19 +1,20 @@
 //! `clip-model`: gets weights, compiles them into a bundle, and looks into bundles.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
-use clip_model::architecture::{Activation, Architecture, KNOWN_MODELS};
+use clip_model::architecture::{Architecture, KNOWN_MODELS};
 use clip_model::build::{BuildOptions, Step, build};
 use clip_model::bundle::Bundle;
 use clip_model::checkpoint::{Checkpoint, Overrides};
 use clip_model::engine::{EngineOptions, ExecutionProvider, TextEngine, VisionEngine};
 use clip_model::labels::parse_list;
 use clip_model::synthesize::SynthesizedWeights;
-use clip_model::{Precision, WeightsOrigin, fetch, towers};
-use indicatif::{ProgressBar, ProgressStyle};
+use clip_model::{Precision, WeightsOrigin, bench, blocks, fetch};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 /// Gets CLIP weights and compiles them into the bundle that the task loads.
 #[derive(Parser)]
@@ -78,18 +79,8 @@ enum Command {
     Bench {
         /// The bundle's folder.
         folder: PathBuf,
-        /// Images in one run.
-        #[arg(long, value_delimiter = ',', default_value = "1,8,32,64")]
-        batches: Vec<usize>,
-        /// Threads that share an operator.
-        #[arg(long, value_delimiter = ',', default_value = "1,2")]
-        threads: Vec<usize>,
-        /// Seconds spent on each figure.
-        #[arg(long, default_value_t = 4.0)]
-        seconds: f64,
-        /// What computes.
-        #[arg(long, env = "EXECUTION_PROVIDER", default_value_t = ExecutionProvider::Cpu)]
-        provider: ExecutionProvider,
+        #[command(flatten)]
+        plan: bench::Plan,
         /// Print JSON instead of a table.
         #[arg(long)]
         json: bool,
@@ -105,7 +96,7 @@ struct BuildArguments {
     #[arg(long)]
     output: PathBuf,
     /// fp32 for CPUs, fp16 for GPUs, int8 for CPUs that may trade exactness for speed.
-    #[arg(long, default_value_t = Precision::Fp32)]
+    #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     precision: Precision,
     /// A list of labels, one per line, in place of the built-in one.
     #[arg(long, conflicts_with_all = ["no_labels", "vision_only"])]
@@ -116,15 +107,8 @@ struct BuildArguments {
     /// Leave the text tower, the tokenizer and the labels out.
     #[arg(long)]
     vision_only: bool,
-    /// quick-gelu or gelu, where no configuration beside the weights says it.
-    #[arg(long)]
-    activation: Option<Activation>,
-    /// Attention heads of the vision tower, where they are not 64 channels each.
-    #[arg(long)]
-    vision_heads: Option<usize>,
-    /// Attention heads of the text tower, where they are not 64 channels each.
-    #[arg(long)]
-    text_heads: Option<usize>,
+    #[command(flatten)]
+    overrides: Overrides,
 }
 
 #[derive(Args)]
@@ -167,22 +151,7 @@ fn main() -> ExitCode {
             Some(pixels) => run_embed_pixels(&folder, &pixels, &engine.options()),
             None => run_embed(&folder, &texts, &engine.options()),
         },
-        Command::Bench {
-            folder,
-            batches,
-            threads,
-            seconds,
-            provider,
-            json,
-        } => {
-            let plan = clip_model::bench::Plan {
-                batches,
-                threads,
-                each: Duration::from_secs_f64(seconds),
-                provider,
-            };
-            run_bench(&folder, &plan, json)
-        }
+        Command::Bench { folder, plan, json } => run_bench(&folder, &plan, json),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -213,10 +182,18 @@ fn file_name(model: &str, suffix: &str) -> PathBuf {
 
 fn run_fetch(name: &str, output: Option<PathBuf>) -> Outcome {
     let output = output.unwrap_or_else(|| file_name(name, ""));
+    let endpoint = fetch::endpoint();
     let bar = byte_bar(0, name);
-    let receipt = fetch::fetch(name, &fetch::endpoint(), &output, &|progress| {
+    let told = Cell::new(None);
+    let receipt = fetch::fetch(name, &endpoint, &output, &|progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.received);
+        // Without a terminal the bar is not shown.
+        let tenth = 10 * progress.received / progress.total.max(1);
+        if bar.is_hidden() && told.replace(Some(tenth)) != Some(tenth) {
+            let (received, total) = (HumanBytes(progress.received), HumanBytes(progress.total));
+            eprintln!("{name} from {endpoint}: {received} of {total}");
+        }
     })?;
     bar.finish_and_clear();
     println!(
@@ -253,12 +230,7 @@ fn run_synthesize(name: &str, seed: u64, output: Option<PathBuf>) -> Outcome {
 
 fn run_build(arguments: &BuildArguments) -> Outcome {
     let started = Instant::now();
-    let overrides = Overrides {
-        activation: arguments.activation,
-        vision_heads: arguments.vision_heads,
-        text_heads: arguments.text_heads,
-    };
-    let checkpoint = Checkpoint::open(&arguments.weights, overrides)?;
+    let checkpoint = Checkpoint::open(&arguments.weights, arguments.overrides)?;
     for assumption in checkpoint.assumptions() {
         eprintln!("note: nothing beside the weights says otherwise, so assumed: {assumption}");
     }
@@ -279,9 +251,8 @@ fn run_build(arguments: &BuildArguments) -> Outcome {
         clip_model::engine::environment().map_err(clip_model::build::BuildError::Engine)?;
     }
     let architecture = checkpoint.architecture();
-    let blocks = towers::blocks(architecture, !arguments.vision_only);
     let bar = bar(
-        blocks,
+        blocks(architecture, !arguments.vision_only),
         &architecture.name(),
         "{msg} {wide_bar} {pos}/{len} blocks {elapsed}",
     );
@@ -375,7 +346,7 @@ fn run_embed_pixels(folder: &Path, path: &Path, options: &EngineOptions) -> Outc
     Ok(())
 }
 
-fn run_bench(folder: &Path, plan: &clip_model::bench::Plan, json: bool) -> Outcome {
+fn run_bench(folder: &Path, plan: &bench::Plan, json: bool) -> Outcome {
     let bundle = Bundle::open(folder)?;
     warn_of_synthesis(&bundle.manifest().weights);
     let started = Instant::now();
@@ -390,7 +361,7 @@ fn run_bench(folder: &Path, plan: &clip_model::bench::Plan, json: bool) -> Outco
     engine.warm_up()?;
     let first = started.elapsed();
     drop(engine);
-    let report = clip_model::bench::run(&bundle, plan)?;
+    let report = bench::run(&bundle, plan)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());

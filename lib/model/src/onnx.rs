@@ -16,25 +16,18 @@ use crate::precision::Precision;
 /// `ModelProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Model {
-    /// Version of the format.
     #[prost(int64, tag = "1")]
     pub ir_version: i64,
-    /// Who made it.
     #[prost(string, tag = "2")]
     pub producer_name: String,
-    /// The maker's version.
     #[prost(string, tag = "3")]
     pub producer_version: String,
-    /// For people.
     #[prost(string, tag = "6")]
     pub doc_string: String,
-    /// The graph.
     #[prost(message, optional, tag = "7")]
     pub graph: Option<Graph>,
-    /// The operator sets it uses.
     #[prost(message, repeated, tag = "8")]
     pub opset_import: Vec<OperatorSet>,
-    /// Named facts.
     #[prost(message, repeated, tag = "14")]
     pub metadata: Vec<StringEntry>,
 }
@@ -45,7 +38,6 @@ pub struct OperatorSet {
     /// Empty for ONNX's own.
     #[prost(string, tag = "1")]
     pub domain: String,
-    /// Its version.
     #[prost(int64, tag = "2")]
     pub version: i64,
 }
@@ -53,10 +45,8 @@ pub struct OperatorSet {
 /// `StringStringEntryProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct StringEntry {
-    /// Its name.
     #[prost(string, tag = "1")]
     pub key: String,
-    /// Its value.
     #[prost(string, tag = "2")]
     pub value: String,
 }
@@ -64,19 +54,14 @@ pub struct StringEntry {
 /// `GraphProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Graph {
-    /// In order of execution.
     #[prost(message, repeated, tag = "1")]
     pub node: Vec<Node>,
-    /// Its name.
     #[prost(string, tag = "2")]
     pub name: String,
-    /// Constants.
     #[prost(message, repeated, tag = "5")]
     pub initializer: Vec<Tensor>,
-    /// What a run is given.
     #[prost(message, repeated, tag = "11")]
     pub input: Vec<ValueInfo>,
-    /// What a run returns.
     #[prost(message, repeated, tag = "12")]
     pub output: Vec<ValueInfo>,
 }
@@ -87,19 +72,14 @@ pub struct Node {
     /// Names of values; an empty one is an optional input left out.
     #[prost(string, repeated, tag = "1")]
     pub input: Vec<String>,
-    /// Names of values.
     #[prost(string, repeated, tag = "2")]
     pub output: Vec<String>,
-    /// Its name.
     #[prost(string, tag = "3")]
     pub name: String,
-    /// The operator.
     #[prost(string, tag = "4")]
     pub op_type: String,
-    /// Its settings.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<Attribute>,
-    /// The operator set it is from.
     #[prost(string, tag = "7")]
     pub domain: String,
 }
@@ -107,19 +87,14 @@ pub struct Node {
 /// `AttributeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Attribute {
-    /// Its name.
     #[prost(string, tag = "1")]
     pub name: String,
-    /// A float.
     #[prost(float, optional, tag = "2")]
     pub f: Option<f32>,
-    /// An integer.
     #[prost(int64, optional, tag = "3")]
     pub i: Option<i64>,
-    /// Integers.
     #[prost(int64, repeated, tag = "8")]
     pub ints: Vec<i64>,
-    /// Which of them it is.
     #[prost(int32, tag = "20")]
     pub kind: i32,
 }
@@ -127,13 +102,11 @@ pub struct Attribute {
 /// `TensorProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Tensor {
-    /// Its shape.
     #[prost(int64, repeated, tag = "1")]
     pub dims: Vec<i64>,
     /// One of [`element`].
     #[prost(int32, tag = "2")]
     pub data_type: i32,
-    /// Its name.
     #[prost(string, tag = "8")]
     pub name: String,
     /// Its values, little-endian, where they are inline.
@@ -150,10 +123,8 @@ pub struct Tensor {
 /// `ValueInfoProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct ValueInfo {
-    /// The value's name.
     #[prost(string, tag = "1")]
     pub name: String,
-    /// Its type.
     #[prost(message, optional, tag = "2")]
     pub kind: Option<Type>,
 }
@@ -161,7 +132,6 @@ pub struct ValueInfo {
 /// `TypeProto`, of tensors only.
 #[derive(Clone, PartialEq, Message)]
 pub struct Type {
-    /// The tensor's type.
     #[prost(message, optional, tag = "1")]
     pub tensor: Option<TensorType>,
 }
@@ -172,7 +142,6 @@ pub struct TensorType {
     /// One of [`element`].
     #[prost(int32, tag = "1")]
     pub element: i32,
-    /// Its shape.
     #[prost(message, optional, tag = "2")]
     pub shape: Option<Shape>,
 }
@@ -180,7 +149,6 @@ pub struct TensorType {
 /// `TensorShapeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Shape {
-    /// Its dimensions.
     #[prost(message, repeated, tag = "1")]
     pub dim: Vec<Dimension>,
 }
@@ -188,7 +156,6 @@ pub struct Shape {
 /// `TensorShapeProto.Dimension`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Dimension {
-    /// A number, or a name for what each run decides.
     #[prost(oneof = "DimensionValue", tags = "1, 2")]
     pub value: Option<DimensionValue>,
 }
@@ -196,27 +163,19 @@ pub struct Dimension {
 /// The two kinds of dimension.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum DimensionValue {
-    /// Always this.
     #[prost(int64, tag = "1")]
     Fixed(i64),
-    /// Decided by each run.
     #[prost(string, tag = "2")]
     Named(String),
 }
 
 /// `TensorProto.DataType`.
 pub mod element {
-    /// 32-bit float.
     pub const FLOAT: i32 = 1;
-    /// Unsigned byte.
     pub const UINT8: i32 = 2;
-    /// Signed byte.
     pub const INT8: i32 = 3;
-    /// 32-bit integer.
     pub const INT32: i32 = 6;
-    /// 64-bit integer.
     pub const INT64: i32 = 7;
-    /// 16-bit float.
     pub const FLOAT16: i32 = 10;
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// What weights and activations are stored and multiplied in. Inputs and outputs of the graphs are
 /// the same in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floats: the reference's numbers, for CPUs.
@@ -19,34 +19,12 @@ pub enum Precision {
     Int8,
 }
 
-impl Precision {
-    /// As it is written on the command line and in the manifest.
-    pub fn as_str(self) -> &'static str {
-        match self {
+impl std::fmt::Display for Precision {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
             Precision::Fp32 => "fp32",
             Precision::Fp16 => "fp16",
             Precision::Int8 => "int8",
-        }
-    }
-}
-
-impl std::fmt::Display for Precision {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(self.as_str())
-    }
-}
-
-impl std::str::FromStr for Precision {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "fp32" => Ok(Precision::Fp32),
-            "fp16" => Ok(Precision::Fp16),
-            "int8" => Ok(Precision::Int8),
-            other => Err(format!(
-                "unknown precision `{other}`; known are fp32, fp16 and int8"
-            )),
-        }
+        })
     }
 }

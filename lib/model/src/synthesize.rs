@@ -131,32 +131,29 @@ impl SynthesizedWeights {
             };
             (name.as_str(), view)
         });
-        let failed = |reason: String| CheckpointError::Write {
-            path: path.to_owned(),
-            reason,
-        };
         let mark = Mark {
             seed: self.seed,
             architecture: self.architecture,
         };
-        let mark = serde_json::to_string(&mark).map_err(|error| failed(error.to_string()))?;
-        let metadata = HashMap::from([(MARK_KEY.to_owned(), mark)]);
         // Renamed into place when whole, so that an interrupted run leaves no half file behind.
         let folder = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        std::fs::create_dir_all(folder).map_err(|error| failed(error.to_string()))?;
-        let partial = tempfile::Builder::new()
-            .prefix(".clip-model-")
-            .tempfile_in(folder)
-            .map_err(|error| failed(error.to_string()))?;
-        safetensors::serialize_to_file(views, Some(metadata), partial.path())
-            .map_err(|error| failed(error.to_string()))?;
-        partial
-            .persist(path)
-            .map_err(|error| failed(error.to_string()))?;
-        crate::files::make_readable(path).map_err(|error| failed(error.to_string()))
+        let write = || -> Result<(), Box<dyn std::error::Error>> {
+            let metadata = HashMap::from([(MARK_KEY.to_owned(), serde_json::to_string(&mark)?)]);
+            std::fs::create_dir_all(folder)?;
+            let partial = tempfile::Builder::new()
+                .prefix(".clip-model-")
+                .tempfile_in(folder)?;
+            safetensors::serialize_to_file(views, Some(metadata), partial.path())?;
+            partial.persist(path)?;
+            Ok(crate::files::make_readable(path)?)
+        };
+        write().map_err(|error| CheckpointError::Write {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })
     }
 }
 
@@ -169,56 +166,36 @@ fn plan(architecture: &Architecture) -> Vec<(String, Vec<usize>, Draw)> {
     };
     let inverse_root = |value: usize| 1.0 / (value as f64).sqrt();
 
-    let vision = &architecture.vision;
-    let vision_width = vision.transformer.width;
-    let patch = [vision_width, 3, vision.patch_size, vision.patch_size];
-    // Larger than PyTorch's default for a convolution: patches must differ by the image's content
-    // and not by their position alone, as in a trained model.
-    add(
-        "visual.conv1.weight".into(),
-        &patch,
-        0.0,
-        inverse_root(3 * vision.patch_size * vision.patch_size),
-    );
-    add(
-        "visual.class_embedding".into(),
-        &[vision_width],
-        0.0,
-        inverse_root(vision_width),
-    );
-    add(
-        "visual.positional_embedding".into(),
-        &[vision.tokens(), vision_width],
-        0.0,
-        inverse_root(vision_width),
-    );
-    add(
-        "visual.proj".into(),
-        &[vision_width, architecture.dimensions],
-        0.0,
-        inverse_root(vision_width),
-    );
-    let text = &architecture.text;
-    let text_width = text.transformer.width;
-    add(
-        "token_embedding.weight".into(),
-        &[text.vocabulary, text_width],
-        0.0,
-        0.02,
-    );
-    add(
-        "positional_embedding".into(),
-        &[text.context, text_width],
-        0.0,
-        0.01,
-    );
-    add(
-        "text_projection".into(),
-        &[text_width, architecture.dimensions],
-        0.0,
-        inverse_root(text_width),
-    );
-    add("logit_scale".into(), &[], 100f32.ln(), 0.0);
+    let (vision, text) = (&architecture.vision, &architecture.text);
+    let (vision_width, text_width) = (vision.transformer.width, text.transformer.width);
+    let (patch, dimensions) = (vision.patch_size, architecture.dimensions);
+    let (vision_scale, text_scale) = (inverse_root(vision_width), inverse_root(text_width));
+    for (name, shape, deviation) in [
+        // Larger than PyTorch's default for a convolution: patches must differ by the image's
+        // content and not by their position alone, as in a trained model.
+        (
+            "visual.conv1.weight",
+            &[vision_width, 3, patch, patch][..],
+            inverse_root(3 * patch * patch),
+        ),
+        ("visual.class_embedding", &[vision_width], vision_scale),
+        (
+            "visual.positional_embedding",
+            &[vision.tokens(), vision_width],
+            vision_scale,
+        ),
+        ("visual.proj", &[vision_width, dimensions], vision_scale),
+        (
+            "token_embedding.weight",
+            &[text.vocabulary, text_width],
+            0.02,
+        ),
+        ("positional_embedding", &[text.context, text_width], 0.01),
+        ("text_projection", &[text_width, dimensions], text_scale),
+    ] {
+        add(name.to_owned(), shape, 0.0, deviation);
+    }
+    add("logit_scale".to_owned(), &[], 100f32.ln(), 0.0);
     for (norm, width) in [
         ("visual.ln_pre", vision_width),
         ("visual.ln_post", vision_width),
@@ -246,39 +223,16 @@ fn plan(architecture: &Architecture) -> Vec<(String, Vec<usize>, Draw)> {
                 add(format!("{block}.{norm}.weight"), &[width], 1.0, 0.05);
                 add(format!("{block}.{norm}.bias"), &[width], 0.0, 0.05);
             }
-            add(
-                format!("{block}.attn.in_proj_weight"),
-                &[3 * width, width],
-                0.0,
-                inward,
-            );
-            add(
-                format!("{block}.attn.in_proj_bias"),
-                &[3 * width],
-                0.0,
-                0.05,
-            );
-            add(
-                format!("{block}.attn.out_proj.weight"),
-                &[width, width],
-                0.0,
-                outward,
-            );
-            add(format!("{block}.attn.out_proj.bias"), &[width], 0.0, 0.02);
-            add(
-                format!("{block}.mlp.c_fc.weight"),
-                &[hidden, width],
-                0.0,
-                inverse_root(2 * width),
-            );
-            add(format!("{block}.mlp.c_fc.bias"), &[hidden], 0.0, 0.02);
-            add(
-                format!("{block}.mlp.c_proj.weight"),
-                &[width, hidden],
-                0.0,
-                outward,
-            );
-            add(format!("{block}.mlp.c_proj.bias"), &[width], 0.0, 0.02);
+            for (name, out, into, deviation, bias_deviation) in [
+                ("attn.out_proj.", width, width, outward, 0.02),
+                ("mlp.c_fc.", hidden, width, inverse_root(2 * width), 0.02),
+                ("mlp.c_proj.", width, hidden, outward, 0.02),
+                ("attn.in_proj_", 3 * width, width, inward, 0.05),
+            ] {
+                let name = format!("{block}.{name}");
+                add(format!("{name}weight"), &[out, into], 0.0, deviation);
+                add(format!("{name}bias"), &[out], 0.0, bias_deviation);
+            }
         }
     }
     tensors

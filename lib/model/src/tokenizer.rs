@@ -8,29 +8,19 @@ use thiserror::Error;
 pub const OPENAI_MERGES: &str = include_str!("../vocabulary/clip_merges.txt");
 
 /// Why there is no tokenizer, or a text cannot be encoded.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum TokenizerError {
-    /// The merges cannot be understood.
     #[error("the tokenizer's merges are malformed: {0}")]
     Merges(String),
-    /// The merges do not make the tokens that the model has embeddings for.
     #[error("the merges make {found} tokens, the model has {wanted}")]
-    Vocabulary {
-        /// Tokens that the merges make.
-        found: usize,
-        /// Tokens that the model knows.
-        wanted: usize,
-    },
-    /// The text has more tokens than the model takes.
+    Vocabulary { found: usize, wanted: usize },
     #[error(
         "the text has {found} tokens with its start and end, the model takes {context}: `{text}`"
     )]
     TooLong {
-        /// The text's first words.
         text: String,
-        /// Its tokens.
         found: usize,
-        /// Tokens that the model takes.
         context: usize,
     },
 }

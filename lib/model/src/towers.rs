@@ -47,19 +47,13 @@ pub const TEXT_INPUT: &str = "tokens";
 pub const OUTPUT: &str = "embeddings";
 
 /// Why a tower cannot be compiled.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum CompileError {
-    /// The weights do not fit.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// The graph cannot be written.
     #[error("cannot write the {tower:?} graph: {source}")]
-    Write {
-        /// Which tower.
-        tower: Tower,
-        /// What the system says.
-        source: io::Error,
-    },
+    Write { tower: Tower, source: io::Error },
 }
 
 /// Where a tower's graph goes.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clip_model::architecture::Activation;
 use clip_model::build::{BuildOptions, build};
 use clip_model::checkpoint::{Checkpoint, Overrides};
-use clip_model::fetch::{FetchError, Progress, Receipt, fetch};
+use clip_model::fetch::{FetchError, Progress, Receipt, fetch, probe};
 use clip_model::files::{sha256_of_bytes, sha256_of_file};
 use clip_model::synthesize::SynthesizedWeights;
 use clip_model::{Architecture, WeightsOrigin};
@@ -445,6 +445,23 @@ fn an_absent_repository_is_said_to_be_absent() {
         error.to_string().contains("ViT-B/32, ViT-B/16, ViT-L/14"),
         "{error}"
     );
+}
+
+#[test]
+fn a_hub_in_reach_is_told_from_one_that_is_not() {
+    let hub = Hub::start();
+    probe(&hub.endpoint).expect("an answer, though of an error");
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port that nobody listens at any more");
+    let error = probe(&format!("http://{closed}")).expect_err("no hub");
+    assert!(matches!(error, FetchError::Hub { .. }), "{error}");
+    // Takes connections and says nothing, as behind some firewalls.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = silent.local_addr().expect("an address");
+    let started = std::time::Instant::now();
+    assert!(probe(&format!("http://{address}")).is_err());
+    assert!(started.elapsed() < std::time::Duration::from_secs(20));
 }
 
 #[test]
