@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use local::demo::{self, DemoEnd, DemoOptions};
+use local::demo::{self, DemoEnd, DemoOptions, Weights};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Some image has no vector, or the cluster is not back at zero.
@@ -36,9 +36,12 @@ enum Command {
         /// The model: ViT-B/32, ViT-B/16 or ViT-L/14
         #[arg(long, default_value = "ViT-B/32")]
         model: String,
-        /// A model bundle made by clip-model [default: WORK_DIR/models/MODEL, made from synthesised weights if absent]
-        #[arg(long)]
+        /// A model bundle made by clip-model [default: one in WORK_DIR/models, made if absent]
+        #[arg(long, conflicts_with = "weights")]
         bundle: Option<PathBuf>,
+        /// The weights of a bundle that is made
+        #[arg(long, value_enum, default_value_t)]
+        weights: Weights,
         /// Never more instances than this
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
         max_instances: u16,
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         paths,
         model,
         bundle,
+        weights,
         max_instances,
         work_dir,
         keep,
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
         paths,
         model,
         bundle,
+        weights,
         max_instances: usize::from(max_instances),
         work_dir,
         keep,

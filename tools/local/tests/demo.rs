@@ -289,3 +289,24 @@ fn processes_in(folder: &Path) -> Vec<String> {
     }
     found
 }
+
+#[test]
+fn published_weights_that_cannot_be_had_end_the_demo_before_it_begins() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (model, reason) in [
+        ("ViT-B/32", "the model hub cannot be reached"),
+        ("tiny", "published no weights of tiny"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_local"))
+            .args(["demo", "--weights", "published", "--model", model])
+            .arg("--work-dir")
+            .arg(folder.path().join("work"))
+            // Nobody listens at the port that is reserved for multiplexers.
+            .env("HF_ENDPOINT", "http://127.0.0.1:1")
+            .output()
+            .expect("it runs");
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(reason), "{said}");
+    }
+}

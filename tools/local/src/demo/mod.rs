@@ -24,7 +24,7 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-pub use bundle::BundleProblem;
+pub use bundle::{BundleProblem, Weights};
 pub use files::FilesError;
 
 use crate::{
@@ -68,6 +68,8 @@ pub struct DemoOptions {
     pub model: String,
     /// Its bundle; one of the work folder without it.
     pub bundle: Option<PathBuf>,
+    /// The weights of a bundle that is made.
+    pub weights: Weights,
     /// Never more instances than this.
     pub max_instances: usize,
     /// Models, results, logs.
@@ -140,11 +142,15 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
     } else {
         files::collect(&options.paths)?
     };
-    let given = options.bundle.as_deref();
-    let bundle = bundle::ready(given, &options.model, &options.work_dir, screen).await?;
-    let warning = bundle
-        .synthesized
-        .then(|| synthesized_warning(&bundle, &options.work_dir));
+    let bundle = bundle::ready(
+        options.bundle.as_deref(),
+        &options.model,
+        options.weights,
+        &options.work_dir,
+        screen,
+    )
+    .await?;
+    let warning = bundle.synthesized.then(|| synthesized_warning(&bundle));
     if let Some(warning) = &warning {
         screen.loud(warning);
     }
@@ -247,23 +253,15 @@ fn model_parameter(bundle: &ReadyBundle, options: &DemoOptions) -> String {
     }
 }
 
-fn synthesized_warning(bundle: &ReadyBundle, work_dir: &Path) -> Vec<String> {
-    let name = bundle::folder_name(&bundle.model);
-    let weights = work_dir.join(format!("{name}.safetensors"));
+fn synthesized_warning(bundle: &ReadyBundle) -> Vec<String> {
     vec![
         "SYNTHESISED WEIGHTS: what the vectors and labels say about an image means nothing."
             .to_owned(),
         "Everything else is real. For OpenAI's weights, on a machine that reaches the model hub:"
             .to_owned(),
         format!(
-            "  cargo xtask run clip-model fetch {} --output {}",
-            bundle.model,
-            weights.display()
-        ),
-        format!(
-            "  cargo xtask run clip-model build --weights {} --output {}",
-            weights.display(),
-            bundle.folder.display()
+            "  cargo xtask demo --model {} --weights published",
+            bundle.model
         ),
     ]
 }
