@@ -106,10 +106,10 @@ export class Deployment extends Construct {
     for (const [id, { Type, Properties }] of Object.entries(TEMPLATE.Resources)) {
       const file = Type === 'AWS::Lambda::Function' && (Properties as { Code: { S3Key?: string } }).Code.S3Key;
       if (!file) continue;
-      const code = codeOf(this, file.replace('.zip', ''));
-      const { s3Location } = code.bind(this);
-      if (!s3Location) throw new Error(`${id} needs code in S3: a zip or a folder`);
       const cfn = this.resource<lambda.CfnFunction>(id);
+      const code = codeOf(this, file.replace('.zip', ''));
+      const { s3Location } = code.bind(cfn);
+      if (!s3Location) throw new Error(`${id} needs code in S3: a zip or a folder`);
       cfn.code = { s3Bucket: s3Location.bucketName, s3Key: s3Location.objectKey, s3ObjectVersion: s3Location.objectVersion };
       code.bindToResource(cfn);
     }
@@ -138,11 +138,8 @@ function given<T extends object>(values: T): Partial<T> {
 
 /** Auto Scaling launches instances with encrypted volumes in its own name; its role may not exist yet. */
 function allowVolumes(key: kms.IKey): void {
-  const autoScaling = {
-    principals: [new iam.AnyPrincipal()],
-    resources: ['*'],
-  };
-  const role = {
+  const anybody = { principals: [new iam.AnyPrincipal()], resources: ['*'] };
+  const isAutoScaling = {
     StringEquals: { 'kms:CallerAccount': Aws.ACCOUNT_ID },
     ArnLike: {
       'aws:PrincipalArn':
@@ -150,13 +147,13 @@ function allowVolumes(key: kms.IKey): void {
     },
   };
   key.addToResourcePolicy(new iam.PolicyStatement({
-    ...autoScaling,
+    ...anybody,
     actions: ['kms:Encrypt', 'kms:Decrypt', 'kms:ReEncrypt*', 'kms:GenerateDataKey*', 'kms:DescribeKey'],
-    conditions: role,
+    conditions: isAutoScaling,
   }));
   key.addToResourcePolicy(new iam.PolicyStatement({
-    ...autoScaling,
+    ...anybody,
     actions: ['kms:CreateGrant'],
-    conditions: { ...role, Bool: { 'kms:GrantIsForAWSResource': true } },
+    conditions: { ...isAutoScaling, Bool: { 'kms:GrantIsForAWSResource': true } },
   }));
 }

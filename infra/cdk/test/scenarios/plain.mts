@@ -30,7 +30,7 @@ const app = new cdk.App({ analyticsReporting: false });
   const cacheBucket = new s3.Bucket(stack, 'Vectors', { encryptionKey: key });
   const models = new s3.Bucket(stack, 'Models');
   const clip = new ClipImagePipeline(stack, 'Clip', {
-    vpc: new ec2.Vpc(stack, 'Vpc', { maxAzs: 4 }),
+    vpc: new ec2.Vpc(stack, 'Vpc', { availabilityZones: ['a', 'b', 'c', 'd'] }),
     sources: [new s3.Bucket(stack, 'Images', { encryptionKey: imageKey }), new s3.Bucket(stack, 'More')],
     sourcePrefix: 'photos/',
     cacheBucket,
