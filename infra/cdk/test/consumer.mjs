@@ -2,7 +2,7 @@
 import { execFileSync } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 export const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -54,6 +54,12 @@ export function stacks(app: App): void {
   return { 'page.ts': index, 'page1.ts': whole, 'page2.ts': rest[0], 'page3.ts': rest[1], 'images.ts': source };
 }
 
+/** Upstream's own middleware in a checkout, and what it needs besides core. */
+export const UPSTREAM = {
+  upstream: 'packages/middlewares/embedding-processors/clip-image-processor',
+  '@project-lakechain/ecs-cluster': 'packages/constructs/ecs-cluster',
+};
+
 function link(from, to) {
   mkdirSync(dirname(to), { recursive: true });
   if (!existsSync(to)) symlinkSync(from, to);
@@ -63,11 +69,13 @@ function link(from, to) {
 function installReal(checkout, modules) {
   const core = join(checkout, 'packages/core');
   if (!existsSync(join(core, 'dist/index.js'))) throw new Error(`${core} is not built: run npm install and npx tsc there`);
-  const to = join(modules, '@project-lakechain/core');
-  cpSync(join(core, 'dist'), join(to, 'dist'), { recursive: true });
-  cpSync(join(core, 'package.json'), join(to, 'package.json'));
+  for (const [name, path] of Object.entries({ '@project-lakechain/core': 'packages/core', ...UPSTREAM })) {
+    for (const part of ['dist', 'package.json'].map((part) => join(path, part)).filter((part) => existsSync(join(checkout, part)))) {
+      cpSync(join(checkout, part), join(modules, name, basename(part)), { recursive: true });
+    }
+  }
   for (const folder of [join(checkout, 'node_modules'), join(core, 'node_modules')].filter(existsSync)) {
-    for (const name of readdirSync(folder).filter((name) => /^[a-z]/.test(name))) link(join(folder, name), join(modules, name));
+    for (const name of readdirSync(folder).filter((name) => /^([a-z]|.bin$)/.test(name))) link(join(folder, name), join(modules, name));
   }
 }
 
@@ -88,6 +96,8 @@ export function scenario(core, file) {
       link(join(modules, 'clip-image-processor'), join(modules, '@project-lakechain/clip-image-processor'));
       if (core === 'contract') cpSync(join(ROOT, 'test/core'), join(modules, '@project-lakechain/core'), { recursive: true });
       else installReal(core, modules);
+      // Upstream's functions look for one even when they are not bundled.
+      writeFileSync(join(folder, 'package-lock.json'), '{}');
       for (const [name, text] of Object.entries(pageExamples())) writeFileSync(join(folder, name), text);
       cpSync(join(ROOT, 'test/scenarios/middlewares.ts'), join(folder, 'middlewares.ts'));
     }
