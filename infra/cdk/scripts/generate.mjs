@@ -38,10 +38,9 @@ function withoutSam({ Transform, Globals = {}, ...rest }) {
     if (resource.Type !== 'AWS::Serverless::Function' || !CodeUri || !properties.Role || Events || Policies) {
       throw new Error(`${id}: only functions with CodeUri and Role, without Events and Policies, can be translated here`);
     }
-    const { Metadata, ...kept } = resource;
     // The name of the program's package; the construct says where it lies.
     const Code = { S3Key: `${basename(CodeUri)}.zip` };
-    return [id, { ...kept, Type: 'AWS::Lambda::Function', Properties: { Code, ...properties } }];
+    return [id, { ...resource, Type: 'AWS::Lambda::Function', Properties: { Code, ...properties } }];
   });
   return { ...rest, Resources: Object.fromEntries(resources) };
 }

@@ -19,7 +19,7 @@ export { CapacityOption, ClipSettings, ModelBundle, OutputKind } from './setting
 export interface ClipImagePipelineProps extends ClipSettings {
   /** The VPC in which the GPU instances run. */
   readonly vpc: ec2.IVpc;
-  /** The buckets with images, at most three. Their events are sent to EventBridge from now on. */
+  /** The buckets with images, at most three. Their events are sent to EventBridge from now on, unless `parameters.SourceEvents` is `None`. */
   readonly sources: s3.IBucket[];
   /**
    * Only objects whose key begins with this are embedded.
@@ -82,7 +82,7 @@ export class ClipImagePipeline extends Construct {
     this.intake = intake;
     this.scaler = scaler;
     for (const source of sources) {
-      source.enableEventBridgeNotification();
+      if (props.parameters?.SourceEvents !== 'None') source.enableEventBridgeNotification();
       for (const role of [taskRole, intake.role!]) source.encryptionKey?.grantDecrypt(role);
     }
     this.queue = this.queueOf('InputQueue');
