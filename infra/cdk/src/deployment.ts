@@ -1,7 +1,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { Aws, CfnResource, Names } from 'aws-cdk-lib';
+import { Aws, CfnResource, Stack } from 'aws-cdk-lib';
 import * as cloudwatch from 'aws-cdk-lib/aws-cloudwatch';
 import * as ec2 from 'aws-cdk-lib/aws-ec2';
 import * as ecs from 'aws-cdk-lib/aws-ecs';
@@ -23,6 +23,9 @@ export const CACHE_PREFIX = (() => {
   return Environment.Variables.CACHE_PREFIX;
 })();
 
+/** Characters of a construct's path in a name: with a stack's 128 there is room for more in the 255 of the shortest. */
+const LONGEST_NAME = 60;
+
 /** What a construct around the template decides. */
 export interface DeploymentProps extends ClipSettings {
   readonly vpc: ec2.IVpc;
@@ -40,6 +43,8 @@ export class Deployment extends Construct {
   public readonly scaler: lambda.IFunction;
   /** The role of the GPU tasks. */
   public readonly taskRole: iam.IRole;
+  /** The names of the template's resources that are made here. */
+  public readonly resourceNames: readonly string[];
   private readonly included: CfnInclude;
 
   constructor(scope: Construct, id: string, props: DeploymentProps) {
@@ -60,8 +65,9 @@ export class Deployment extends Construct {
       ...('uri' in image ? {} : given({ ImageRepository: image.repository, ImageReference: image.reference })),
       ...given(props.values),
       ...given(props.parameters ?? {}),
-    }, props.substitutes, props.leftOut);
+    }, props.substitutes, props.leftOut, `\${AWS::StackName}-${nameWithin(Stack.of(this), scope)}`);
     this.included = include(this, template, parameters);
+    this.resourceNames = Object.keys(template.Resources);
 
     const role = (name: string): iam.IRole =>
       iam.Role.fromRoleName(this, name, this.resource<iam.CfnRole>(name).ref);
@@ -69,9 +75,6 @@ export class Deployment extends Construct {
     this.intake = this.function('Intake', role('IntakeRole'));
     this.scaler = this.function('Scaler', role('ScalerRole'));
     this.provide(artifacts.functionCode.bind(artifacts), image);
-    // Two pipelines in a stack: the name is the only one that the template gives away.
-    this.resource<cloudwatch.CfnDashboard>('Dashboard').dashboardName =
-      `${Names.uniqueResourceName(this, { maxLength: 200 })}-${Aws.REGION}`;
     props.modelBundle?.bucket.encryptionKey?.grantDecrypt(this.taskRole);
     if (props.kmsKey) allowVolumes(props.kmsKey);
   }
@@ -83,7 +86,7 @@ export class Deployment extends Construct {
 
   /** All alarms by their names in the template. */
   public alarms(): { [name: string]: cloudwatch.IAlarm } {
-    return Object.fromEntries(Object.keys(TEMPLATE.Resources)
+    return Object.fromEntries(this.resourceNames
       .filter((name) => TEMPLATE.Resources[name]!.Type === 'AWS::CloudWatch::Alarm')
       .map((name) => [name, cloudwatch.Alarm.fromAlarmArn(this, name, this.resource<cloudwatch.CfnAlarm>(name).attrArn)]));
   }
@@ -103,7 +106,8 @@ export class Deployment extends Construct {
 
   /** Says where the programs lie. */
   private provide(codeOf: (scope: Construct, name: string) => lambda.Code, image: ClipContainerImage): void {
-    for (const [id, { Type, Properties }] of Object.entries(TEMPLATE.Resources)) {
+    for (const id of this.resourceNames) {
+      const { Type, Properties } = TEMPLATE.Resources[id]!;
       const file = Type === 'AWS::Lambda::Function' && (Properties as { Code: { S3Key?: string } }).Code.S3Key;
       if (!file) continue;
       const cfn = this.resource<lambda.CfnFunction>(id);
@@ -117,6 +121,12 @@ export class Deployment extends Construct {
       this.resource<ecs.CfnTaskDefinition>('TaskDefinition').addPropertyOverride('ContainerDefinitions.0.Image', image.uri);
     }
   }
+}
+
+/** Tells this pipeline from another one in the stack, in names that the template gives. */
+function nameWithin(stack: Stack, scope: Construct): string {
+  const path = scope.node.path.slice(stack.node.path.length).replaceAll(/\W+/g, '-').replace(/^-/, '');
+  return path.length <= LONGEST_NAME ? path : scope.node.addr;
 }
 
 /** CfnInclude wants a file; it has read it when it returns. */

@@ -1,4 +1,4 @@
-import { Aws, CfnResource, Duration } from 'aws-cdk-lib';
+import { Aws, Duration } from 'aws-cdk-lib';
 import * as cloudwatch from 'aws-cdk-lib/aws-cloudwatch';
 import * as ec2 from 'aws-cdk-lib/aws-ec2';
 import * as iam from 'aws-cdk-lib/aws-iam';
@@ -60,7 +60,8 @@ export class ClipImagePipeline extends Construct {
   public readonly scaler: lambda.IFunction;
   /** By their names in the template, such as `DeadLetterAlarm`. */
   public readonly alarms: { readonly [name: string]: cloudwatch.IAlarm };
-  private readonly deployment: Deployment;
+  /** The resources of `infra/template.yaml`, by their names there. */
+  public readonly deployment: Deployment;
   private readonly kmsKey?: kms.IKey;
 
   constructor(scope: Construct, id: string, props: ClipImagePipelineProps) {
@@ -89,9 +90,9 @@ export class ClipImagePipeline extends Construct {
     this.deadLetterQueue = this.queueOf('DeadLetterQueue');
     this.intakeFailureQueue = this.queueOf('IntakeFailureQueue');
     if (props.outputs?.includes('queue')) this.outputQueue = this.queueOf('OutputQueue');
-    this.topic = sns.Topic.fromTopicArn(this, 'OutputTopic', this.resource('OutputTopic').ref);
+    this.topic = sns.Topic.fromTopicArn(this, 'OutputTopic', this.deployment.resource('OutputTopic').ref);
     this.cacheBucket = cacheBucket
-      ?? s3.Bucket.fromBucketAttributes(this, 'CacheBucket', { bucketName: this.resource('CacheBucket').ref, encryptionKey: kmsKey });
+      ?? s3.Bucket.fromBucketAttributes(this, 'CacheBucket', { bucketName: this.deployment.resource('CacheBucket').ref, encryptionKey: kmsKey });
     if (cacheBucket?.encryptionKey && cacheBucket.encryptionKey !== kmsKey) {
       for (const role of [taskRole, intake.role!]) cacheBucket.encryptionKey.grantEncryptDecrypt(role);
     }
@@ -104,14 +105,9 @@ export class ClipImagePipeline extends Construct {
     return this.cacheBucket.grantRead(grantee, `${CACHE_PREFIX}/*`);
   }
 
-  /** A resource of the deployment by its name in `infra/template.yaml`, for what this construct has no word for. */
-  public resource(name: string): CfnResource {
-    return this.deployment.resource(name);
-  }
-
   private queueOf(name: string): sqs.IQueue {
     return sqs.Queue.fromQueueAttributes(this, name, {
-      queueArn: this.resource(name).getAtt('Arn').toString(), keyArn: this.kmsKey?.keyArn,
+      queueArn: this.deployment.resource(name).getAtt('Arn').toString(), keyArn: this.kmsKey?.keyArn,
     });
   }
 }

@@ -41,12 +41,15 @@ const NO_VALUE = Symbol('AWS::NoValue');
  * Two pipelines in one stack then bring no parameters of their own, a user sees what is deployed,
  * and a wrong value fails here by the template's own rules. A value that only CloudFormation knows
  * (a token) counts as given, that is, as unlike the empty string.
+ *
+ * @param stackName what the template takes for its stack's name, and makes physical names of
  */
 export function specialise(
   source: Template,
   given: { [parameter: string]: string | number | undefined },
   substitutes: Substitutes,
   leftOut: string[] = [],
+  stackName = '${AWS::StackName}',
 ): Specialised {
   const gone = new Set([...Object.keys(substitutes), ...leftOut]);
   const parameters: Specialised['parameters'] = {};
@@ -138,6 +141,7 @@ export function specialise(
 
   function reference(name: string): Json | typeof NO_VALUE {
     if (name === 'AWS::NoValue') return NO_VALUE;
+    if (name === 'AWS::StackName') return { 'Fn::Sub': stackName };
     if (name in known) return known[name]!;
     return gone.has(name) ? substitute(name, 'Ref') : { Ref: name };
   }
@@ -147,7 +151,7 @@ export function specialise(
     const [text, own] = (typeof argument === 'string' ? [argument, {}] : argument) as [string, Fields];
     const given = fields(own);
     const variables: Fields = {};
-    const written = text.replace(/\$\{([^!][^}]*)\}/g, (whole, name: string) => {
+    const written = text.replaceAll('${AWS::StackName}', () => stackName).replace(/\$\{([^!][^}]*)\}/g, (whole, name: string) => {
       const [id, ...attribute] = name.split('.');
       let value: Json | typeof NO_VALUE;
       if (name in given) value = given[name]!;

@@ -161,8 +161,12 @@ for (const [core, called] of cores) {
       assert.notDeepEqual(tasks[0].INPUT_QUEUE_URL, tasks[1].INPUT_QUEUE_URL);
       assert.deepEqual(of(template, 'AWS::Lambda::Function').filter(([id]) => /Intake/.test(id))
         .map(([, { Properties }]) => Properties.Environment.Variables.MODEL_NAME), ['ViT-B/32', 'ViT-L/14']);
-      const named = of(template, 'AWS::CloudWatch::Dashboard').map(([, { Properties }]) => JSON.stringify(Properties.DashboardName));
-      assert.equal(new Set(named).size, 2);
+      const [first, second] = ['ViTB32', 'ViTL14'].map((id) => Object.entries(template.Resources).filter(([name]) => name.startsWith(id)));
+      // A policy's name is its role's.
+      const names = (resources) => resources.filter(([, { Type }]) => Type !== 'AWS::IAM::Policy').flatMap(([, { Type, Properties = {} }]) => Object.entries(Properties)
+        .filter(([key]) => ['Name', 'Family', `${Type.split('::')[2]}Name`].includes(key)).map(([, name]) => JSON.stringify(name)));
+      assert.ok(names(first).length > 4);
+      assert.deepEqual(names(first).filter((name) => names(second).includes(name)), [], 'no physical name is given twice');
     });
 
     test('every method is heard', () => {

@@ -44,14 +44,15 @@ function both(values, buckets, subnets, props) {
     ...values,
   });
   for (const resources of [cdk, sam]) {
-    // Where the programs lie, and a name that must differ between two pipelines of one stack.
+    // Where the programs lie.
     for (const { Type, Properties } of Object.values(resources)) {
       if (Type === 'AWS::Lambda::Function' && !Properties.Code.ZipFile) delete Properties.Code;
     }
-    delete resources.Dashboard.Properties.DashboardName;
   }
   const others = Object.keys(template.Resources).filter((id) => !OWN.test(id)).map((id) => template.Resources[id].Type).sort();
-  return { cdk, sam, others };
+  // A stack may have two of the construct.
+  const own = JSON.parse(JSON.stringify(sam).replaceAll('<AWS::StackName>', '<AWS::StackName>-Clip'));
+  return { cdk, sam: own, others };
 }
 
 describe('the construct deploys what the template says', () => {
@@ -138,6 +139,12 @@ describe('specialising a template', () => {
     assert.deepEqual(Resources.Queue.Properties.Key, { Ref: 'Key' });
     assert.equal(parameters.Key, key);
     assert.throws(() => specialise(template, { Kind: key }, {}), /must be decided at synthesis/);
+  });
+
+  test('calls the stack as it is told', () => {
+    template.Resources.User.Properties = { Name: { Ref: 'AWS::StackName' }, Path: { 'Fn::Sub': '${AWS::StackName}-${Name}' } };
+    const { template: { Resources } } = specialise(template, {}, {}, [], '${AWS::StackName}-Clip');
+    assert.deepEqual(Resources.User.Properties, { Name: { 'Fn::Sub': '${AWS::StackName}-Clip' }, Path: { 'Fn::Sub': '${AWS::StackName}-Clip-n' } });
   });
 
   test('holds values against the template’s rules', () => {
