@@ -145,7 +145,7 @@ for (const [core, called] of cores) {
       assert.equal(heard.length, 3);
       const [store] = subscriptionsTo(template, one(template, 'AWS::SQS::Queue', /^StoreQueue/).id);
       assert.deepEqual(store.FilterPolicy, filter('vector-store'));
-      assert.deepEqual(facts.conditionAfterwards, { data: { document: { type: ['image/jpeg'] } } });
+      assert.deepEqual(facts.conditionAfterwards, { data: { document: { size: [{ numeric: ['<', 1000] }] } } }, 'and stays as the user made it');
     });
 
     test('deletions are taken without a condition if asked for', () => {

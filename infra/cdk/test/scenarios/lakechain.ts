@@ -64,12 +64,12 @@ page.stacks(app);
 { // two sources, each with a condition of its own, one without, and a consumer with one
   const { scope, cache, vpc } = stack('Conditions');
   const [small, photos, all] = ['Small', 'Photos', 'All'].map((id) => trigger(scope, cache, id));
-  const jpegs = when('data.document.type').equals('image/jpeg');
+  const little = when('data.document.size').lt(1000);
   const store = new VectorStore.Builder().withScope(scope).withIdentifier('Store').withCacheStorage(cache).build();
   new ClipImageProcessor.Builder()
     .withScope(scope).withIdentifier('Clip').withCacheStorage(cache).withVpc(vpc)
-    .withSource(small!, when('data.document.size').lt(1000))
-    .withSource(photos!, jpegs)
+    .withSource(small!, little)
+    .withSource(photos!, when('data.document.type').equals('image/jpeg'))
     .withSource(all!)
     .withConsumer(store)
     .build();
@@ -79,7 +79,7 @@ page.stacks(app);
     .withDeletedDocuments()
     .withConsumers([new VectorStore.Builder().withScope(scope).withIdentifier('Other').withCacheStorage(cache).build()])
     .build();
-  facts.conditionAfterwards = jpegs.value();
+  facts.conditionAfterwards = little.value();
 }
 
 { // two models, one cache
