@@ -95,6 +95,13 @@ export class Deployment extends Construct {
     if (!alarmEmail) return undefined;
     if (alarmTopic) throw new Error('alarmTopic or alarmEmail, not both: subscribe the address to the topic');
     const topic = new sns.Topic(this, 'AlarmTopic', { enforceSSL: true });
+    // A topic with a policy of its own has lost the one that lets the account's alarms in.
+    topic.addToResourcePolicy(new iam.PolicyStatement({
+      principals: [new iam.ServicePrincipal('cloudwatch.amazonaws.com')],
+      actions: ['sns:Publish'],
+      resources: [topic.topicArn],
+      conditions: { StringEquals: { 'aws:SourceAccount': Aws.ACCOUNT_ID } },
+    }));
     topic.addSubscription(new subscriptions.EmailSubscription(alarmEmail));
     return topic.topicArn;
   }

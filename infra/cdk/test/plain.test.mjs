@@ -70,6 +70,8 @@ describe('without Lakechain, from an ES module', () => {
   });
 
   test('alarms reach the address', () => {
+    const [, policy] = of(Most, 'AWS::SNS::TopicPolicy').find(([id]) => /AlarmTopic/.test(id));
+    assert.ok(policy.Properties.PolicyDocument.Statement.some(({ Effect, Principal }) => Effect === 'Allow' && Principal.Service === 'cloudwatch.amazonaws.com'));
     const [[, { Properties }]] = of(Most, 'AWS::SNS::Subscription');
     assert.deepEqual([Properties.Protocol, Properties.Endpoint], ['email', 'somebody@example.com']);
     for (const [, alarm] of of(Most, 'AWS::CloudWatch::Alarm')) assert.deepEqual(alarm.Properties.AlarmActions, [Properties.TopicArn]);
