@@ -100,7 +100,7 @@ impl Queue {
 }
 
 /// A task of our family.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Task {
     /// Its ARN.
@@ -143,12 +143,13 @@ impl Task {
 /// ECS's task states
 /// (<https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-lifecycle-explanation.html>).
 /// ECS alone moves a task from one to the next; RunTask and StopTask ask for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum TaskStatus {
     /// ECS prepares (network interface, or waits for a managed-scaling provider).
     Provisioning,
     /// Waits for the agent: image pull, container creation.
+    #[default]
     Pending,
     /// Last steps before RUNNING.
     Activating,

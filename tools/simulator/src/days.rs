@@ -1,6 +1,5 @@
 //! Random simulated days: random policies, arrivals and disturbances. Two
-//! promises must hold in all of them (issue: "Done when" 2), and a crash loop
-//! must stay cheap ("Done when" 5).
+//! promises must hold in all of them, and a crash loop must stay cheap.
 
 use planner::{CapacityOption, Policy};
 
@@ -73,13 +72,12 @@ pub fn day(seed: u64) -> Day {
         policy.images_per_second * (0.5 + rng.f64()),
         f64::from(policy.boot_seconds) * (0.7 + 0.5 * rng.f64()),
     );
-    let groups: Vec<(String, u32)> = policy
+    let groups = policy
         .options
         .iter()
-        .map(|option| (option.auto_scaling_group.clone(), policy.max_instances))
-        .collect();
-    let mut world = World::new(&trace, physics, &groups);
-    for group in 0..groups.len() {
+        .map(|option| option.auto_scaling_group.as_str());
+    let mut world = World::new(&trace, physics, groups, policy.max_instances);
+    for group in 0..policy.options.len() {
         world.set_shortages(group, random_spans(&mut rng, 2, 3_600_000.0));
     }
     let chaos = Chaos {
@@ -101,16 +99,16 @@ pub fn day(seed: u64) -> Day {
     let mut ours = Ours::new(policy.clone(), phase);
     let finished = world.run(&mut ours, DAY + AFTERMATH);
 
-    let stats = &world.stats;
+    let stats = &world.tally;
     let zero_at = stats
         .curve
         .iter()
         .rev()
-        .take_while(|(_, paid, _)| *paid == 0)
+        .take_while(|moment| moment.paid == 0)
         .last()
-        .map_or(0, |(at, _, _)| *at);
+        .map_or(0, |moment| moment.at);
     // Nobody gives back during an outage, nor before an instance is lost.
-    let mut quiet_from = stats.last_done.max(world.last_disturbance());
+    let mut quiet_from = stats.last_done.max(world.last_disturbance);
     for (from, to) in outages {
         if from < zero_at && to > stats.last_done {
             quiet_from = quiet_from.max(to);
@@ -145,11 +143,7 @@ fn random_policy(rng: &mut fastrand::Rng) -> Policy {
         boot_seconds: rng.u32(40..=300),
         images_per_second: 2.0 + rng.f64() * 198.0,
         options: (0..options)
-            .map(|number| CapacityOption {
-                name: format!("option {number}"),
-                auto_scaling_group: format!("group-{number}"),
-                instance_type: None,
-            })
+            .map(|number| CapacityOption::of_group(&format!("group-{number}")))
             .collect(),
     }
 }
@@ -213,11 +207,7 @@ pub struct CrashLoop {
 pub fn crash_loop(max_instances: u32, images: u64, repaired_after: Ms) -> CrashLoop {
     let policy = Policy {
         max_instances,
-        options: vec![CapacityOption {
-            name: "g4dn.xlarge/on-demand".to_owned(),
-            auto_scaling_group: "gpu".to_owned(),
-            instance_type: None,
-        }],
+        options: vec![CapacityOption::of_group("gpu")],
         ..Policy::default()
     };
     let trace = Trace {
@@ -226,24 +216,20 @@ pub fn crash_loop(max_instances: u32, images: u64, repaired_after: Ms) -> CrashL
         arrivals: vec![(0, images)],
     };
     let physics = Physics::new(policy.images_per_second, f64::from(policy.boot_seconds));
-    let mut world = World::new(&trace, physics, &[("gpu".to_owned(), max_instances)]);
+    let mut world = World::new(&trace, physics, ["gpu"], max_instances);
     world.chaos = Some(Chaos {
         rng: fastrand::Rng::with_seed(1),
-        call_failure: 0.0,
-        outages: Vec::new(),
-        never_registers: 0.0,
-        lost: 0.0,
         broken_tasks: vec![(0, repaired_after)],
-        count_dips: 0.0,
+        ..Chaos::default()
     });
     let mut ours = Ours::new(policy, 20_000);
     let ended = world.run(&mut ours, repaired_after + 3 * DAY);
-    let launches = &world.stats.launch_times;
+    let launches = &world.tally.launch_times;
     let first = launches.first().copied().unwrap_or(0);
     let within = |span: Ms| launches.iter().filter(|at| **at - first < span).count() as u32;
     CrashLoop {
         first_hour: within(3_600_000),
         first_day: within(DAY),
-        recovered: ended && world.stats.done == images,
+        recovered: ended && world.tally.done == images,
     }
 }

@@ -5,7 +5,7 @@ use planner::{CapacityOption, Policy};
 use crate::models::{Keda, Original, SageMaker};
 use crate::oracle::{Bound, bound};
 use crate::ours::Ours;
-use crate::stats::{Stats, Summary};
+use crate::tally::{Averages, Moment, Tally};
 use crate::trace::Trace;
 use crate::world::{Controller, Ms, Physics, World};
 
@@ -21,9 +21,6 @@ const PHASES: Ms = 8;
 /// needs for a million images.
 const HORIZON_AFTER_END: Ms = 7 * 24 * 3_600_000;
 
-/// The name of the only group.
-const GROUP: &str = "gpu";
-
 /// The models, in the table's order.
 pub const MODELS: [&str; 4] = ["scaler", "(a) original", "(b) KEDA", "(c) SageMaker async"];
 
@@ -38,11 +35,7 @@ impl Setting {
     /// The default policy with one option.
     pub fn new(mut policy: Policy) -> Self {
         if policy.options.is_empty() {
-            policy.options = vec![CapacityOption {
-                name: "g4dn.xlarge/on-demand".to_owned(),
-                auto_scaling_group: GROUP.to_owned(),
-                instance_type: Some("g4dn.xlarge".to_owned()),
-            }];
+            policy.options = vec![CapacityOption::of_group("gpu")];
         }
         Self { policy }
     }
@@ -57,13 +50,9 @@ impl Setting {
 
     /// A world for a trace.
     pub fn world(&self, trace: &Trace) -> World {
-        let groups: Vec<(String, u32)> = self
-            .policy
-            .options
-            .iter()
-            .map(|option| (option.auto_scaling_group.clone(), self.policy.max_instances))
-            .collect();
-        World::new(trace, self.physics(), &groups)
+        let options = self.policy.options.iter();
+        let groups = options.map(|option| option.auto_scaling_group.as_str());
+        World::new(trace, self.physics(), groups, self.policy.max_instances)
     }
 }
 
@@ -73,9 +62,9 @@ pub struct Row {
     /// The model.
     pub model: &'static str,
     /// Its numbers.
-    pub summary: Summary,
+    pub summary: Averages,
     /// First run's curve, for the plot.
-    pub curve: Vec<(Ms, u32, u64)>,
+    pub curve: Vec<Moment>,
     /// Most instances at any time.
     pub most_instances: u32,
     /// Whether every run gave everything back by itself.
@@ -98,10 +87,10 @@ pub fn run_once(
     setting: &Setting,
     trace: &Trace,
     controller: &mut dyn Controller,
-) -> (Stats, bool) {
+) -> (Tally, bool) {
     let mut world = setting.world(trace);
     let ended = world.run(controller, trace.end() + HORIZON_AFTER_END);
-    (world.stats, ended)
+    (world.tally, ended)
 }
 
 /// Runs a trace under every model.
@@ -125,7 +114,7 @@ pub fn compare(setting: &Setting, trace: &Trace) -> Comparison {
         }
         rows.push(Row {
             model,
-            summary: Summary::of(&runs),
+            summary: Averages::of(&runs),
             curve: runs[0].curve.clone(),
             most_instances: runs.iter().map(|run| run.most_instances).max().unwrap_or(0),
             ended,
@@ -155,7 +144,7 @@ pub struct Verdict {
     pub numbers: String,
 }
 
-/// The requirements of the comparison (issue: "Done when" 1).
+/// The requirements of the comparison.
 pub fn verdicts(comparison: &Comparison) -> Vec<Verdict> {
     let name = &comparison.trace.name;
     let ours = &comparison.rows[0].summary;

@@ -2,13 +2,16 @@
 //! by the scaler's real planner and by models of what users would have
 //! instead. `README.md` beside this crate names the models' sources.
 
+// A program's own parts, no library: their names say what they are.
+#![allow(missing_docs)]
+
 pub mod days;
 pub mod evaluate;
 pub mod models;
 pub mod oracle;
 pub mod ours;
 pub mod plot;
-pub mod stats;
 pub mod table;
+pub mod tally;
 pub mod trace;
 pub mod world;

@@ -69,8 +69,8 @@ impl Original {
     /// count, pending ones do.
     fn autoscale(&mut self, world: &World) {
         let visible = world.visible();
-        let running = world.running_tasks();
-        let pending = world.active_tasks() - running + self.provisioning;
+        let (active, running) = world.tasks();
+        let pending = active - running + self.provisioning;
         let scheduled = running + pending;
         if visible == 0 || scheduled >= self.max {
             return;
@@ -95,7 +95,7 @@ impl Original {
 
     /// CapacityProviderReservation: needed over existing instances; 200 % from zero.
     fn managed_scaling(&mut self, world: &mut World) {
-        let needed = (world.active_tasks() + self.provisioning).min(self.max);
+        let needed = (world.tasks().0 + self.provisioning).min(self.max);
         let existing = world.living_in(0);
         let metric = match (needed, existing) {
             (0, 0) => 100.0,
@@ -137,7 +137,7 @@ impl Original {
 
 impl Controller for Original {
     fn start(&mut self, world: &mut World) {
-        world.set_idle_exit(Some(Self::POLL));
+        world.idle_exit = Some(Self::POLL);
         world.set_timer(self.phase, Self::AUTOSCALER);
         // The two minutes are not synchronised.
         world.set_timer(

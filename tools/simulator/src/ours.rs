@@ -1,6 +1,9 @@
 //! The scaler of this project: its real planner, woken as it is on AWS.
 
-use planner::{Action, Observation, Plan, Policy, plan};
+use std::time::Duration;
+
+use planner::cadence::{NEXT_PASSES, RECALL_LOOK, WAKE_INTERVAL};
+use planner::{Observation, Plan, Policy, plan};
 
 use crate::world::{Chaos, Controller, Ms, Signal, World};
 
@@ -19,12 +22,10 @@ const LOOK: u32 = 5;
 const INTAKE_DELAY: Ms = 1_000;
 /// From an ECS or Auto Scaling event to the decision, by way of EventBridge.
 const EVENT_DELAY: Ms = 1_500;
-/// Intake wakes at most this often.
-const INTAKE_DEBOUNCE: Ms = 10_000;
-/// Waits before the further passes of a run (`scaler::handler`).
-const PASSES: [Ms; 2] = [3_000, 8_000];
-/// Wait before calling something back (`scaler::handler`).
-const RECALL_LOOK: Ms = 2_000;
+
+fn ms(time: Duration) -> Ms {
+    time.as_millis() as Ms
+}
 
 /// Drives a world with the planner.
 pub struct Ours {
@@ -67,15 +68,12 @@ impl Ours {
         }
         if !self.looked && plan.calls_back {
             self.looked = true;
-            world.set_timer(world.now() + RECALL_LOOK, LOOK);
+            world.set_timer(world.now() + ms(RECALL_LOOK), LOOK);
             return;
         }
         self.looked = false;
-        let succeeded = world.apply(&plan, &self.policy);
-        let frees = plan
-            .actions()
-            .any(|action| matches!(action, Action::StopTask { .. }));
-        if !succeeded || frees {
+        let succeeded = world.apply(&plan);
+        if !succeeded || plan.stops_a_task() {
             self.again(world);
         }
         self.maybe_repeat(world, plan);
@@ -83,7 +81,7 @@ impl Ours {
 
     fn again(&mut self, world: &mut World) {
         if self.passes_left > 0 {
-            let wait = PASSES[PASSES.len() - self.passes_left];
+            let wait = ms(NEXT_PASSES[NEXT_PASSES.len() - self.passes_left]);
             self.passes_left -= 1;
             world.set_timer(world.now() + wait, PASS);
         }
@@ -124,7 +122,7 @@ impl Ours {
     }
 
     fn fresh_run(&mut self, world: &mut World) {
-        self.passes_left = PASSES.len();
+        self.passes_left = NEXT_PASSES.len();
         self.looked = false;
         self.run(world);
     }
@@ -132,7 +130,7 @@ impl Ours {
 
 impl Controller for Ours {
     fn start(&mut self, world: &mut World) {
-        world.set_idle_exit(Some(Ms::from(self.policy.idle_exit_seconds) * 1000));
+        world.idle_exit = Some(Ms::from(self.policy.idle_exit_seconds) * 1000);
         world.set_timer(self.phase, MINUTE);
     }
 
@@ -147,12 +145,12 @@ impl Controller for Ours {
             Signal::Timer(PASS | LOOK) => self.run(world),
             Signal::Timer(STALE) => {
                 if let Some(plan) = self.stale.pop() {
-                    world.apply(&plan, &self.policy);
+                    world.apply(&plan);
                 }
             }
             Signal::Timer(_) => {}
             Signal::Arrived => {
-                if world.now() - self.last_intake >= INTAKE_DEBOUNCE {
+                if world.now() - self.last_intake >= ms(WAKE_INTERVAL) {
                     self.last_intake = world.now();
                     self.wake(world, INTAKE_DELAY);
                 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::evaluate::{Comparison, G4DN_XLARGE_USD_PER_HOUR, Verdict};
-use crate::stats::Summary;
+use crate::tally::Averages;
 
 fn seconds(value: Option<f64>) -> String {
     value.map_or_else(|| "–".to_owned(), |value| format!("{value:.1}"))
@@ -27,7 +27,7 @@ pub fn comparison(comparison: &Comparison) -> String {
         "", "GPU-hours", "USD", "1st vector", "p50", "p95", "p99", "idle GPU s", "started"
     );
     for row in &comparison.rows {
-        let Summary {
+        let Averages {
             gpu_hours,
             first_vector,
             p50,

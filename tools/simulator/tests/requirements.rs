@@ -156,7 +156,7 @@ fn a_fleet_that_drained_a_burst_is_not_kept_by_a_trickle() {
     trace.arrivals.insert(0, (0, 10_000));
     let setting = Setting::new(Policy::default());
     let (stats, _) = run_once(&setting, &trace, &mut Ours::new(setting.policy.clone(), 0));
-    assert_eq!(stats.instances_started, 4);
+    assert_eq!(stats.instance_times.len(), 4);
     assert!(stats.paid < 3 * HOUR, "{} s", stats.paid / 1000);
 }
 
@@ -169,18 +169,12 @@ fn the_maximum_of_one_is_kept_too() {
     let trace = Trace::named("ten-thousand").expect("built in");
     let (stats, ended) = run_once(&setting, &trace, &mut Ours::new(setting.policy.clone(), 0));
     assert!(ended);
-    assert_eq!((stats.most_instances, stats.instances_started), (1, 1));
+    assert_eq!((stats.most_instances, stats.instance_times.len()), (1, 1));
 }
 
 #[test]
 fn without_capacity_in_the_first_option_the_second_serves() {
-    let options = ["first", "second"]
-        .map(|name| CapacityOption {
-            name: name.to_owned(),
-            auto_scaling_group: name.to_owned(),
-            instance_type: None,
-        })
-        .to_vec();
+    let options = ["first", "second"].map(CapacityOption::of_group).to_vec();
     let setting = Setting::new(Policy {
         options,
         ..Policy::default()
@@ -190,7 +184,7 @@ fn without_capacity_in_the_first_option_the_second_serves() {
     world.set_shortages(0, vec![(0, 10 * HOUR)]);
     let mut ours = Ours::new(setting.policy.clone(), 30_000);
     assert!(world.run(&mut ours, 24 * HOUR));
-    let first = world.stats.first_vector.expect("done");
+    let first = world.tally.first_vector.expect("done");
     // The boot, and a few seconds to be refused and to ask elsewhere.
     assert!(first < 200_000, "{first} ms");
 }

@@ -6,12 +6,17 @@ use crate::world::Ms;
 /// for a million images.
 const SAMPLES_PER_PIECE: u64 = 8;
 
-/// Points kept of a curve before every second one is dropped.
-const MAX_POINTS: usize = 20_000;
+/// What was paid for, and what was not done, from a moment on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    pub at: Ms,
+    pub paid: u32,
+    pub backlog: u64,
+}
 
 /// What happened in one run.
 #[derive(Clone, Debug, Default)]
-pub struct Stats {
+pub struct Tally {
     /// Messages that arrived.
     pub arrived: u64,
     /// Images done.
@@ -22,13 +27,9 @@ pub struct Stats {
     pub booting: Ms,
     /// Of these, with images on the GPU.
     pub busy: Ms,
-    /// Instances launched.
-    pub instances_started: u32,
-    /// When each was.
+    /// When each instance was launched.
     pub instance_times: Vec<Ms>,
-    /// Tasks launched.
-    pub tasks_launched: u32,
-    /// When each was.
+    /// When each task was launched.
     pub launch_times: Vec<Ms>,
     /// Most instances at once, those on their way out included.
     pub most_instances: u32,
@@ -40,11 +41,11 @@ pub struct Stats {
     pub last_done: Ms,
     /// Latencies (milliseconds, images).
     pub latencies: Vec<(u32, u32)>,
-    /// Time, paid instances, backlog.
-    pub curve: Vec<(Ms, u32, u64)>,
+    /// Every change.
+    pub curve: Vec<Moment>,
 }
 
-impl Stats {
+impl Tally {
     /// `count` images that arrived together were done one after the other,
     /// each `per_image` after the one before it; the first of them
     /// `done_before + 1` times that after `began`.
@@ -75,19 +76,13 @@ impl Stats {
         }
     }
 
-    /// Notes a point of the curve.
-    pub fn note(&mut self, now: Ms, paid: u32, backlog: u64) {
+    /// Notes a point of the curve, if something has changed.
+    pub fn note(&mut self, at: Ms, paid: u32, backlog: u64) {
+        let moment = Moment { at, paid, backlog };
         match self.curve.last_mut() {
-            Some(last) if last.0 == now => *last = (now, paid, backlog),
-            Some(last) if last.1 == paid && last.2 == backlog => {}
-            _ => self.curve.push((now, paid, backlog)),
-        }
-        if self.curve.len() > MAX_POINTS {
-            let mut index = 0;
-            self.curve.retain(|_| {
-                index += 1;
-                index % 2 == 0
-            });
+            Some(last) if last.at == at => *last = moment,
+            Some(last) if last.paid == paid && last.backlog == backlog => {}
+            _ => self.curve.push(moment),
         }
     }
 
@@ -99,7 +94,7 @@ impl Stats {
 
 /// The numbers of a table's row, over one or several runs.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Summary {
+pub struct Averages {
     /// Mean GPU-hours of a run.
     pub gpu_hours: f64,
     /// Mean seconds from the first arrival to its vector.
@@ -118,11 +113,11 @@ pub struct Summary {
     pub done: f64,
 }
 
-impl Summary {
+impl Averages {
     /// Folds runs together.
-    pub fn of(runs: &[Stats]) -> Self {
+    pub fn of(runs: &[Tally]) -> Self {
         let number = runs.len().max(1) as f64;
-        let mean = |value: &dyn Fn(&Stats) -> f64| runs.iter().map(value).sum::<f64>() / number;
+        let mean = |value: &dyn Fn(&Tally) -> f64| runs.iter().map(value).sum::<f64>() / number;
         let mut latencies: Vec<(u32, u32)> = runs
             .iter()
             .flat_map(|run| run.latencies.iter().copied())
@@ -143,7 +138,7 @@ impl Summary {
             p95: percentile(&latencies, 0.95),
             p99: percentile(&latencies, 0.99),
             idle_seconds: mean(&|run| run.idle() as f64 / 1000.0),
-            instances_started: mean(&|run| f64::from(run.instances_started)),
+            instances_started: mean(&|run| run.instance_times.len() as f64),
             done: if arrived == 0 {
                 1.0
             } else {
@@ -182,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_piece_is_sampled_with_all_its_weight() {
-        let mut stats = Stats::default();
+        let mut stats = Tally::default();
         stats.images_done(0, 1000, 5000.0, 0, 10.0);
         let weight: u64 = stats.latencies.iter().map(|(_, w)| u64::from(*w)).sum();
         assert_eq!((weight, stats.done), (1000, 1000));
