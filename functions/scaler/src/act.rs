@@ -10,13 +10,10 @@ use serde::{Deserialize, Serialize};
 use crate::aws::{ApiError, Aws, UPDATE_STATE_MAX};
 use crate::observe::tasks_on;
 
-/// What became of an action.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ActionOutcome {
-    /// The action, in short.
     pub action: String,
-    /// How it went.
     pub result: Completion,
     /// What was started, or what went wrong.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -27,7 +24,6 @@ pub struct ActionOutcome {
     /// Whether a later try can succeed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub transient: bool,
-    /// Tasks that the action launched.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub launched: u32,
 }
@@ -74,7 +70,6 @@ impl ActionOutcome {
     }
 }
 
-/// Carries the plan out in its order.
 pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<ActionOutcome> {
     // Releases first: they free places under the maximum. Among themselves
     // they are independent.

@@ -22,22 +22,18 @@ pub struct ApiError {
     pub operation: &'static str,
     /// AWS's error code, or the kind of failure below it.
     pub code: String,
-    /// AWS's message.
     pub message: String,
     /// Whether a later try can succeed.
     pub failure: Failure,
 }
 
-/// A page of a list.
 #[derive(Clone, Debug)]
 pub struct Page<T> {
-    /// Its entries.
     pub items: Vec<T>,
     /// Where the next page begins; `None` at the end.
     pub next: Option<String>,
 }
 
-/// Which tasks to list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TaskFilter {
     /// Tasks that should run, from PROVISIONING to RUNNING.
@@ -48,14 +44,11 @@ pub enum TaskFilter {
     WantedOn(String),
 }
 
-/// What CloudWatch knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Metrics {
     /// Age of the oldest message, in seconds.
     pub oldest_age: Option<u64>,
-    /// Images per second of one busy task.
     pub images_per_second: Option<f64>,
-    /// How fast messages arrived.
     pub arrivals: Option<Arrivals>,
 }
 
@@ -68,7 +61,6 @@ pub struct PartialFailure {
     pub reason: String,
 }
 
-/// What RunTask did.
 #[derive(Clone, Debug, Default)]
 pub struct RunTaskAnswer {
     /// Tasks that now exist.
@@ -82,9 +74,7 @@ pub struct RunTaskAnswer {
 pub trait Aws: Send + Sync {
     /// SQS GetQueueAttributes: the three counts.
     async fn queue(&self) -> Result<Queue, ApiError>;
-    /// CloudWatch GetMetricData.
     async fn metrics(&self, now: i64) -> Result<Metrics, ApiError>;
-    /// ECS ListTasks.
     async fn list_tasks(
         &self,
         filter: &TaskFilter,
@@ -92,7 +82,6 @@ pub trait Aws: Send + Sync {
     ) -> Result<Page<String>, ApiError>;
     /// ECS DescribeTasks, at most [`DESCRIBE_MAX`] ARNs.
     async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError>;
-    /// ECS ListContainerInstances.
     async fn list_container_instances(
         &self,
         page: Option<String>,
@@ -113,9 +102,7 @@ pub trait Aws: Send + Sync {
     async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError>;
     /// Auto Scaling DescribeWarmPool: instances that stand ready in it.
     async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError>;
-    /// ECS RunTask.
     async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError>;
-    /// ECS StopTask.
     async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError>;
     /// ECS UpdateContainerInstancesState, at most [`UPDATE_STATE_MAX`] ARNs.
     async fn set_draining(
@@ -123,7 +110,6 @@ pub trait Aws: Send + Sync {
         arns: &[String],
         draining: bool,
     ) -> Result<Vec<PartialFailure>, ApiError>;
-    /// Auto Scaling SetDesiredCapacity.
     async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError>;
     /// Auto Scaling TerminateInstanceInAutoScalingGroup.
     async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError>;

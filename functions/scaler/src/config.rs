@@ -8,7 +8,6 @@ use planner::{CapacityOption, Policy};
 /// line stay small below it; GPU quotas end long before.
 const LARGEST_FLEET: u32 = 500;
 
-/// Everything that the Lambda is told.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `INPUT_QUEUE_URL`: the queue whose backlog counts. Required.
@@ -28,7 +27,6 @@ pub struct Config {
 const OPTIONS_FORM: &str = r#"a JSON list in order of preference, such as [{"name":"g4dn.xlarge/on-demand","autoScalingGroup":"clip-1","instanceType":"g4dn.xlarge"}]"#;
 
 impl Config {
-    /// Reads and checks the environment.
     pub fn read(env: &Reader<'_>) -> Result<Self, EnvError> {
         Ok(Self {
             input_queue_url: env.required("INPUT_QUEUE_URL", "the URL of the input queue")?,

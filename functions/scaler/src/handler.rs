@@ -40,7 +40,6 @@ impl Cause {
         }
     }
 
-    /// For the log.
     pub fn text(&self) -> &str {
         match self {
             Self::Work(text) | Self::Other(text) => text,
@@ -54,15 +53,10 @@ impl Cause {
 pub struct RunRecord {
     /// Always `scaler run`, to find the line by.
     pub message: String,
-    /// Who woke it.
     pub cause: String,
-    /// What it saw.
     pub observation: Observation,
-    /// The rules.
     pub policy: Policy,
-    /// What it decided.
     pub plan: Plan,
-    /// What came of it.
     pub outcomes: Vec<ActionOutcome>,
     /// Milliseconds from the wake to the decision.
     pub decision_ms: u64,

@@ -4,6 +4,9 @@
 //! The decision itself is the crate `planner`. [`observe`] and [`act`] speak to
 //! AWS through one trait, [`aws::Aws`].
 
+// A program's own parts, no library: their names say what they are.
+#![allow(missing_docs)]
+
 pub mod act;
 pub mod aws;
 pub mod config;

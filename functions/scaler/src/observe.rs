@@ -17,13 +17,10 @@ pub const OBSERVE_TIMEOUT: Duration = Duration::from_secs(12);
 /// Pages of one list before something is wrong with its tokens: 10,000 entries.
 const MAX_PAGES: usize = 100;
 
-/// A read that failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
-    /// AWS refused it or did not hear of it.
     #[error(transparent)]
     Call(#[from] ApiError),
-    /// It took too long.
     #[error("no answer within {} s", OBSERVE_TIMEOUT.as_secs())]
     Timeout,
 }
@@ -32,9 +29,7 @@ pub enum ReadError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot observe {what}: {source}")]
 pub struct ObserveError {
-    /// What could not be read.
     pub what: &'static str,
-    /// Why.
     pub source: ReadError,
 }
 

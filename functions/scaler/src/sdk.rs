@@ -41,7 +41,6 @@ const PERIOD_SECONDS: i64 = 60;
 /// task can do.
 const RATE_WINDOW_SECONDS: i64 = 900;
 
-/// The scaler's clients.
 pub struct SdkAws {
     ecs: ecs::Client,
     autoscaling: autoscaling::Client,

@@ -15,25 +15,20 @@ const DAY: Ms = 24 * 3_600_000;
 /// Time after the day for what was held back by a broken task's backoff.
 const AFTERMATH: Ms = 24 * 3_600_000;
 
-/// What one day showed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Day {
     /// Its seed: the same seed is the same day.
     pub seed: u64,
     /// Most instances at once, those on their way out included.
     pub most_instances: u32,
-    /// The maximum of its policy.
     pub max_instances: u32,
     /// Milliseconds from the last message's end (or the last disturbance after
     /// it) until nothing was paid for any more.
     pub to_zero: Ms,
-    /// What was allowed.
     pub allowed: Ms,
-    /// The grace of its policy.
     pub grace: Ms,
     /// Whether all work was done and everything given back.
     pub finished: bool,
-    /// Planner runs.
     pub runs: u64,
 }
 
@@ -63,7 +58,6 @@ impl Day {
     }
 }
 
-/// Simulates the day of a seed.
 pub fn day(seed: u64) -> Day {
     let mut rng = fastrand::Rng::with_seed(seed ^ 0x5eed_0fda_7500);
     let policy = random_policy(&mut rng);
@@ -192,12 +186,10 @@ fn random_spans(rng: &mut fastrand::Rng, most: usize, mean_ms: f64) -> Vec<(Ms, 
         .collect()
 }
 
-/// What a broken task costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CrashLoop {
     /// Tasks launched in the first hour after the first launch.
     pub first_hour: u32,
-    /// Tasks launched in the first day.
     pub first_day: u32,
     /// Whether the work was done after the task was repaired.
     pub recovered: bool,

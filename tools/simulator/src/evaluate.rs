@@ -40,7 +40,6 @@ impl Setting {
         Self { policy }
     }
 
-    /// The world's speeds.
     pub fn physics(&self) -> Physics {
         Physics::new(
             self.policy.images_per_second,
@@ -48,7 +47,6 @@ impl Setting {
         )
     }
 
-    /// A world for a trace.
     pub fn world(&self, trace: &Trace) -> World {
         let options = self.policy.options.iter();
         let groups = options.map(|option| option.auto_scaling_group.as_str());
@@ -56,13 +54,10 @@ impl Setting {
     }
 }
 
-/// One model on one trace.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// The model.
     pub model: &'static str,
-    /// Its numbers.
-    pub summary: Averages,
+    pub averages: Averages,
     /// First run's curve, for the plot.
     pub curve: Vec<Moment>,
     /// Most instances at any time.
@@ -71,18 +66,13 @@ pub struct Row {
     pub ended: bool,
 }
 
-/// All models on one trace.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    /// The trace.
     pub trace: Trace,
-    /// The models.
     pub rows: Vec<Row>,
-    /// The oracle.
     pub oracle: Bound,
 }
 
-/// Runs one model once.
 pub fn run_once(
     setting: &Setting,
     trace: &Trace,
@@ -93,7 +83,6 @@ pub fn run_once(
     (world.tally, ended)
 }
 
-/// Runs a trace under every model.
 pub fn compare(setting: &Setting, trace: &Trace) -> Comparison {
     let max = setting.policy.max_instances;
     let mut rows = Vec::new();
@@ -114,7 +103,7 @@ pub fn compare(setting: &Setting, trace: &Trace) -> Comparison {
         }
         rows.push(Row {
             model,
-            summary: Averages::of(&runs),
+            averages: Averages::of(&runs),
             curve: runs[0].curve.clone(),
             most_instances: runs.iter().map(|run| run.most_instances).max().unwrap_or(0),
             ended,
@@ -133,66 +122,58 @@ pub fn compare(setting: &Setting, trace: &Trace) -> Comparison {
     }
 }
 
-/// One requirement and whether it holds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
     /// What is required, on which trace.
     pub what: String,
-    /// Whether it holds.
     pub holds: bool,
-    /// The numbers.
     pub numbers: String,
 }
 
-/// The requirements of the comparison.
 pub fn verdicts(comparison: &Comparison) -> Vec<Verdict> {
     let name = &comparison.trace.name;
-    let ours = &comparison.rows[0].summary;
-    let original = &comparison.rows[1].summary;
-    let keda = &comparison.rows[2].summary;
-    let oracle_hours = comparison.oracle.gpu_seconds / 3600.0;
-    let mut verdicts = vec![
-        Verdict {
-            what: format!("{name}: all images done, everything given back"),
-            holds: ours.done >= 1.0 && comparison.rows[0].ended,
-            numbers: format!("{:.1} %", ours.done * 100.0),
-        },
-        Verdict {
-            what: format!("{name}: GPU-hours at most 1.3 × the oracle's"),
-            holds: ours.gpu_hours <= 1.3 * oracle_hours,
-            numbers: format!(
-                "{:.4} / {oracle_hours:.4} = {:.2}",
-                ours.gpu_hours,
-                ours.gpu_hours / oracle_hours
-            ),
-        },
-    ];
-    if ["one", "hundred", "bursts"].contains(&name.as_str()) {
+    let [ours, original, keda] = [0, 1, 2].map(|row| &comparison.rows[row].averages);
+    let mut verdicts = Vec::new();
+    let mut require = |what: &str, holds: bool, numbers: String| {
         verdicts.push(Verdict {
-            what: format!("{name}: GPU-hours at most half of the original's"),
-            holds: ours.gpu_hours <= 0.5 * original.gpu_hours,
-            numbers: format!(
-                "{:.4} / {:.4} = {:.2}",
-                ours.gpu_hours,
-                original.gpu_hours,
-                ours.gpu_hours / original.gpu_hours
-            ),
+            what: format!("{name}: {what}"),
+            holds,
+            numbers,
         });
+    };
+    require(
+        "all images done, everything given back",
+        ours.done >= 1.0 && comparison.rows[0].ended,
+        format!("{:.1} %", ours.done * 100.0),
+    );
+    let mut at_most = |what: &str, share: f64, other: f64| {
+        let numbers = format!(
+            "{:.4} / {other:.4} = {:.2}",
+            ours.gpu_hours,
+            ours.gpu_hours / other
+        );
+        require(what, ours.gpu_hours <= share * other, numbers);
+    };
+    let oracle_hours = comparison.oracle.gpu_seconds / 3600.0;
+    at_most("GPU-hours at most 1.3 × the oracle's", 1.3, oracle_hours);
+    if ["one", "hundred", "bursts"].contains(&name.as_str()) {
+        let what = "GPU-hours at most half of the original's";
+        at_most(what, 0.5, original.gpu_hours);
     }
     if let (Some(mine), Some(theirs)) = (ours.first_vector, original.first_vector) {
-        verdicts.push(Verdict {
-            what: format!("{name}: first vector at least 60 s before the original's"),
-            holds: theirs - mine >= 60.0,
-            numbers: format!("{mine:.0} s against {theirs:.0} s"),
-        });
+        require(
+            "first vector at least 60 s before the original's",
+            theirs - mine >= 60.0,
+            format!("{mine:.0} s against {theirs:.0} s"),
+        );
     }
-    for (rival, summary) in [("original", original), ("KEDA", keda)] {
-        if let (Some(mine), Some(theirs)) = (ours.p95, summary.p95) {
-            verdicts.push(Verdict {
-                what: format!("{name}: p95 latency no worse than that of {rival}"),
-                holds: mine <= theirs,
-                numbers: format!("{mine:.3} s against {theirs:.3} s"),
-            });
+    for (rival, averages) in [("original", original), ("KEDA", keda)] {
+        if let (Some(mine), Some(theirs)) = (ours.p95, averages.p95) {
+            require(
+                &format!("p95 latency no worse than that of {rival}"),
+                mine <= theirs,
+                format!("{mine:.3} s against {theirs:.3} s"),
+            );
         }
     }
     verdicts

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 use planner::Policy;
-use simulator::days::{crash_loop, day};
+use simulator::days::{Day, crash_loop, day};
 use simulator::evaluate::{Setting, Verdict, compare, verdicts};
 use simulator::plot;
 use simulator::table;
@@ -98,7 +98,7 @@ fn main() -> ExitCode {
             out,
             conditions,
         } => run(&traces, &out, &conditions),
-        Command::Days { count, first } => days(first, count),
+        Command::Days { count, first } => Ok(days(first, count)),
         Command::Check { days, conditions } => check(days, &conditions),
     };
     match result {
@@ -131,54 +131,50 @@ fn run(names: &[String], out: &std::path::Path, conditions: &Conditions) -> Resu
     Ok(true)
 }
 
-fn simulate_days(first: u64, count: u64) -> (Vec<String>, u64, i64) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    let parts: Vec<(Vec<String>, u64, i64)> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|thread| {
-                scope.spawn(move || {
-                    let (mut faults, mut runs, mut latest) = (Vec::new(), 0, i64::MIN);
-                    for number in (thread..count).step_by(threads as usize) {
-                        let day = day(first + number);
-                        faults.extend(day.fault());
-                        runs += day.runs;
-                        latest = latest.max(day.to_zero - day.grace);
-                    }
-                    (faults, runs, latest)
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .map(|worker| {
-                worker
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    });
-    let mut total = (Vec::new(), 0, i64::MIN);
-    for (faults, runs, latest) in parts {
-        total.0.extend(faults);
-        total.1 += runs;
-        total.2 = total.2.max(latest);
-    }
-    total
+/// What many days showed.
+struct Days {
+    faults: Vec<String>,
+    runs: u64,
+    /// Seconds after the grace until nothing was paid for, at the latest.
+    latest: i64,
 }
 
-fn days(first: u64, count: u64) -> Result<bool, String> {
+fn simulate_days(first: u64, count: u64) -> Days {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let all: Vec<Day> = std::thread::scope(|scope| {
+        let seeds = |thread| (first..first + count).skip(thread).step_by(threads);
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| scope.spawn(move || seeds(thread).map(day).collect::<Vec<_>>()))
+            .collect();
+        let joined = workers.into_iter().map(|worker| worker.join());
+        joined
+            .flat_map(|days| days.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let late = all.iter().map(|day| (day.to_zero - day.grace) / 1000);
+    Days {
+        faults: all.iter().filter_map(Day::fault).collect(),
+        runs: all.iter().map(|day| day.runs).sum(),
+        latest: late.max().unwrap_or(0),
+    }
+}
+
+fn days(first: u64, count: u64) -> bool {
     let began = Instant::now();
-    let (faults, runs, latest) = simulate_days(first, count);
+    let Days {
+        faults,
+        runs,
+        latest,
+    } = simulate_days(first, count);
     for fault in faults.iter().take(20) {
         println!("FAIL  {fault}");
     }
     println!(
-        "{count} days, {runs} planner runs, {} broken promises, at the latest {} s after the grace at zero, {:.1} s",
+        "{count} days, {runs} planner runs, {} broken promises, at the latest {latest} s after the grace at zero, {:.1} s",
         faults.len(),
-        latest / 1000,
         began.elapsed().as_secs_f64()
     );
-    Ok(faults.is_empty())
+    faults.is_empty()
 }
 
 fn check(count: u64, conditions: &Conditions) -> Result<bool, String> {
@@ -187,14 +183,18 @@ fn check(count: u64, conditions: &Conditions) -> Result<bool, String> {
     for trace in Trace::all() {
         all.extend(verdicts(&compare(&setting, &trace)));
     }
-    let (faults, runs, latest) = simulate_days(0, count);
+    let Days {
+        faults,
+        runs,
+        latest,
+    } = simulate_days(0, count);
     all.push(Verdict {
         what: format!("{count} random days: never above the maximum, zero within grace + 90 s"),
         holds: faults.is_empty(),
         numbers: faults
             .first()
             .cloned()
-            .unwrap_or_else(|| format!("{runs} runs, at the latest grace + {} s", latest / 1000)),
+            .unwrap_or_else(|| format!("{runs} runs, at the latest grace + {latest} s")),
     });
     for (max_instances, images) in [(5, 1), (5, 100_000), (25, 1_000_000)] {
         let cost = crash_loop(max_instances, images, 30 * 3_600_000);

@@ -8,20 +8,13 @@ use crate::world::{Controller, Ms, Signal, World};
 
 /// Terminates up to `count` instances that hold no work.
 fn give_back_idle(world: &mut World, count: u32, may_hold_waiting_task: bool) {
-    let mut left = count;
-    for instance in world.living() {
-        if left == 0 {
-            return;
-        }
-        let is_idle = if may_hold_waiting_task {
-            !world.works(instance)
-        } else {
-            !world.holds_task(instance)
-        };
-        if is_idle {
-            world.terminate(instance, true);
-            left -= 1;
-        }
+    let mut idle = world.living();
+    idle.retain(|instance| match may_hold_waiting_task {
+        true => !world.works(*instance),
+        false => !world.holds_task(*instance),
+    });
+    for instance in idle.into_iter().take(count as usize) {
+        world.terminate(instance, true);
     }
 }
 
@@ -174,6 +167,13 @@ fn start_workers(world: &mut World) {
     }
 }
 
+/// Asks for what is missing, or gives back what is idle and too many.
+fn scale_to(world: &mut World, wanted: u32) {
+    let existing = world.living_in(0);
+    world.set_desired(0, wanted.max(existing));
+    give_back_idle(world, existing.saturating_sub(wanted), true);
+}
+
 /// (b) KEDA with its defaults, on nodes that come and go with their pods.
 pub struct Keda {
     max: u32,
@@ -241,13 +241,7 @@ impl Keda {
 
     fn scale(&mut self, world: &mut World, replicas: u32) {
         self.replicas = replicas;
-        let existing = world.living_in(0);
-        if replicas > existing {
-            world.set_desired(0, replicas);
-        } else if existing > replicas {
-            world.set_desired(0, existing);
-            give_back_idle(world, existing - replicas, true);
-        }
+        scale_to(world, replicas);
     }
 }
 
@@ -361,12 +355,7 @@ impl SageMaker {
             return;
         }
         self.last_change = world.now();
-        let existing = world.living_in(0);
-        if wanted > existing {
-            world.set_desired(0, wanted);
-        } else {
-            give_back_idle(world, existing - wanted, true);
-        }
+        scale_to(world, wanted);
         self.desired = wanted;
     }
 }

@@ -21,12 +21,9 @@
 use crate::trace::Trace;
 use crate::world::{Ms, Physics};
 
-/// What the oracle spends.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bound {
-    /// GPU-seconds.
     pub gpu_seconds: f64,
-    /// Instances started.
     pub starts: f64,
 }
 

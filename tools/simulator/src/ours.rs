@@ -27,7 +27,6 @@ fn ms(time: Duration) -> Ms {
     time.as_millis() as Ms
 }
 
-/// Drives a world with the planner.
 pub struct Ours {
     policy: Policy,
     phase: Ms,
@@ -37,7 +36,6 @@ pub struct Ours {
     stale: Vec<Plan>,
     /// Every run is checked with this.
     pub inspect: Option<fn(&Observation, &Policy, &Plan)>,
-    /// Runs so far.
     pub runs: u64,
 }
 

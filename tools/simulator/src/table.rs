@@ -9,7 +9,6 @@ fn seconds(value: Option<f64>) -> String {
     value.map_or_else(|| "–".to_owned(), |value| format!("{value:.1}"))
 }
 
-/// A trace's table.
 pub fn comparison(comparison: &Comparison) -> String {
     let mut text = String::new();
     let trace = &comparison.trace;
@@ -36,7 +35,7 @@ pub fn comparison(comparison: &Comparison) -> String {
             idle_seconds,
             instances_started,
             ..
-        } = row.summary;
+        } = row.averages;
         let _ = writeln!(
             text,
             "{:<22}{gpu_hours:>10.4}{:>10.4}{:>12}{:>9}{:>9}{:>9}{idle_seconds:>11.0}{instances_started:>9.1}",

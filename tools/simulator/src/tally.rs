@@ -14,12 +14,9 @@ pub struct Moment {
     pub backlog: u64,
 }
 
-/// What happened in one run.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// Messages that arrived.
     pub arrived: u64,
-    /// Images done.
     pub done: u64,
     /// Milliseconds of instances that were paid for.
     pub paid: Ms,
@@ -27,17 +24,13 @@ pub struct Tally {
     pub booting: Ms,
     /// Of these, with images on the GPU.
     pub busy: Ms,
-    /// When each instance was launched.
     pub instance_times: Vec<Ms>,
-    /// When each task was launched.
     pub launch_times: Vec<Ms>,
     /// Most instances at once, those on their way out included.
     pub most_instances: u32,
-    /// When the first message arrived.
     pub first_arrival: Option<Ms>,
     /// From the first arrival to the first image done, whichever it was.
     pub first_vector: Option<Ms>,
-    /// When the last image was done.
     pub last_done: Ms,
     /// Latencies (milliseconds, images).
     pub latencies: Vec<(u32, u32)>,
@@ -101,20 +94,14 @@ pub struct Averages {
     pub first_vector: Option<f64>,
     /// Half of the images took no longer, in seconds.
     pub p50: Option<f64>,
-    /// 95 % of them.
     pub p95: Option<f64>,
-    /// 99 % of them.
     pub p99: Option<f64>,
-    /// Mean idle seconds of paid GPUs.
     pub idle_seconds: f64,
-    /// Mean number of instances started.
     pub instances_started: f64,
-    /// Share of the images done.
     pub done: f64,
 }
 
 impl Averages {
-    /// Folds runs together.
     pub fn of(runs: &[Tally]) -> Self {
         let number = runs.len().max(1) as f64;
         let mean = |value: &dyn Fn(&Tally) -> f64| runs.iter().map(value).sum::<f64>() / number;

@@ -4,44 +4,31 @@ use std::path::Path;
 
 use crate::world::Ms;
 
-/// Arrivals of one scenario.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
-    /// Its name, also of its plot.
     pub name: String,
-    /// What it is.
     pub about: String,
     /// Time and number, in order.
     pub arrivals: Vec<(Ms, u64)>,
 }
 
-/// A file that holds no arrivals.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// The file.
         path: String,
-        /// Why.
         source: std::io::Error,
     },
-    /// A line is not of the form `seconds[,count]`.
     #[error("{path}, line {line}: {text:?} is not `seconds` or `seconds,count`")]
     Line {
-        /// The file.
         path: String,
-        /// The line's number.
         line: usize,
-        /// The line.
         text: String,
     },
-    /// No such trace.
     #[error("there is no trace {0:?}: {NAMES}, or a CSV file of arrivals")]
     Unknown(String),
 }
 
-/// Names of the built-in traces.
 pub const NAMES: &str = "one, hundred, ten-thousand, steady, bursts, day, backfill";
 
 /// Peak of the day's curve, images per second.
@@ -57,7 +44,6 @@ const BURST_MEAN: f64 = 200.0;
 const HOUR: f64 = 3_600_000.0;
 
 impl Trace {
-    /// All built-in traces.
     pub fn all() -> Vec<Self> {
         NAMES
             .split(", ")
@@ -65,7 +51,6 @@ impl Trace {
             .collect()
     }
 
-    /// A built-in trace.
     pub fn named(name: &str) -> Result<Self, TraceError> {
         let at_once = |count: u64| vec![(0, count)];
         let (about, arrivals) = match name {
@@ -111,12 +96,10 @@ impl Trace {
         })
     }
 
-    /// Images of the trace.
     pub fn images(&self) -> u64 {
         self.arrivals.iter().map(|(_, count)| count).sum()
     }
 
-    /// Time of the last arrival.
     pub fn end(&self) -> Ms {
         self.arrivals.last().map_or(0, |(at, _)| *at)
     }

@@ -25,7 +25,6 @@ const LONGEST_LIFE_OF_LOST: f64 = 1_800_000.0;
 const HOST_TERMINATED: &str = "Host EC2 (instance) terminated.";
 
 impl World {
-    /// Asks a group for capacity.
     pub fn set_desired(&mut self, group: usize, desired: u32) {
         self.groups[group].shown.desired = desired;
         self.reconcile_in(group, self.physics.group_reaction);
@@ -224,7 +223,6 @@ impl World {
         })
     }
 
-    /// Starts a task on an instance.
     pub fn start_task(&mut self, machine: usize) {
         let index = self.workers.len();
         let now = self.now;

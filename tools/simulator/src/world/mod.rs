@@ -51,7 +51,6 @@ enum Event {
 /// What a scaler may learn of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// Messages arrived.
     Arrived,
     /// ECS: a task changed its state.
     Task,
@@ -71,7 +70,6 @@ pub trait Controller {
     fn signal(&mut self, world: &mut World, signal: Signal);
 }
 
-/// An EC2 instance.
 #[derive(Clone, Debug)]
 struct Machine {
     /// What ECS shows of it, from `registered_at` on.
@@ -115,7 +113,6 @@ struct ScalingGroup {
     reconcile_at: Ms,
 }
 
-/// The simulated world.
 pub struct World {
     now: Ms,
     sequence: u64,
@@ -133,7 +130,6 @@ pub struct World {
     sent: VecDeque<(Ms, u64)>,
     groups: Vec<ScalingGroup>,
     machines: Vec<Machine>,
-    /// Machines that are not gone.
     living: Vec<usize>,
     workers: Vec<Worker>,
     /// Workers that ECS shows.
@@ -146,9 +142,7 @@ pub struct World {
     footprint: u32,
     /// When something went wrong last that delays giving back.
     pub last_disturbance: Ms,
-    /// What went on.
     pub tally: Tally,
-    /// What goes wrong.
     pub chaos: Option<Chaos>,
 }
 

@@ -78,7 +78,6 @@ impl Physics {
     }
 }
 
-/// What goes wrong by itself.
 #[derive(Clone, Debug, Default)]
 pub struct Chaos {
     /// Decides everything below.
@@ -87,7 +86,6 @@ pub struct Chaos {
     pub call_failure: f64,
     /// Spans in which every call fails.
     pub outages: Vec<(Ms, Ms)>,
-    /// Chance that an instance never registers.
     pub never_registers: f64,
     /// Chance that an instance is lost at some time of its life.
     pub lost: f64,
