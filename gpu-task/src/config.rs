@@ -1,638 +1,432 @@
-//! The task's configuration: one struct, read once from flags and the
-//! environment, checked before anything starts.
+//! The task's configuration: flags and environment variables, checked before
+//! anything starts.
 
-use std::fmt::Write as _;
+use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, Resettable, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser};
 use clip_image::{DecodeMode, Limits};
 use clip_model::engine::ExecutionProvider;
-use delivery::OutputConfig;
+use delivery::{Backoff, OutputConfig};
 use events::{S3Url, vector};
-use platform::env::{EnvError, Reader, invalid};
+use platform::env::Reader;
 use platform::metrics::DEFAULT_NAMESPACE;
 
-use crate::queue::VISIBILITY_MAX;
+use crate::services::VISIBILITY_MAX;
 
-/// A variable of the environment, as `--help` and the README tell of it.
-pub struct Variable {
-    /// Its name. As a flag: `--batch-size` for `BATCH_SIZE`.
-    pub name: &'static str,
-    /// What it holds, with its unit.
-    pub holds: &'static str,
-    /// Its default.
-    pub default: &'static str,
-    /// Why it exists, or why the default is what it is.
-    pub why: &'static str,
-}
+/// Read by the logs and by the engine, before or below this configuration.
+const READ_ELSEWHERE: &str = "\
+Only as variables:
+  ORT_DYLIB_PATH  file of ONNX Runtime's shared library; required
+  RUST_LOG        log filter; debug shows every stage of every image [default: info]
+  LOG_FORMAT      json or text [default: text on a terminal, else json]
 
-const fn variable(
-    name: &'static str,
-    holds: &'static str,
-    default: &'static str,
-    why: &'static str,
-) -> Variable {
-    Variable {
-        name,
-        holds,
-        default,
-        why,
-    }
-}
+Exit codes:
+  0    done: idle for IDLE_EXIT_SECONDS, or stopped by SIGTERM
+  2    the configuration is wrong
+  3    the model cannot be fetched or loaded
+  4    a queue, the cache bucket or an output cannot be used (missing, or access refused)
+  5    the model fails run after run
+  101  a fault of the program itself";
 
-/// Every variable that the task reads. The SDK's own (`AWS_REGION`,
-/// `AWS_ENDPOINT_URL`, credentials) are not repeated here.
-pub const VARIABLES: &[Variable] = &[
-    variable(
-        "INPUT_QUEUE_URL",
-        "URL of the SQS queue with the work",
-        "required",
-        "each message is a CloudEvent, or any other form in which work arrives",
-    ),
-    variable(
-        "DEAD_LETTER_QUEUE_URL",
-        "URL of the SQS queue for rejected messages",
-        "required",
-        "a message that can never succeed goes there at once, with its reason",
-    ),
-    variable(
-        "OUTPUT_TOPIC_ARN",
-        "ARN of an SNS topic",
-        "one output at least",
-        "events in Lakechain's form, what the next middleware subscribes to",
-    ),
-    variable(
-        "OUTPUT_EVENT_BUS",
-        "name or ARN of an EventBridge bus",
-        "one output at least",
-        "events as standard CloudEvents 1.0",
-    ),
-    variable(
-        "OUTPUT_QUEUE_URL",
-        "URL of an SQS queue",
-        "one output at least",
-        "events in Lakechain's form",
-    ),
-    variable(
-        "CACHE_BUCKET",
-        "name of the S3 bucket for vectors",
-        "required",
-        "each vector is one JSON object",
-    ),
-    variable(
-        "CACHE_PREFIX",
-        "prefix of the vectors' keys",
-        "clip-image-processor",
-        "the product page's",
-    ),
-    variable(
-        "MODEL_PATH",
-        "folder of the model bundle",
-        "this or MODEL_URI",
-        "a bundle on disk starts fastest",
-    ),
-    variable(
-        "MODEL_URI",
-        "s3://bucket/prefix of the model bundle",
-        "this or MODEL_PATH",
-        "fetched once per machine into CACHE_DIR, digests checked",
-    ),
-    variable(
-        "CACHE_DIR",
-        "folder for fetched bundles",
-        "required with MODEL_URI",
-        "EFS or a disk; several tasks share it safely",
-    ),
-    variable(
-        "ORT_DYLIB_PATH",
-        "file of ONNX Runtime's shared library",
-        "required",
-        "the same program runs with the CPU or the CUDA library",
-    ),
-    variable(
-        "EXECUTION_PROVIDER",
-        "cpu or cuda",
-        "cpu",
-        "what the model runs on; cuda that cannot be used is an error, never a fall-back",
-    ),
-    variable(
-        "BATCH_SIZE",
-        "images, 1 to 512",
-        "cpu 8, cuda 64",
-        "larger gains nothing on a CPU and fills a T4 on CUDA",
-    ),
-    variable(
-        "BATCH_WAIT_MS",
-        "milliseconds, 0 to 10000",
-        "cpu 40, cuda 10",
-        "how long an image waits for company while the model is idle and more is on its way",
-    ),
-    variable(
-        "INTRA_THREADS",
-        "threads, 1 to 256",
-        "all cores",
-        "threads of one model run on a CPU",
-    ),
-    variable(
-        "DECODE_THREADS",
-        "threads, 1 to 256",
-        "all cores",
-        "images decoded at the same time",
-    ),
-    variable(
-        "DOWNLOADS",
-        "documents, 1 to 1024",
-        "cpu 16, cuda 64",
-        "documents fetched at the same time; hides the storage's latency",
-    ),
-    variable(
-        "STORES",
-        "vectors, 1 to 1024",
-        "cpu 16, cuda 64",
-        "vectors written at the same time",
-    ),
-    variable(
-        "MAX_MESSAGES",
-        "messages, 10 to 10000",
-        "cpu 128, cuda 1024",
-        "most messages held; fewer are held when the rate says that more cannot be finished in time",
-    ),
-    variable(
-        "MEMORY_BUDGET_BYTES",
-        "bytes, from 64 MiB",
-        "cpu 384 MiB, cuda 2 GiB",
-        "documents in memory and what decoding them takes; an image that needs more runs alone",
-    ),
-    variable(
-        "DECODE",
-        "exact or fast",
-        "exact",
-        "fast decodes large JPEGs at lower resolution, cosine loss at most 6e-6",
-    ),
-    variable(
-        "APPLY_EXIF_ORIENTATION",
-        "true or false",
-        "false",
-        "the reference ignores it",
-    ),
-    variable(
-        "EXTRACT_LABELS",
-        "true or false",
-        "true",
-        "adds the five nearest labels of the bundle to the keywords",
-    ),
-    variable(
-        "MAX_IMAGE_PIXELS",
-        "pixels",
-        "178956970",
-        "Pillow's limit against decompression bombs",
-    ),
-    variable(
-        "MAX_IMAGE_BYTES",
-        "bytes",
-        "536870912",
-        "an object can have terabytes",
-    ),
-    variable(
-        "MAX_IMAGE_MEMORY_BYTES",
-        "bytes",
-        "1006632960",
-        "what decoding one image may take; larger is rejected",
-    ),
-    variable(
-        "VISIBILITY_TIMEOUT_SECONDS",
-        "seconds, 10 to 43200",
-        "60",
-        "a killed task's messages come back after it; a heartbeat extends it while work goes on",
-    ),
-    variable(
-        "DOWNLOAD_TIMEOUT_SECONDS",
-        "seconds, 1 to 3600",
-        "120",
-        "one document, all tries together",
-    ),
-    variable(
-        "IDLE_EXIT_SECONDS",
-        "seconds, 0 to 86400",
-        "30",
-        "exit when nothing came for so long; 0 never exits",
-    ),
-    variable(
-        "STOP_TIMEOUT_SECONDS",
-        "seconds, 1 to 120",
-        "30",
-        "ECS's stop timeout: after SIGTERM everything ends before it",
-    ),
-    variable(
-        "METRICS_NAMESPACE",
-        "CloudWatch namespace",
-        DEFAULT_NAMESPACE,
-        "of the metrics on standard output",
-    ),
-    variable(
-        "METRICS_INTERVAL_SECONDS",
-        "seconds, 1 to 3600",
-        "10",
-        "how often metrics are written; short enough that a task of a minute is seen",
-    ),
-    variable(
-        "CLUSTER_NAME",
-        "name of the ECS cluster",
-        "none",
-        "a property of each metric line, for searching",
-    ),
-    variable(
-        "IMAGE_LINES_PER_SECOND",
-        "lines, 0 to 100000",
-        "100",
-        "log lines about single images; what is above is not written, so that logs cost less than the GPU",
-    ),
-    variable(
-        "RUST_LOG",
-        "log filter",
-        "info",
-        "debug shows every stage of every image",
-    ),
-    variable(
-        "LOG_FORMAT",
-        "json or text",
-        "text on a terminal, else json",
-        "form of the log on standard error",
-    ),
-];
-
-/// What the model runs on decides most defaults.
-struct Defaults {
-    batch_size: usize,
-    batch_wait_ms: u64,
-    downloads: usize,
-    stores: usize,
-    max_messages: usize,
-    memory_budget: u64,
-}
+/// When a message that failed for a passing reason comes back: with the usual
+/// five deliveries an outage of about two and a half minutes costs nothing.
+const RETRY: Backoff = Backoff {
+    base: Duration::from_secs(10),
+    cap: Duration::from_secs(900),
+};
 
 const MIB: u64 = 1024 * 1024;
 
-const CPU: Defaults = Defaults {
-    batch_size: 8,
-    batch_wait_ms: 40,
-    downloads: 16,
-    stores: 16,
-    max_messages: 128,
-    memory_budget: 384 * MIB,
-};
-
-const CUDA: Defaults = Defaults {
-    batch_size: 64,
-    batch_wait_ms: 10,
-    downloads: 64,
-    stores: 64,
-    max_messages: 1024,
-    memory_budget: 2048 * MIB,
-};
-
-/// Where the model comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ModelSource {
-    /// A folder.
-    Path(PathBuf),
-    /// An S3 prefix, cached in a folder.
-    Uri {
-        /// The bucket.
-        bucket: String,
-        /// The prefix, without a slash at its end.
-        prefix: String,
-        /// The folder.
-        cache: PathBuf,
-    },
+/// Takes images from a queue, embeds them with CLIP, stores the vectors and
+/// publishes the enriched events.
+///
+/// Every variable can be given as a flag, which then counts. An empty variable
+/// counts as absent. The AWS SDK's own variables work as usual.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "gpu-task", version, after_help = READ_ELSEWHERE, args_override_self = true)]
+pub struct Config {
+    /// Print the configuration, or what is wrong with it, and exit
+    #[arg(long = "check-config")]
+    pub check_config: bool,
+    /// URL of the SQS queue with the work: each message is a CloudEvent, or any other form in
+    /// which work arrives
+    #[arg(long, env = "INPUT_QUEUE_URL", value_parser = queue_url)]
+    pub input_queue_url: String,
+    /// URL of the SQS queue for rejected messages: one that can never succeed goes there at once,
+    /// with its reason
+    #[arg(long, env = "DEAD_LETTER_QUEUE_URL", value_parser = queue_url)]
+    pub(crate) dead_letter_queue_url: String,
+    /// ARN of an SNS topic for events in Lakechain's form, what the next middleware subscribes to;
+    /// one output at least is required
+    #[arg(long, env = "OUTPUT_TOPIC_ARN")]
+    output_topic_arn: Option<String>,
+    /// Name or ARN of an EventBridge bus for events as standard CloudEvents 1.0
+    #[arg(long, env = "OUTPUT_EVENT_BUS")]
+    output_event_bus: Option<String>,
+    /// URL of an SQS queue for events in Lakechain's form
+    #[arg(long, env = "OUTPUT_QUEUE_URL")]
+    output_queue_url: Option<String>,
+    /// Name of the S3 bucket for vectors, each one JSON object
+    #[arg(long, env = "CACHE_BUCKET")]
+    pub(crate) cache_bucket: String,
+    /// Folder of the model bundle: one on disk starts fastest
+    #[arg(long, env = "MODEL_PATH", conflicts_with = "model_uri")]
+    #[arg(required_unless_present = "model_uri")]
+    pub(crate) model_path: Option<PathBuf>,
+    /// s3://bucket/prefix of the model bundle, fetched once per machine into CACHE_DIR, digests
+    /// checked
+    #[arg(long, env = "MODEL_URI", requires = "cache_dir", value_parser = model_uri)]
+    pub(crate) model_uri: Option<S3Url>,
+    /// Folder for fetched bundles, EFS or a disk; several tasks share it safely
+    #[arg(long, env = "CACHE_DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// What the model runs on: cpu or cuda; cuda that cannot be used is an error, never a fall-back
+    #[arg(long, env = "EXECUTION_PROVIDER", default_value = "cpu", value_parser = provider())]
+    pub(crate) execution_provider: ExecutionProvider,
+    /// Threads of one model run on a CPU [default: all cores]
+    #[arg(long, env = "INTRA_THREADS", default_value_t = cores(), value_parser = within(1..=256))]
+    #[arg(hide_default_value = true)]
+    pub(crate) intra_threads: usize,
+    /// How JPEGs are decoded: fast takes large ones at lower resolution, cosine loss at most 6e-6
+    #[arg(long, env = "DECODE", default_value = "exact", value_parser = decode_mode())]
+    pub(crate) decode: DecodeMode,
+    /// Whether EXIF's orientation counts; the reference ignores it
+    #[arg(long, env = "APPLY_EXIF_ORIENTATION", default_value = "false", value_parser = boolean())]
+    #[arg(action = clap::ArgAction::Set)]
+    pub(crate) apply_exif_orientation: bool,
+    /// Whether the bundle's five nearest labels are added to the keywords
+    #[arg(long, env = "EXTRACT_LABELS", default_value = "true", value_parser = boolean())]
+    #[arg(action = clap::ArgAction::Set)]
+    pub(crate) extract_labels: bool,
+    /// Pixels of an image: Pillow's limit against decompression bombs
+    #[arg(long, env = "MAX_IMAGE_PIXELS", default_value_t = Limits::MAX_PIXELS, value_parser = up_to_2_40())]
+    pub(crate) max_image_pixels: u64,
+    /// Bytes that decoding one image may take; larger is rejected
+    #[arg(long, env = "MAX_IMAGE_MEMORY_BYTES", default_value_t = Limits::MAX_MEMORY, value_parser = up_to_2_40())]
+    pub(crate) max_image_memory_bytes: u64,
+    /// CloudWatch namespace of the metrics on standard output
+    #[arg(long, env = "METRICS_NAMESPACE", default_value = DEFAULT_NAMESPACE)]
+    pub(crate) metrics_namespace: String,
+    /// Name of the ECS cluster, a property of each metric line, for searching
+    #[arg(long, env = "CLUSTER_NAME")]
+    pub(crate) cluster_name: Option<String>,
+    /// What the pipeline reads.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
-/// The configuration. Each field is the variable of its name; see
-/// [`VARIABLES`] for units, defaults and reasons.
-#[derive(Clone, Debug)]
-pub struct Config {
-    pub input_queue_url: String,
-    pub dead_letter_queue_url: String,
-    pub outputs: OutputConfig,
-    pub cache_bucket: String,
-    pub cache_prefix: String,
-    pub model: ModelSource,
-    pub provider: ExecutionProvider,
+/// How the pipeline runs.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Images, 1 to 512: larger gains nothing on a CPU; with cuda 64, which fills a T4
+    #[arg(long, env = "BATCH_SIZE", value_parser = within(1..=512))]
+    #[arg(
+        default_value = "8",
+        default_value_if("execution_provider", "cuda", "64")
+    )]
     pub batch_size: usize,
+    /// Milliseconds that an image waits for company while the model is idle and more is on its
+    /// way; with cuda 10
+    #[arg(long = "batch-wait-ms", env = "BATCH_WAIT_MS", value_name = "BATCH_WAIT_MS", value_parser = milliseconds(0..=10_000))]
+    #[arg(
+        default_value = "40",
+        default_value_if("execution_provider", "cuda", "10")
+    )]
     pub batch_wait: Duration,
-    pub intra_threads: usize,
+    /// Images decoded at the same time [default: all cores]
+    #[arg(long, env = "DECODE_THREADS", default_value_t = cores(), value_parser = within(1..=256))]
+    #[arg(hide_default_value = true)]
     pub decode_threads: usize,
+    /// Documents fetched at the same time, which hides the storage's latency; with cuda 64
+    #[arg(long, env = "DOWNLOADS", value_parser = within(1..=1024))]
+    #[arg(
+        default_value = "16",
+        default_value_if("execution_provider", "cuda", "64")
+    )]
     pub downloads: usize,
+    /// Vectors written at the same time; with cuda 64
+    #[arg(long, env = "STORES", value_parser = within(1..=1024))]
+    #[arg(
+        default_value = "16",
+        default_value_if("execution_provider", "cuda", "64")
+    )]
     pub stores: usize,
+    /// Most messages held, with cuda 1024; fewer are held when the rate says that more cannot be
+    /// finished in time
+    #[arg(long, env = "MAX_MESSAGES", value_parser = within(10..=10_000))]
+    #[arg(
+        default_value = "128",
+        default_value_if("execution_provider", "cuda", "1024")
+    )]
     pub max_messages: usize,
+    /// Bytes of documents in memory and of what decoding them takes, from 64 MiB; with cuda 2 GiB;
+    /// an image that needs more runs alone
+    #[arg(
+        long = "memory-budget-bytes",
+        env = "MEMORY_BUDGET_BYTES",
+        value_name = "MEMORY_BUDGET_BYTES"
+    )]
+    #[arg(value_parser = clap::value_parser!(u64).range(64 * MIB..=1 << 42))]
+    #[arg(
+        default_value = "402653184",
+        default_value_if("execution_provider", "cuda", "2147483648")
+    )]
     pub memory_budget: u64,
-    pub decode: DecodeMode,
-    pub apply_exif_orientation: bool,
-    pub extract_labels: bool,
-    pub limits: Limits,
+    /// Bytes of a document: an object can have terabytes
+    #[arg(long, env = "MAX_IMAGE_BYTES", default_value_t = Limits::MAX_BYTES, value_parser = up_to_2_40())]
+    pub max_image_bytes: u64,
+    /// Seconds after which a killed task's messages come back; a heartbeat extends them while work
+    /// goes on
+    #[arg(
+        long = "visibility-timeout-seconds",
+        env = "VISIBILITY_TIMEOUT_SECONDS",
+        value_name = "VISIBILITY_TIMEOUT_SECONDS",
+        default_value = "60"
+    )]
+    #[arg(value_parser = seconds(10..=VISIBILITY_MAX.as_secs()))]
     pub visibility: Duration,
+    /// Seconds for one document, all tries together
+    #[arg(
+        long = "download-timeout-seconds",
+        env = "DOWNLOAD_TIMEOUT_SECONDS",
+        value_name = "DOWNLOAD_TIMEOUT_SECONDS",
+        default_value = "120"
+    )]
+    #[arg(value_parser = seconds(1..=3600))]
     pub download_timeout: Duration,
-    /// `None`: never.
-    pub idle_exit: Option<Duration>,
+    /// Seconds without work after which the task exits; 0 never exits
+    #[arg(
+        long = "idle-exit-seconds",
+        env = "IDLE_EXIT_SECONDS",
+        value_name = "IDLE_EXIT_SECONDS",
+        default_value = "30"
+    )]
+    #[arg(value_parser = seconds(0..=86_400))]
+    pub idle_exit: Duration,
+    /// Seconds of ECS's stop timeout: after SIGTERM everything ends before it
+    #[arg(
+        long = "stop-timeout-seconds",
+        env = "STOP_TIMEOUT_SECONDS",
+        value_name = "STOP_TIMEOUT_SECONDS",
+        default_value = "30"
+    )]
+    #[arg(value_parser = seconds(1..=120))]
     pub stop_timeout: Duration,
-    pub metrics_namespace: String,
+    /// Seconds between metrics: short enough that a task of a minute is seen
+    #[arg(
+        long = "metrics-interval-seconds",
+        env = "METRICS_INTERVAL_SECONDS",
+        value_name = "METRICS_INTERVAL_SECONDS",
+        default_value = "10"
+    )]
+    #[arg(value_parser = seconds(1..=3600))]
     pub metrics_interval: Duration,
-    pub cluster_name: Option<String>,
+    /// Prefix of the vectors' keys, by default the product page's
+    #[arg(long, env = "CACHE_PREFIX", default_value = vector::DEFAULT_PREFIX)]
+    pub cache_prefix: String,
+    /// Log lines about single images; what is above is not written, so that logs cost less than
+    /// the GPU
+    #[arg(long, env = "IMAGE_LINES_PER_SECOND", default_value = "100")]
+    #[arg(value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub image_lines_per_second: u32,
+    /// When a message that failed for a passing reason comes back.
+    #[arg(skip = RETRY)]
+    pub retry: Backoff,
 }
 
 impl Config {
-    /// Reads and checks everything.
-    pub fn read(env: &Reader<'_>) -> Result<Self, EnvError> {
-        let provider = env.choice(
-            "EXECUTION_PROVIDER",
-            ExecutionProvider::Cpu,
-            &[
-                ("cpu", ExecutionProvider::Cpu),
-                ("cuda", ExecutionProvider::Cuda),
-            ],
-        )?;
-        let defaults = match provider {
-            ExecutionProvider::Cpu => CPU,
-            ExecutionProvider::Cuda => CUDA,
-        };
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let decode_modes = [("exact", DecodeMode::Exact), ("fast", DecodeMode::Fast)];
-        let config = Self {
-            input_queue_url: queue_url(env, "INPUT_QUEUE_URL")?,
-            dead_letter_queue_url: queue_url(env, "DEAD_LETTER_QUEUE_URL")?,
-            outputs: OutputConfig::from_env(env)?,
-            cache_bucket: env.required("CACHE_BUCKET", "the name of the bucket for vectors")?,
-            cache_prefix: env
-                .optional("CACHE_PREFIX")
-                .unwrap_or_else(|| vector::DEFAULT_PREFIX.to_owned()),
-            model: model_source(env)?,
-            provider,
-            batch_size: env.within("BATCH_SIZE", defaults.batch_size, 1..=512, "images")?,
-            batch_wait: Duration::from_millis(env.within(
-                "BATCH_WAIT_MS",
-                defaults.batch_wait_ms,
-                0..=10_000,
-                "milliseconds",
-            )?),
-            intra_threads: env.within("INTRA_THREADS", cores, 1..=256, "threads")?,
-            decode_threads: env.within("DECODE_THREADS", cores, 1..=256, "threads")?,
-            downloads: env.within("DOWNLOADS", defaults.downloads, 1..=1024, "documents")?,
-            stores: env.within("STORES", defaults.stores, 1..=1024, "vectors")?,
-            max_messages: env.within(
-                "MAX_MESSAGES",
-                defaults.max_messages,
-                10..=10_000,
-                "messages",
-            )?,
-            memory_budget: env.within(
-                "MEMORY_BUDGET_BYTES",
-                defaults.memory_budget,
-                64 * MIB..=1 << 42,
-                "bytes",
-            )?,
-            decode: env.choice("DECODE", DecodeMode::Exact, &decode_modes)?,
-            apply_exif_orientation: env.flag("APPLY_EXIF_ORIENTATION", false)?,
-            extract_labels: env.flag("EXTRACT_LABELS", true)?,
-            limits: Limits {
-                max_pixels: env.within(
-                    "MAX_IMAGE_PIXELS",
-                    Limits::MAX_PIXELS,
-                    1..=1 << 40,
-                    "pixels",
-                )?,
-                max_bytes: env.within(
-                    "MAX_IMAGE_BYTES",
-                    Limits::MAX_BYTES,
-                    1..=1 << 40,
-                    "bytes",
-                )?,
-                max_memory: env.within(
-                    "MAX_IMAGE_MEMORY_BYTES",
-                    Limits::MAX_MEMORY,
-                    1..=1 << 40,
-                    "bytes",
-                )?,
-            },
-            visibility: env.seconds(
-                "VISIBILITY_TIMEOUT_SECONDS",
-                60,
-                10..=VISIBILITY_MAX.as_secs(),
-            )?,
-            download_timeout: env.seconds("DOWNLOAD_TIMEOUT_SECONDS", 120, 1..=3600)?,
-            idle_exit: Some(env.seconds("IDLE_EXIT_SECONDS", 30, 0..=86_400)?)
-                .filter(|time| !time.is_zero()),
-            stop_timeout: env.seconds("STOP_TIMEOUT_SECONDS", 30, 1..=120)?,
-            metrics_namespace: env
-                .optional("METRICS_NAMESPACE")
-                .unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned()),
-            metrics_interval: env.seconds("METRICS_INTERVAL_SECONDS", 10, 1..=3600)?,
-            cluster_name: env.optional("CLUSTER_NAME"),
-            image_lines_per_second: env.within(
-                "IMAGE_LINES_PER_SECOND",
-                100,
-                0..=100_000,
-                "lines",
-            )?,
-        };
+    /// Reads and checks flags and variables. The error is also what asks for
+    /// the help or the version: [`clap::Error::exit`] does what is right.
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut command = Self::command().mut_args(|arg| {
+            // Templates pass empty strings for options that are off.
+            let value = arg.get_env().and_then(std::env::var_os);
+            if value.is_some_and(|value| value.to_string_lossy().trim().is_empty()) {
+                arg.env(Resettable::Reset)
+            } else {
+                arg
+            }
+        });
+        let matches = command.try_get_matches_from_mut(arguments)?;
+        let config = Self::from_arg_matches(&matches)?;
+        config
+            .outputs()
+            .map_err(|error| command.error(ErrorKind::ValueValidation, error))?;
         if config.input_queue_url == config.dead_letter_queue_url {
-            return Err(invalid(
-                "DEAD_LETTER_QUEUE_URL",
-                &config.dead_letter_queue_url,
-                "another queue than INPUT_QUEUE_URL: rejected messages would come back for ever",
-            ));
+            let problem = "DEAD_LETTER_QUEUE_URL must be another queue than INPUT_QUEUE_URL: \
+                           rejected messages would come back for ever";
+            return Err(command.error(ErrorKind::ArgumentConflict, problem));
         }
         Ok(config)
     }
 
+    /// Where events go.
+    pub(crate) fn outputs(&self) -> Result<OutputConfig, platform::env::EnvError> {
+        OutputConfig::from_env(&Reader::new(|name| match name {
+            "OUTPUT_TOPIC_ARN" => self.output_topic_arn.clone(),
+            "OUTPUT_EVENT_BUS" => self.output_event_bus.clone(),
+            "OUTPUT_QUEUE_URL" => self.output_queue_url.clone(),
+            _ => None,
+        }))
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            max_pixels: self.max_image_pixels,
+            max_bytes: self.settings.max_image_bytes,
+            max_memory: self.max_image_memory_bytes,
+        }
+    }
+
     /// The input queue's name, the dimension of the metrics.
-    pub fn queue_name(&self) -> &str {
-        self.input_queue_url
-            .trim_end_matches('/')
-            .rsplit('/')
-            .next()
-            .unwrap_or_default()
+    pub(crate) fn queue_name(&self) -> &str {
+        let url = self.input_queue_url.trim_end_matches('/');
+        url.rsplit('/').next().unwrap_or_default()
     }
 }
 
-fn queue_url(env: &Reader<'_>, name: &str) -> Result<String, EnvError> {
-    const ACCEPTED: &str =
-        "the URL of a standard SQS queue (https://sqs.REGION.amazonaws.com/ACCOUNT/NAME)";
-    let url = env.required(name, ACCEPTED)?;
-    if !url.starts_with("http") || url.ends_with(".fifo") {
-        return Err(invalid(name, &url, ACCEPTED));
-    }
-    Ok(url)
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn model_source(env: &Reader<'_>) -> Result<ModelSource, EnvError> {
-    const ONE: &str = "exactly one of MODEL_PATH (a folder) and MODEL_URI (s3://bucket/prefix) \
-                       says where the model bundle is";
-    match (env.optional("MODEL_PATH"), env.optional("MODEL_URI")) {
-        (Some(path), None) => Ok(ModelSource::Path(path.into())),
-        (None, Some(uri)) => {
-            let place: S3Url = uri
-                .trim_end_matches('/')
-                .parse()
-                .map_err(|_| invalid("MODEL_URI", &uri, "s3://bucket/prefix"))?;
-            let cache = env.required("CACHE_DIR", "a folder for the bundle of MODEL_URI")?;
-            Ok(ModelSource::Uri {
-                bucket: place.bucket,
-                prefix: place.key,
-                cache: cache.into(),
-            })
-        }
-        (Some(_), Some(uri)) => Err(invalid("MODEL_URI", &uri, ONE)),
-        (None, None) => Err(EnvError::Missing {
-            name: "MODEL_PATH".to_owned(),
-            accepted: ONE.to_owned(),
-        }),
-    }
+fn within(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(range)
 }
 
-/// What the command line asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Run, with these variables in place of the environment's.
-    Run(Vec<(String, String)>),
-    /// Check the configuration and print it.
-    Check(Vec<(String, String)>),
-    /// Print the help.
-    Help,
-    /// Print the version.
-    Version,
+/// What a limit may be: there is no larger image.
+fn up_to_2_40() -> RangedU64ValueParser<u64> {
+    RangedU64ValueParser::new().range(1..=1 << 40)
 }
 
-/// Reads the command line: every variable is a flag as well (`BATCH_SIZE` is
-/// `--batch-size`), which wins over the environment.
-pub fn parse_arguments(arguments: impl Iterator<Item = String>) -> Result<Command, String> {
-    let mut settings = Vec::new();
-    let mut only_checks = false;
-    let mut arguments = arguments;
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--help" | "-h" => return Ok(Command::Help),
-            "--version" | "-V" => return Ok(Command::Version),
-            "--check-config" => {
-                only_checks = true;
-                continue;
-            }
-            _ => {}
-        }
-        let Some(flag) = argument.strip_prefix("--") else {
-            return Err(format!("unexpected argument {argument:?}; see --help"));
-        };
-        let (flag, value) = match flag.split_once('=') {
-            Some((flag, value)) => (flag, Some(value.to_owned())),
-            None => (flag, None),
-        };
-        let name = flag.replace('-', "_").to_ascii_uppercase();
-        if !VARIABLES.iter().any(|variable| variable.name == name) {
-            return Err(format!("unknown flag --{flag}; see --help"));
-        }
-        let value = value
-            .or_else(|| arguments.next())
-            .ok_or_else(|| format!("--{flag} needs a value"))?;
-        settings.push((name, value));
-    }
-    Ok(if only_checks {
-        Command::Check(settings)
-    } else {
-        Command::Run(settings)
+fn seconds(range: RangeInclusive<u64>) -> impl TypedValueParser<Value = Duration> {
+    RangedU64ValueParser::<u64>::new()
+        .range(range)
+        .map(Duration::from_secs)
+}
+
+fn milliseconds(range: RangeInclusive<u64>) -> impl TypedValueParser<Value = Duration> {
+    RangedU64ValueParser::<u64>::new()
+        .range(range)
+        .map(Duration::from_millis)
+}
+
+/// `true`, `false` and the other usual words.
+fn boolean() -> clap::builder::BoolishValueParser {
+    clap::builder::BoolishValueParser::new()
+}
+
+fn provider() -> impl TypedValueParser<Value = ExecutionProvider> {
+    PossibleValuesParser::new(["cpu", "cuda"]).map(|word| match word.as_str() {
+        "cuda" => ExecutionProvider::Cuda,
+        _ => ExecutionProvider::Cpu,
     })
 }
 
-/// The text of `--help`.
-pub fn help() -> String {
-    let mut text = String::from(
-        "gpu-task: takes images from a queue, embeds them with CLIP, stores the vectors and \
-         publishes the enriched events.\n\n\
-         Usage: gpu-task [--check-config] [--NAME VALUE]...\n\n\
-         Every variable can be given as a flag too: BATCH_SIZE as --batch-size.\n\
-         --check-config prints the configuration and exits; --version prints the version.\n\n\
-         Variables:\n",
-    );
-    for variable in VARIABLES {
-        let Variable {
-            name,
-            holds,
-            default,
-            why,
-        } = variable;
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "  {name}\n      {holds} [{default}]\n      {why}");
+fn decode_mode() -> impl TypedValueParser<Value = DecodeMode> {
+    PossibleValuesParser::new(["exact", "fast"]).map(|word| match word.as_str() {
+        "fast" => DecodeMode::Fast,
+        _ => DecodeMode::Exact,
+    })
+}
+
+fn queue_url(url: &str) -> Result<String, &'static str> {
+    if url.starts_with("http") && !url.ends_with(".fifo") {
+        return Ok(url.to_owned());
     }
-    text.push_str(
-        "\nExit codes:\n  \
-         0  done: idle for IDLE_EXIT_SECONDS, or stopped by SIGTERM\n  \
-         2  the configuration is wrong\n  \
-         3  the model cannot be fetched or loaded\n  \
-         4  a queue, the cache bucket or an output cannot be used (missing, or access refused)\n  \
-         5  the model fails run after run\n  \
-         101  a fault of the program itself\n",
-    );
-    text
+    Err("not the URL of a standard SQS queue (https://sqs.REGION.amazonaws.com/ACCOUNT/NAME)")
+}
+
+fn model_uri(uri: &str) -> Result<S3Url, &'static str> {
+    let place = uri.trim_end_matches('/').parse();
+    place.map_err(|_| "not s3://bucket/prefix")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashMap;
+    use std::collections::BTreeSet;
 
-    fn read(changes: &[(&str, &str)]) -> Result<Config, EnvError> {
-        let mut values = HashMap::from([
-            (
-                "INPUT_QUEUE_URL",
-                "https://sqs.eu-west-1.amazonaws.com/1/input",
-            ),
-            (
-                "DEAD_LETTER_QUEUE_URL",
-                "https://sqs.eu-west-1.amazonaws.com/1/dead",
-            ),
-            ("OUTPUT_TOPIC_ARN", "arn:aws:sns:eu-west-1:1:out"),
-            ("CACHE_BUCKET", "cache"),
-            ("MODEL_PATH", "/models/vit-b-32"),
-        ]);
+    const LEAST: [(&str, &str); 5] = [
+        (
+            "INPUT_QUEUE_URL",
+            "https://sqs.eu-west-1.amazonaws.com/1/input",
+        ),
+        (
+            "DEAD_LETTER_QUEUE_URL",
+            "https://sqs.eu-west-1.amazonaws.com/1/dead",
+        ),
+        ("OUTPUT_TOPIC_ARN", "arn:aws:sns:eu-west-1:1:out"),
+        ("CACHE_BUCKET", "cache"),
+        ("MODEL_PATH", "/models/vit-b-32"),
+    ];
+
+    /// The least configuration with changes; an empty value removes one.
+    fn read(changes: &[(&str, &str)]) -> Result<Config, clap::Error> {
+        let mut values: std::collections::BTreeMap<&str, &str> = LEAST.into();
         values.extend(changes.iter().copied());
-        Config::read(&Reader::new(|name| {
-            values.get(name).map(|value| (*value).to_owned())
-        }))
+        values.retain(|_, value| !value.is_empty());
+        let flags = values.iter().map(|(name, value)| {
+            let flag = name.to_ascii_lowercase().replace('_', "-");
+            format!("--{flag}={value}").into()
+        });
+        Config::read(std::iter::once("gpu-task".into()).chain(flags))
     }
 
     #[test]
     fn the_least_configuration_is_enough() {
         let config = read(&[]).unwrap();
         assert_eq!(config.queue_name(), "input");
-        assert_eq!(config.batch_size, 8);
-        assert_eq!(config.idle_exit, Some(Duration::from_secs(30)));
-        assert_eq!(config.cache_prefix, "clip-image-processor");
+        assert_eq!(config.settings.batch_size, 8);
+        assert_eq!(config.settings.memory_budget, 384 * MIB);
+        assert_eq!(config.settings.idle_exit, Duration::from_secs(30));
+        assert_eq!(config.settings.cache_prefix, "clip-image-processor");
     }
 
     #[test]
     fn a_gpu_has_defaults_of_its_own() {
         let config = read(&[("EXECUTION_PROVIDER", "cuda")]).unwrap();
         // What the simulator counts on.
-        assert_eq!(config.batch_size, planner::worker::GPU_BATCH_SIZE);
-        assert_eq!(config.max_messages, planner::worker::GPU_MAX_MESSAGES);
-        assert_eq!(config.memory_budget, 2 << 30);
+        assert_eq!(config.settings.batch_size, planner::worker::GPU_BATCH_SIZE);
+        assert_eq!(
+            config.settings.max_messages,
+            planner::worker::GPU_MAX_MESSAGES
+        );
+        assert_eq!(config.settings.memory_budget, 2 << 30);
     }
 
     #[test]
-    fn what_is_not_accepted_is_named() {
-        for (name, value) in [
-            ("INPUT_QUEUE_URL", "input"),
+    fn what_is_not_accepted_is_named_with_what_is() {
+        for (name, value, accepted) in [
+            ("INPUT_QUEUE_URL", "input", "https://sqs"),
             (
                 "DEAD_LETTER_QUEUE_URL",
                 "https://sqs.eu-west-1.amazonaws.com/1/input",
+                "another queue",
             ),
-            ("EXECUTION_PROVIDER", "tpu"),
-            ("BATCH_SIZE", "0"),
-            ("VISIBILITY_TIMEOUT_SECONDS", "43201"),
-            ("STOP_TIMEOUT_SECONDS", "121"),
-            ("MODEL_URI", "s3://models/b32"),
-            ("DECODE", "slow"),
+            ("OUTPUT_TOPIC_ARN", "topic", "arn:PARTITION:sns"),
+            ("EXECUTION_PROVIDER", "tpu", "cpu, cuda"),
+            ("BATCH_SIZE", "0", "1..=512"),
+            ("VISIBILITY_TIMEOUT_SECONDS", "43201", "10..=43200"),
+            ("STOP_TIMEOUT_SECONDS", "121", "1..=120"),
+            ("MODEL_URI", "s3://models/b32", "MODEL_PATH"),
+            ("DECODE", "slow", "exact, fast"),
+            ("EXTRACT_LABELS", "perhaps", "boolean"),
         ] {
             let error = read(&[(name, value)]).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+            assert!(error.contains(accepted), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        for name in LEAST.map(|(name, _)| name) {
+            let error = read(&[(name, "")]).unwrap_err().to_string();
             assert!(error.contains(name), "{error}");
         }
     }
@@ -643,63 +437,45 @@ mod tests {
         let error = read(&[("MODEL_PATH", ""), uri]).unwrap_err().to_string();
         assert!(error.contains("CACHE_DIR"), "{error}");
         let config = read(&[("MODEL_PATH", ""), uri, ("CACHE_DIR", "/efs")]).unwrap();
-        assert_eq!(
-            config.model,
-            ModelSource::Uri {
-                bucket: "models".to_owned(),
-                prefix: "clip/b32".to_owned(),
-                cache: "/efs".into(),
-            }
-        );
+        assert_eq!(config.model_uri, Some(S3Url::new("models", "clip/b32")));
     }
 
     #[test]
-    fn every_variable_that_is_read_is_documented_and_the_other_way_round() {
-        let asked = std::cell::RefCell::new(std::collections::BTreeSet::new());
-        let base = HashMap::from([
-            ("INPUT_QUEUE_URL", "https://a/b/input"),
-            ("DEAD_LETTER_QUEUE_URL", "https://a/b/dead"),
-            ("OUTPUT_QUEUE_URL", "https://a/b/out"),
-            ("CACHE_BUCKET", "cache"),
-            ("MODEL_URI", "s3://models/b32"),
-            ("CACHE_DIR", "/efs"),
-        ]);
-        Config::read(&Reader::new(|name| {
-            asked.borrow_mut().insert(name.to_owned());
-            base.get(name).map(|value| (*value).to_owned())
-        }))
-        .unwrap();
-        // Read elsewhere: by the engine and by the logs.
-        let elsewhere = ["ORT_DYLIB_PATH", "RUST_LOG", "LOG_FORMAT"];
-        let mut asked = asked.into_inner();
-        asked.extend(elsewhere.map(str::to_owned));
-        let documented: std::collections::BTreeSet<String> =
-            VARIABLES.iter().map(|one| one.name.to_owned()).collect();
-        assert_eq!(asked, documented);
-        let readme = include_str!("../README.md");
-        for name in &documented {
-            assert!(
-                readme.contains(&format!("`{name}`")),
-                "{name} is not in the README"
-            );
-        }
+    fn the_readme_has_a_row_for_every_variable_and_no_other() {
+        let command = Config::command();
+        let mut read: BTreeSet<String> = command
+            .get_arguments()
+            .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
+            .collect();
+        read.extend(["ORT_DYLIB_PATH", "RUST_LOG", "LOG_FORMAT"].map(str::to_owned));
+        let rows: BTreeSet<String> = include_str!("../README.md")
+            .lines()
+            .filter_map(|line| Some(line.strip_prefix("| `")?.split_once('`')?.0.to_owned()))
+            .collect();
+        assert_eq!(read, rows);
     }
 
     #[test]
     fn a_flag_is_a_variable_and_a_wrong_one_is_refused() {
-        let parse = |line: &str| parse_arguments(line.split(' ').map(str::to_owned));
-        let setting = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-        assert_eq!(
-            parse("--batch-size 4 --decode=fast"),
-            Ok(Command::Run(vec![
-                setting("BATCH_SIZE", "4"),
-                setting("DECODE", "fast")
-            ]))
-        );
-        assert_eq!(parse("--check-config"), Ok(Command::Check(Vec::new())));
-        assert_eq!(parse("--version"), Ok(Command::Version));
-        assert!(parse("--batchsize 4").is_err());
-        assert!(parse("--decode").is_err());
-        assert!(parse("run").is_err());
+        for (name, flag) in Config::command().get_arguments().filter_map(|arg| {
+            Some((
+                arg.get_env()?.to_str()?.to_owned(),
+                arg.get_long()?.to_owned(),
+            ))
+        }) {
+            assert_eq!(name, flag.to_ascii_uppercase().replace('-', "_"));
+        }
+        let parse = |line: &str| Config::read(line.split(' ').map(OsString::from));
+        for wrong in [
+            "gpu-task --batchsize 4",
+            "gpu-task --decode",
+            "gpu-task run",
+        ] {
+            assert!(parse(wrong).is_err());
+        }
+        let kind = |line: &str| parse(line).unwrap_err().kind();
+        assert_eq!(kind("gpu-task --version"), ErrorKind::DisplayVersion);
+        assert_eq!(kind("gpu-task --help"), ErrorKind::DisplayHelp);
+        assert!(read(&[]).is_ok_and(|config| !config.check_config));
     }
 }

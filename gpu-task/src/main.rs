@@ -4,41 +4,22 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use gpu_task::app;
-use gpu_task::config::{self, Command, Config};
-use gpu_task::failure::{EXIT_DONE, Fatal};
-use platform::env::Reader;
+use gpu_task::Fatal;
+use gpu_task::config::Config;
 
 /// Decoders that still run when the task ends are not waited for.
 const SHUTDOWN: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let (settings, only_checks) = match config::parse_arguments(std::env::args().skip(1)) {
-        Ok(Command::Help) => {
-            print!("{}", config::help());
-            return ExitCode::from(EXIT_DONE);
-        }
-        Ok(Command::Version) => {
-            println!("gpu-task {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::from(EXIT_DONE);
-        }
-        Ok(Command::Run(settings)) => (settings, false),
-        Ok(Command::Check(settings)) => (settings, true),
-        Err(problem) => return end(&Fatal::Configuration(problem)),
-    };
-    let flag_or_variable = |name: &str| {
-        let flag = settings.iter().rev().find(|(flag, _)| flag == name);
-        flag.map(|(_, value)| value.clone())
-            .or_else(|| std::env::var(name).ok())
-    };
-    let config = match Config::read(&Reader::new(flag_or_variable)) {
+    let config = match Config::read(std::env::args_os()) {
         Ok(config) => config,
-        Err(error) => return end(&Fatal::Configuration(error.to_string())),
+        // The help and the version too; a mistake ends with 2.
+        Err(error) => error.exit(),
     };
-    if only_checks {
+    if config.check_config {
         println!("{config:#?}");
-        return ExitCode::from(EXIT_DONE);
+        return ExitCode::SUCCESS;
     }
     platform::init_logs("gpu-task");
     tracing::info!(
@@ -52,11 +33,12 @@ fn main() -> ExitCode {
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            let problem = format!("cannot start the runtime: {error}");
-            return end(&Fatal::Configuration(problem));
+            let fatal = Fatal::Configuration(format!("cannot start the runtime: {error}"));
+            eprintln!("gpu-task: {fatal}");
+            return ExitCode::from(fatal.exit_code());
         }
     };
-    let result = runtime.block_on(app::run(config));
+    let result = runtime.block_on(gpu_task::run(config));
     runtime.shutdown_timeout(SHUTDOWN);
     let code = match result {
         Ok(summary) => {
@@ -68,17 +50,11 @@ fn main() -> ExitCode {
                 seconds = (started.elapsed().as_secs_f64() * 10.0).round() / 10.0,
                 "done"
             );
-            EXIT_DONE
+            0
         }
         Err(fatal) => fatal.exit_code(),
     };
     exit_at_once(code)
-}
-
-/// Ends with a message for whoever started the program, before logs exist.
-fn end(fatal: &Fatal) -> ExitCode {
-    eprintln!("gpu-task: {fatal}");
-    ExitCode::from(fatal.exit_code())
 }
 
 /// Ends the process without the destructors of the C++ libraries in it: a

@@ -3,16 +3,100 @@
 
 use std::ops::DerefMut;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use delivery::{PublishError, Rejection};
-use events::{CloudEvent, ImageType};
+use delivery::{Outputs, Rejection};
+use events::ImageType;
 use futures_util::stream::BoxStream;
 use platform::aws;
 
-use crate::failure::TaskError;
-use crate::queue::Queue;
+use crate::rules::failure::TaskError;
+
+/// Messages in one receive, delete or visibility request (SQS API).
+pub const BATCH_MAX: usize = 10;
+
+/// The longest that a receive may wait for a message (SQS API).
+pub const LONG_POLL_MAX: Duration = Duration::from_secs(20);
+
+/// The longest that a message may stay invisible after one receive, all
+/// extensions together (SQS API).
+pub const VISIBILITY_MAX: Duration = Duration::from_secs(12 * 3600);
+
+/// A message as it arrived.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Identifies the message across deliveries.
+    pub message_id: String,
+    /// Identifies this delivery of it; needed to extend or acknowledge.
+    pub receipt: String,
+    /// The body.
+    pub body: String,
+    /// How often it was delivered, this time included (approximate).
+    pub receive_count: u32,
+}
+
+/// A change of one message's visibility.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extension {
+    /// The delivery.
+    pub receipt: String,
+    /// Invisible for this long from now; zero hands the message back.
+    pub visibility: Duration,
+}
+
+/// Why one message could not be extended or acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LeaseError {
+    /// The visibility has ended, or a newer delivery holds the message: it is
+    /// not ours any more.
+    #[error("the lease is lost: {0}")]
+    Lost(String),
+    /// The service or the network failed; the lease may still be ours.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Why nothing could be received.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ReceiveError {
+    /// The queue is missing or refuses us: waiting does not help, unless a
+    /// person does something.
+    pub is_refusal: bool,
+    /// What the service or the network said.
+    pub message: String,
+}
+
+/// The input queue.
+#[async_trait]
+pub trait Queue: Send + Sync {
+    /// Receives up to `max` (1 to [`BATCH_MAX`]) messages, waits up to `wait`
+    /// for the first, and makes them invisible for `visibility`.
+    async fn receive(
+        &self,
+        max: usize,
+        wait: Duration,
+        visibility: Duration,
+    ) -> Result<Vec<Received>, ReceiveError>;
+
+    /// Changes the visibility of up to [`BATCH_MAX`] messages; one result
+    /// each.
+    async fn extend(&self, extensions: &[Extension]) -> Vec<Result<(), LeaseError>>;
+
+    /// Deletes up to [`BATCH_MAX`] messages by their receipts; one result
+    /// each.
+    async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>>;
+}
+
+/// What the task wants to know of its queue before it starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueFacts {
+    /// After how many deliveries the queue itself puts a message into its
+    /// dead-letter queue, without a reason.
+    pub max_receives: Option<u32>,
+}
 
 /// A document whose body has not been read yet.
 pub struct OpenDocument {
@@ -52,22 +136,11 @@ pub trait Vectors: Send + Sync {
     async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, aws::Error>;
 }
 
-/// Where events go.
-#[async_trait]
-pub trait Publisher: Send + Sync {
-    /// Sends every event to every output; one result per event.
-    async fn publish(&self, events: &[CloudEvent]) -> Vec<Result<(), PublishError>>;
-
-    /// Whether the event fits every output.
-    fn check_size(&self, event: &CloudEvent) -> Result<(), PublishError>;
-}
-
 /// Where messages go that can never succeed.
 #[async_trait]
 pub trait Rejects: Send + Sync {
-    /// Takes messages with their reasons; one result per message, the error
-    /// being what the queue said.
-    async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), String>>;
+    /// Takes messages with their reasons; one result per message.
+    async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), aws::Error>>;
 }
 
 /// What was found in a file.
@@ -97,44 +170,33 @@ pub trait Preparer: Send + Sync {
 /// Memory for the pixels of a batch.
 pub type PixelBuffer = Box<dyn DerefMut<Target = [u8]> + Send>;
 
+/// Why the model gave no vectors.
+pub type EmbedError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Runs the model.
 pub trait Embedder: Send {
     /// Memory from which the model reads pixels fastest.
-    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, String> {
+    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, EmbedError> {
         Ok(Box::new(vec![0; bytes]))
     }
 
     /// Embeds `batch` images of `side × side × 3` bytes each; answers
     /// `batch × dimensions` values.
-    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, String>;
+    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, EmbedError>;
 }
 
 /// What is known of the model.
 pub struct ModelInfo {
     /// Its name, `ViT-B/32` and so on.
     pub name: String,
-    /// The length of its vectors.
-    pub dimensions: usize,
     /// The side of the images it takes, in pixels.
     pub side: u32,
-    /// Whether its weights are synthesised, so that its vectors mean nothing.
-    pub is_synthesized: bool,
-    /// What goes into the event's `attrs.custom.clip`.
-    pub details: serde_json::Map<String, serde_json::Value>,
     /// Finds the labels of a vector, best first; absent when labels are off.
     pub labels: Option<Box<LabelsOf>>,
 }
 
 /// Finds the labels of a vector, best first.
 pub type LabelsOf = dyn Fn(&[f32]) -> Vec<String> + Send + Sync;
-
-/// A model that is ready.
-pub struct Model {
-    /// What is known of it.
-    pub info: ModelInfo,
-    /// Runs it; several run side by side, each on a thread of its own.
-    pub embedders: Vec<Box<dyn Embedder>>,
-}
 
 /// The pipeline's world.
 #[derive(Clone)]
@@ -146,7 +208,7 @@ pub struct Services {
     /// The cache bucket.
     pub vectors: Arc<dyn Vectors>,
     /// The outputs.
-    pub publisher: Arc<dyn Publisher>,
+    pub outputs: Outputs,
     /// The dead-letter queue.
     pub rejects: Arc<dyn Rejects>,
     /// The decoders.

@@ -7,9 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use events::{CloudEvent, Document, Embedding, EventType};
-use gpu_task::failure::Fatal;
-use gpu_task::pipeline::Ended;
-use gpu_task::sqs::QueueFacts;
+use gpu_task::services::QueueFacts;
+use gpu_task::{Ended, Fatal};
 use proptest::prelude::*;
 use serde_json::json;
 use tokio::time::Instant;
@@ -541,7 +540,7 @@ async fn a_deleted_document_takes_its_vectors_with_it_and_is_passed_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_task_ends_by_itself_but_not_while_it_works() {
     let mut world = World::new();
-    world.settings.idle_exit = Some(Duration::from_secs(1));
+    world.settings.idle_exit = Duration::from_secs(1);
     let url = world.put("slow.png", image("slow:2500"));
     world.send(&url);
     let started = Instant::now();

@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::decode::{Decoded, give_back};
 use super::store::{Embedded, ToStore};
 use super::{Shared, milliseconds};
-use crate::batching::{Decision, View, decide};
-use crate::failure::{Cause, Fatal, Stage, TaskError};
-use crate::services::{Embedder, PixelBuffer};
+use crate::rules::batching::{Decision, View, decide};
+use crate::rules::failure::{Cause, Fatal, Stage, TaskError};
+use crate::services::{EmbedError, Embedder, PixelBuffer};
 
 /// Runs that fail in a row, after which the device or the model is broken.
 const MAX_FAILED_RUNS: usize = 3;
@@ -22,6 +22,53 @@ const MAX_FAILED_RUNS: usize = 3;
 /// Buffers of pixels for each model: one that it reads, one that is filled or
 /// ready.
 const BUFFERS_PER_MODEL: usize = 2;
+
+/// What the batching rule looks at.
+#[derive(Default)]
+pub(super) struct Traffic {
+    /// Images on their way to the batcher.
+    upstream: AtomicUsize,
+    /// Batches at the model or in front of it.
+    at_model: AtomicUsize,
+    /// Models that run side by side; zero until they are loaded.
+    models: AtomicUsize,
+    /// Something of this changed.
+    news: Notify,
+}
+
+/// Counts an image as present while it lives, and as upstream of the batcher
+/// until it gets there.
+pub(super) struct Presence {
+    shared: Arc<Shared>,
+    is_upstream: bool,
+}
+
+impl Presence {
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        shared.metrics.image_enters();
+        shared.traffic.upstream.fetch_add(1, Ordering::AcqRel);
+        Self {
+            shared: shared.clone(),
+            is_upstream: true,
+        }
+    }
+
+    fn reaches_batch(&mut self) {
+        let traffic = &self.shared.traffic;
+        if std::mem::take(&mut self.is_upstream)
+            && traffic.upstream.fetch_sub(1, Ordering::AcqRel) == 1
+        {
+            traffic.news.notify_one();
+        }
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.reaches_batch();
+        self.shared.metrics.image_leaves();
+    }
+}
 
 /// What goes to the model at once.
 struct Batch {
@@ -71,12 +118,12 @@ async fn gather(
     let capacity = shared.settings.batch_size;
     let mut images: Vec<Decoded> = Vec::with_capacity(capacity);
     loop {
-        let models = shared.models.load(Ordering::Acquire);
+        let models = shared.traffic.models.load(Ordering::Acquire);
         let view = View {
             filled: images.len(),
             capacity,
-            upstream: shared.upstream.load(Ordering::Acquire),
-            model_is_idle: shared.batches_at_model.load(Ordering::Acquire) < models,
+            upstream: shared.traffic.upstream.load(Ordering::Acquire),
+            model_is_idle: shared.traffic.at_model.load(Ordering::Acquire) < models,
             oldest_waits: images
                 .first()
                 .map_or(Duration::ZERO, |oldest| oldest.ready.elapsed()),
@@ -85,7 +132,7 @@ async fn gather(
         match decide(view) {
             Decision::Send => {
                 let full = std::mem::replace(&mut images, Vec::with_capacity(capacity));
-                shared.batches_at_model.fetch_add(1, Ordering::AcqRel);
+                shared.traffic.at_model.fetch_add(1, Ordering::AcqRel);
                 // Without models there are no buffers: the first batch waits here.
                 let Some(buffer) = buffers.recv().await else {
                     return;
@@ -105,9 +152,9 @@ async fn gather(
                 tokio::select! {
                     arrival = decoded.recv() => match arrival {
                         Some(mut arrival) => {
-                            shared.stats.leaves(Stage::Batch);
+                            shared.metrics.leaves(Stage::Batch);
                             arrival.image.presence.reaches_batch();
-                            if arrival.image.ticket.is_ours() {
+                            if arrival.image.job.ticket.is_ours() {
                                 images.push(arrival);
                             }
                         }
@@ -115,10 +162,10 @@ async fn gather(
                         None => {
                             // Nothing comes any more: upstream is empty, so the
                             // rule sends the rest as soon as a model is free.
-                            shared.batch_news.notified().await;
+                            shared.traffic.news.notified().await;
                         }
                     },
-                    () = shared.batch_news.notified() => {}
+                    () = shared.traffic.news.notified() => {}
                     () = timer => {}
                 }
             }
@@ -154,7 +201,7 @@ impl Models {
                     }
                     Err(reason) => {
                         let message = format!("no memory for the model's pixels: {reason}");
-                        shared.end_with(Fatal::Model(message));
+                        shared.ending.end_with(Fatal::Model(message));
                         return;
                     }
                 }
@@ -187,12 +234,12 @@ impl Models {
             });
             if let Err(error) = started {
                 let message = format!("cannot start a thread for the model: {error}");
-                shared.end_with(Fatal::Model(message));
+                shared.ending.end_with(Fatal::Model(message));
                 return;
             }
         }
-        shared.models.store(count, Ordering::Release);
-        shared.batch_news.notify_one();
+        shared.traffic.models.store(count, Ordering::Release);
+        shared.traffic.news.notify_one();
     }
 }
 
@@ -206,7 +253,7 @@ fn commit(batch: Batch) -> Batch {
     } = batch;
     let mut kept = Vec::with_capacity(images.len());
     for (position, decoded) in images.into_iter().enumerate() {
-        if decoded.image.ticket.commit() {
+        if decoded.image.job.ticket.commit() {
             // Only where one before it left does an image move.
             if kept.len() < position {
                 let from = position * each;
@@ -239,14 +286,14 @@ impl Runner {
             Ok(Vec::new())
         } else {
             let result = self.embed(batch.pixels(), batch.images.len());
-            self.shared.stats.did(Stage::Infer, started.elapsed());
-            self.shared.stats.batch(batch.images.len());
+            self.shared.metrics.did(Stage::Infer, started.elapsed());
+            self.shared.metrics.batch(batch.images.len());
             result
         };
         // Told before the results go on: the next batch must not wait for a
         // full queue behind this one.
-        self.shared.batches_at_model.fetch_sub(1, Ordering::AcqRel);
-        self.shared.batch_news.notify_one();
+        self.shared.traffic.at_model.fetch_sub(1, Ordering::AcqRel);
+        self.shared.traffic.news.notify_one();
         match result {
             Ok(values) => {
                 // Nor must it wait for its memory.
@@ -260,7 +307,7 @@ impl Runner {
             Err(reason) if batch.images.len() > 1 => {
                 tracing::warn!(
                     images = batch.images.len(),
-                    reason,
+                    %reason,
                     "a batch failed, trying its images one by one"
                 );
                 self.run_singly(batch);
@@ -297,15 +344,15 @@ impl Runner {
     }
 
     /// Runs the model; a panic in it is a failure of this run.
-    fn embed(&mut self, pixels: &[u8], images: usize) -> Result<Vec<f32>, String> {
+    fn embed(&mut self, pixels: &[u8], images: usize) -> Result<Vec<f32>, EmbedError> {
         let run = catch_unwind(AssertUnwindSafe(|| self.embedder.embed(pixels, images)));
         let values = match run {
             Ok(result) => result?,
-            Err(_) => return Err("the model panicked".to_owned()),
+            Err(_) => return Err("the model panicked".into()),
         };
         let dimensions = values.len() / images.max(1);
         if dimensions == 0 || values.len() != dimensions * images {
-            return Err(format!("{} values for {images} images", values.len()));
+            return Err(format!("{} values for {images} images", values.len()).into());
         }
         Ok(values)
     }
@@ -317,13 +364,11 @@ impl Runner {
             let mut image = decoded.image;
             image.times.batch = (started - decoded.ready).as_secs_f64() * 1e3;
             image.times.infer = infer;
-            self.shared.stats.waits(Stage::Store);
+            self.shared.metrics.waits(Stage::Store);
             let embedded = Embedded {
                 image,
                 vector: vector.to_vec(),
-                size: decoded.size,
-                kind: decoded.kind,
-                version: decoded.version,
+                about: decoded.about,
             };
             // A closed queue drops the image, whose ticket then returns it.
             let _ = self
@@ -332,16 +377,16 @@ impl Runner {
         }
     }
 
-    fn fail(&self, images: Vec<Decoded>, reason: &str) {
+    fn fail(&self, images: Vec<Decoded>, reason: &EmbedError) {
         let in_a_row = self.failed_runs.fetch_add(1, Ordering::Relaxed) + 1;
         for decoded in images {
-            let message = format!("the model failed on {}: {reason}", decoded.image.url);
+            let message = format!("the model failed on {}: {reason}", decoded.image.job.object);
             let error = TaskError::transient(Stage::Infer, Cause::Engine, message);
-            decoded.image.fail(&self.shared, error);
+            decoded.image.job.fail(&self.shared, error);
         }
         if in_a_row == MAX_FAILED_RUNS {
             let message = format!("{in_a_row} runs failed in a row: {reason}");
-            self.shared.end_with(Fatal::Inference(message));
+            self.shared.ending.end_with(Fatal::Inference(message));
         }
     }
 }

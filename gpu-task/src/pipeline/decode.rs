@@ -5,51 +5,47 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::download::Fetched;
+use super::download::{Document, Fetched};
 use super::{Image, Shared, milliseconds, stage};
-use crate::failure::{Cause, Stage, TaskError};
+use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::Size;
+use events::ImageType;
+
+/// What is known of a document once it is decoded.
+pub(super) struct About {
+    pub(super) size: Size,
+    pub(super) kind: ImageType,
+    pub(super) version: String,
+}
 
 /// An image as the model takes it.
 pub(super) struct Decoded {
     pub(super) image: Image,
     pub(super) pixels: Vec<u8>,
-    pub(super) size: Size,
-    pub(super) kind: events::ImageType,
-    pub(super) version: String,
+    pub(super) about: About,
     pub(super) ready: Instant,
 }
 
-/// Buffers of pixels that are used again: all have the same length.
-#[derive(Default)]
-pub(super) struct Buffers(Mutex<Vec<Vec<u8>>>);
+/// Buffers of pixels that are used again: all have the same length. The
+/// decoders take them, the batcher gives them back.
+static BUFFERS: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
-impl Buffers {
-    /// Buffers kept for later; more are only needed in a burst.
-    const KEPT: usize = 64;
+/// Buffers kept for later; more are only needed in a burst.
+const BUFFERS_KEPT: usize = 64;
 
-    fn take(&self, length: usize) -> Vec<u8> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut buffer = kept.pop().unwrap_or_default();
-        buffer.resize(length, 0);
-        buffer
-    }
-
-    fn give(&self, buffer: Vec<u8>) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < Self::KEPT {
-            kept.push(buffer);
-        }
-    }
+fn take_buffer(length: usize) -> Vec<u8> {
+    let kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let mut buffer = kept.unwrap_or_default();
+    buffer.resize(length, 0);
+    buffer
 }
-
-/// Shared by the decoders, which take buffers, and the batcher, which gives
-/// them back.
-pub(super) static BUFFERS: Buffers = Buffers(Mutex::new(Vec::new()));
 
 /// Gives a buffer back for later.
 pub(super) fn give_back(buffer: Vec<u8>) {
-    BUFFERS.give(buffer);
+    let mut kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if kept.len() < BUFFERS_KEPT {
+        kept.push(buffer);
+    }
 }
 
 pub(super) async fn run(
@@ -61,19 +57,30 @@ pub(super) async fn run(
     stage(documents, workers, move |fetched: Fetched| {
         let (shared, to_batch) = (shared.clone(), to_batch.clone());
         async move {
-            shared.stats.leaves(Stage::Decode);
-            if !fetched.image.ticket.is_ours() {
+            shared.metrics.leaves(Stage::Decode);
+            if !fetched.image.job.ticket.is_ours() {
                 return;
             }
             let Some(model) = shared.model().await else {
                 return;
             };
-            match decode(&shared, fetched, model.side).await {
-                Ok(decoded) => {
-                    shared.stats.waits(Stage::Batch);
+            let Fetched {
+                mut image,
+                document,
+            } = fetched;
+            match decode(&shared, &mut image, document, model.side).await {
+                Ok((pixels, about)) => {
+                    shared.metrics.waits(Stage::Batch);
+                    let ready = Instant::now();
+                    let decoded = Decoded {
+                        image,
+                        pixels,
+                        about,
+                        ready,
+                    };
                     let _ = to_batch.send(decoded).await;
                 }
-                Err((image, error)) => image.fail(&shared, error),
+                Err(error) => image.job.fail(&shared, error),
             }
         }
     })
@@ -81,52 +88,49 @@ pub(super) async fn run(
 }
 
 async fn decode(
-    shared: &Arc<Shared>,
-    fetched: Fetched,
+    shared: &Shared,
+    image: &mut Image,
+    document: Document,
     side: u32,
-) -> Result<Decoded, (Image, TaskError)> {
-    let Fetched {
-        mut image,
+) -> Result<(Vec<u8>, About), TaskError> {
+    let Document {
         bytes,
         kind,
         version,
         memory: document_memory,
-    } = fetched;
-    let needed = match shared.services.preparer.memory_needed(&bytes, kind) {
-        Ok(needed) => needed,
-        Err(error) => return Err((image, error)),
-    };
-    let decode_memory = shared.decode_memory.reserve(needed).await;
-    let started = Instant::now();
+    } = document;
     let preparer = shared.services.preparer.clone();
+    let needed = preparer.memory_needed(&bytes, kind)?;
+    let decoding_memory = shared.decoding_budget.reserve(needed).await;
+    let started = Instant::now();
     let work = tokio::task::spawn_blocking(move || {
-        let mut pixels = BUFFERS.take(side as usize * side as usize * 3);
+        let mut pixels = take_buffer(side as usize * side as usize * 3);
         let result = preparer.prepare(&bytes, kind, side, &mut pixels);
         // Freed before anybody else may reserve what they took.
         drop(bytes);
-        drop((document_memory, decode_memory));
+        drop((document_memory, decoding_memory));
         (pixels, result)
     });
     let joined = work.await;
     image.times.decode = milliseconds(started);
-    shared.stats.did(Stage::Decode, started.elapsed());
+    shared.metrics.did(Stage::Decode, started.elapsed());
     match joined {
-        Ok((pixels, Ok(size))) => Ok(Decoded {
-            image,
+        Ok((pixels, Ok(size))) => Ok((
             pixels,
-            size,
-            kind,
-            version,
-            ready: Instant::now(),
-        }),
+            About {
+                size,
+                kind,
+                version,
+            },
+        )),
         Ok((pixels, Err(error))) => {
             give_back(pixels);
-            Err((image, error))
+            Err(error)
         }
         Err(panic) => {
-            let message = format!("the decoder gave up on {}: {panic}", image.url);
-            let error = TaskError::permanent(Stage::Decode, Cause::DecoderPanic, message);
-            Err((image, error))
+            let message = format!("the decoder gave up on {}: {panic}", image.job.object);
+            let (stage, cause) = (Stage::Decode, Cause::DecoderPanic);
+            Err(TaskError::permanent(stage, cause, message))
         }
     }
 }

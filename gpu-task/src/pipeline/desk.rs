@@ -10,10 +10,10 @@ use futures_util::stream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
-use super::Shared;
-use crate::failure::{Cause, Stage, TaskError};
-use crate::ledger::{ItemFailure, Ledger, Message, Ownership, Verdict};
-use crate::queue::{BATCH_MAX, Extension, LeaseError};
+use super::{Shared, gather};
+use crate::rules::failure::{Cause, Stage, TaskError};
+use crate::rules::ledger::{ItemFailure, Ledger, Message, Ownership, Verdict};
+use crate::services::{BATCH_MAX, Extension, LeaseError};
 
 /// How long a finished message waits for others to share a request with.
 const LINGER: Duration = Duration::from_millis(20);
@@ -37,17 +37,10 @@ pub(super) async fn run(shared: Arc<Shared>, mut arrivals: mpsc::UnboundedReceiv
     let slots = Arc::new(Semaphore::new(CONCURRENT));
     loop {
         let slot = slots.clone().acquire_owned().await;
-        let Some(first) = arrivals.recv().await else {
+        let Some(ended) = gather(|context| arrivals.poll_recv(context), BATCH_MAX, LINGER).await
+        else {
             return;
         };
-        let mut ended = vec![first];
-        let deadline = Instant::now() + LINGER;
-        while ended.len() < BATCH_MAX {
-            match tokio::time::timeout_at(deadline, arrivals.recv()).await {
-                Ok(Some(next)) => ended.push(next),
-                Ok(None) | Err(_) => break,
-            }
-        }
         let shared = shared.clone();
         tokio::spawn(async move {
             settle(&shared, ended).await;
@@ -67,24 +60,24 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
     for message in ended {
         let ownership = message.ownership();
         match (ownership, message.verdict()) {
-            (Ownership::HandedBack, _) => forget(shared, &message),
+            (Ownership::HandedBack, _) => shared.held.forget(&message),
             // The work was done in full before the loss was noticed: if the
             // old receipt still deletes the message, a duplicate is spared.
             (Ownership::Lost, Verdict::Done) => done.push(message),
             (Ownership::Lost, _) => {
                 let error =
                     TaskError::transient(Stage::Acknowledge, Cause::LeaseLost, "lease lost");
-                shared.stats.failed(&error);
+                shared.metrics.failed(&error);
                 tracing::warn!(
                     message_id = message.message_id,
                     "the lease was lost, whoever has it now does the work"
                 );
-                forget(shared, &message);
+                shared.held.forget(&message);
             }
             (_, Verdict::Done) => done.push(message),
             // A stop cut the work short: nothing is wrong with the message.
             (_, Verdict::Retry(error))
-                if error.cause == Cause::Internal && shared.stop.is_cancelled() =>
+                if error.cause == Cause::Internal && shared.ending.stop.is_cancelled() =>
             {
                 cut_short.push(message);
             }
@@ -108,7 +101,7 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
     let hand_back_later = async {
         if !cut_short.is_empty() {
             // A receiver that still polls would be given them at once.
-            shared.receivers_ended.cancelled().await;
+            shared.ending.receivers_ended.cancelled().await;
             hand_back(shared, cut_short).await;
         }
     };
@@ -118,14 +111,18 @@ async fn settle(shared: &Arc<Shared>, ended: Vec<Arc<Message>>) {
         hand_back_later
     );
     for _ in 0..count {
-        shared.stats.did(Stage::Acknowledge, started.elapsed());
+        shared.metrics.did(Stage::Acknowledge, started.elapsed());
     }
 }
 
 /// On the last delivery that the queue's redrive policy allows, a transient
 /// failure is final: the queue would move the message without a reason.
 fn give_up_reason(shared: &Shared, message: &Message, error: &TaskError) -> Option<String> {
-    let max_receives = shared.facts.get().and_then(|facts| facts.max_receives)?;
+    let max_receives = shared
+        .held
+        .facts
+        .get()
+        .and_then(|facts| facts.max_receives)?;
     if message.receive_count < max_receives {
         return None;
     }
@@ -133,14 +130,6 @@ fn give_up_reason(shared: &Shared, message: &Message, error: &TaskError) -> Opti
         "gave up after {} deliveries: {}",
         message.receive_count, error.message
     ))
-}
-
-/// Takes a message off the books.
-fn forget(shared: &Shared, message: &Arc<Message>) {
-    if shared.ledger.remove(message) {
-        shared.gate.release(1);
-        shared.touch();
-    }
 }
 
 /// Puts messages into the dead-letter queue; answers those that are there and
@@ -170,8 +159,8 @@ async fn reject(
     let results = shared.services.rejects.reject_all(&letters).await;
     let mut is_in = vec![true; rejected.len()];
     for (owner, result) in owners.into_iter().zip(results) {
-        if let Err(reason) = result {
-            tracing::error!(reason, "cannot reject a message, it is tried again later");
+        if let Err(error) = result {
+            tracing::error!(%error, "cannot reject a message, it is tried again later");
             is_in[owner] = false;
         }
     }
@@ -199,20 +188,20 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
         let mut failed = Vec::new();
         for ((message, receipt), result) in left.into_iter().zip(receipts).zip(results) {
             match result {
-                Ok(()) => forget(shared, &message),
+                Ok(()) => shared.held.forget(&message),
                 // Delivered again meanwhile: the new receipt is the one.
                 Err(LeaseError::Lost(_)) if message.receipt() != receipt => failed.push(message),
                 Err(LeaseError::Lost(reason)) => {
                     let cause = Cause::LeaseLost;
                     let error = TaskError::transient(Stage::Acknowledge, cause, reason);
-                    shared.stats.failed(&error);
+                    shared.metrics.failed(&error);
                     tracing::warn!(
                         message_id = message.message_id,
                         reason = error.message,
                         "finished, but the lease was lost: the message may be worked on again"
                     );
-                    shared.ledger.remember_done(&message);
-                    forget(shared, &message);
+                    shared.held.ledger.remember_done(&message);
+                    shared.held.forget(&message);
                 }
                 Err(LeaseError::Failed(reason)) => {
                     tracing::warn!(tries, reason, "deleting a message failed");
@@ -230,8 +219,8 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
             message_id = message.message_id,
             "finished, but cannot be deleted: the message may be worked on again"
         );
-        shared.ledger.remember_done(&message);
-        forget(shared, &message);
+        shared.held.ledger.remember_done(&message);
+        shared.held.forget(&message);
     }
 }
 
@@ -292,7 +281,7 @@ async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration
                     failed.push((message, delay));
                 }
                 // A lost lease means that the queue has it already.
-                Ok(()) | Err(LeaseError::Lost(_)) => forget(shared, &message),
+                Ok(()) | Err(LeaseError::Lost(_)) => shared.held.forget(&message),
             }
         }
         left = failed;
@@ -302,7 +291,7 @@ async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration
     }
     // Its visibility ends by itself.
     for (message, _) in left {
-        forget(shared, &message);
+        shared.held.forget(&message);
     }
 }
 
@@ -315,7 +304,7 @@ pub(super) async fn heartbeat(shared: Arc<Shared>) {
     let mut ticks = tokio::time::interval(visibility / 8);
     loop {
         ticks.tick().await;
-        let due = shared.ledger.due(Instant::now(), margin);
+        let due = shared.held.ledger.due(Instant::now(), margin);
         stream::iter(due)
             .chunks(BATCH_MAX)
             .for_each_concurrent(CONCURRENT, |chunk| extend(&shared, chunk))

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::{Image, Shared, Subject, milliseconds, stage};
-use crate::failure::{Cause, Failure, Stage, TaskError};
-use crate::memory::Reserved;
+use crate::rules::budget::Reserved;
+use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 
 /// Reserved for a document of unknown size before its head is read.
 const UNKNOWN_BYTES: u64 = 1024 * 1024;
@@ -19,9 +19,13 @@ const UNKNOWN_BYTES: u64 = 1024 * 1024;
 /// Tries within the task before the message goes back to the queue.
 const TRIES: u32 = 2;
 
-/// A document in memory.
+/// An image whose document is in memory.
 pub(super) struct Fetched {
     pub(super) image: Image,
+    pub(super) document: Document,
+}
+
+pub(super) struct Document {
     pub(super) bytes: Vec<u8>,
     pub(super) kind: ImageType,
     /// What tells this version of the document from others.
@@ -29,7 +33,8 @@ pub(super) struct Fetched {
     pub(super) memory: Reserved,
 }
 
-struct Document {
+/// A document as the storage tells of it.
+struct Read {
     bytes: Vec<u8>,
     content_type: Option<String>,
     etag: Option<String>,
@@ -42,108 +47,92 @@ pub(super) async fn run(
     to_decode: mpsc::Sender<Fetched>,
 ) {
     let workers = shared.settings.downloads;
-    stage(images, workers, move |image: Image| {
+    stage(images, workers, move |mut image: Image| {
         let (shared, to_decode) = (shared.clone(), to_decode.clone());
         async move {
-            shared.stats.leaves(Stage::Download);
-            if !image.ticket.is_ours() {
+            shared.metrics.leaves(Stage::Download);
+            if !image.job.ticket.is_ours() {
                 return;
             }
-            match download(&shared, image).await {
-                Ok(fetched) => {
-                    shared.stats.waits(Stage::Decode);
-                    let _ = to_decode.send(fetched).await;
+            match download(&shared, &mut image).await {
+                Ok(document) => {
+                    shared.metrics.waits(Stage::Decode);
+                    let _ = to_decode.send(Fetched { image, document }).await;
                 }
-                Err((image, error)) => image.fail(&shared, error),
+                Err(error) => image.job.fail(&shared, error),
             }
         }
     })
     .await;
 }
 
-async fn download(shared: &Shared, mut image: Image) -> Result<Fetched, (Image, TaskError)> {
-    let announced = match &image.subject {
-        Subject::Event(event) => event
-            .data
-            .document
-            .size
-            .as_ref()
-            .and_then(|size| size.as_u64()),
-        Subject::Object(object) => object.size,
+async fn download(shared: &Shared, image: &mut Image) -> Result<Document, TaskError> {
+    let (announced, named, event_etag) = match &image.subject {
+        Subject::Event(event) => {
+            let document = &event.data.document;
+            let size = document.size.as_ref().and_then(|size| size.as_u64());
+            (size, Some(&document.mime_type), &document.etag)
+        }
+        Subject::Object(object) => (object.size, None, &object.etag),
     };
+    let url = &image.job.object;
+    let wanted = announced
+        .unwrap_or(UNKNOWN_BYTES)
+        .min(shared.settings.max_image_bytes);
+    let limit = shared.settings.download_timeout;
     let mut tries = 1;
-    let document = loop {
-        let most = shared.settings.max_image_bytes;
-        let wanted = announced.unwrap_or(UNKNOWN_BYTES).min(most);
-        let memory = shared.documents_memory.reserve(wanted).await;
-        if !image.ticket.is_ours() {
-            let error = TaskError::transient(Stage::Download, Cause::LeaseLost, "lease lost");
-            return Err((image, error));
+    let read = loop {
+        let memory = shared.documents_budget.reserve(wanted).await;
+        if !image.job.ticket.is_ours() {
+            let (stage, cause) = (Stage::Download, Cause::LeaseLost);
+            return Err(TaskError::transient(stage, cause, "lease lost"));
         }
         let started = Instant::now();
-        let limit = shared.settings.download_timeout;
-        let result = tokio::time::timeout(limit, fetch(shared, &image.url, memory)).await;
+        let result = tokio::time::timeout(limit, read(shared, url, memory)).await;
         image.times.download += milliseconds(started);
-        shared.stats.did(Stage::Download, started.elapsed());
+        shared.metrics.did(Stage::Download, started.elapsed());
         let error = match result {
-            Ok(Ok(document)) => break document,
+            Ok(Ok(read)) => break read,
             Ok(Err(error)) => error,
             Err(_) => {
-                let message = format!("{} was not read in {} s", image.url, limit.as_secs());
-                return Err((
-                    image,
-                    TaskError::transient(Stage::Download, Cause::Timeout, message),
-                ));
+                let message = format!("{url} was not read in {} s", limit.as_secs());
+                let (stage, cause) = (Stage::Download, Cause::Timeout);
+                return Err(TaskError::transient(stage, cause, message));
             }
         };
         if error.failure == Failure::Permanent || tries == TRIES {
-            return Err((image, error));
+            return Err(error);
         }
         tries += 1;
     };
-    shared.stats.read(document.bytes.len() as u64);
-    let named = match &image.subject {
-        Subject::Event(event) => Some(event.data.document.mime_type.as_str()),
-        Subject::Object(_) => None,
-    };
+    shared.metrics.read(read.bytes.len() as u64);
     let judged = judge_type(
-        &document.bytes,
-        document.content_type.as_deref(),
-        named,
-        &image.url,
-    );
-    let kind = match judged {
-        Ok(judged) => {
-            for disagreement in judged.disagreements {
-                tracing::info!(
-                    object = image.url,
-                    content = judged.kind.mime(),
-                    disagreement,
-                    "the content is of another type than declared; the content counts"
-                );
-            }
-            judged.kind
-        }
-        Err(error) => return Err((image, error)),
-    };
-    let event_etag = match &image.subject {
-        Subject::Event(event) => event.data.document.etag.clone(),
-        Subject::Object(object) => object.etag.clone(),
-    };
-    let version = document
+        &read.bytes,
+        read.content_type.as_deref(),
+        named.map(String::as_str),
+        url,
+    )?;
+    for disagreement in judged.disagreements {
+        tracing::info!(
+            object = url,
+            content = judged.kind.mime(),
+            disagreement,
+            "the content is of another type than declared; the content counts"
+        );
+    }
+    let version = read
         .etag
-        .or(event_etag)
-        .unwrap_or_else(|| content_digest(&document.bytes));
-    Ok(Fetched {
-        image,
-        bytes: document.bytes,
-        kind,
+        .or_else(|| event_etag.clone())
+        .unwrap_or_else(|| content_digest(&read.bytes));
+    Ok(Document {
+        bytes: read.bytes,
+        kind: judged.kind,
         version,
-        memory: document.memory,
+        memory: read.memory,
     })
 }
 
-async fn fetch(shared: &Shared, url: &str, memory: Reserved) -> Result<Document, TaskError> {
+async fn read(shared: &Shared, url: &str, memory: Reserved) -> Result<Read, TaskError> {
     let most = shared.settings.max_image_bytes;
     let too_large = |bytes: u64| {
         let message = format!("{url} has {bytes} bytes or more, MAX_IMAGE_BYTES is {most}");
@@ -159,7 +148,7 @@ async fn fetch(shared: &Shared, url: &str, memory: Reserved) -> Result<Document,
         // Given back before more is asked for: nobody who holds memory waits
         // for memory.
         drop(memory);
-        shared.documents_memory.reserve(expected).await
+        shared.documents_budget.reserve(expected).await
     } else {
         memory
     };
@@ -186,7 +175,7 @@ async fn fetch(shared: &Shared, url: &str, memory: Reserved) -> Result<Document,
         let message = format!("{url} is empty");
         return Err(TaskError::permanent(Stage::Download, Cause::Empty, message));
     }
-    Ok(Document {
+    Ok(Read {
         bytes,
         content_type: opened.content_type,
         etag: opened.etag.filter(|etag| !etag.is_empty()),

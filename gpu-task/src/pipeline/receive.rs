@@ -4,16 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use delivery::Backoff;
-use events::{EventType, Item};
+use events::{CloudEvent, EventType, Item};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::store::{Deletion, ToStore};
-use super::{Image, Shared, Subject, Times, fail};
-use crate::failure::{Cause, Fatal, Stage, TaskError};
-use crate::ledger::{Ledger, Message, Taken, Ticket};
-use crate::queue::{LONG_POLL_MAX, Received};
+use super::{Image, Job, Presence, Shared, Subject, Times};
+use crate::rules::failure::{Cause, Fatal, Stage, TaskError};
+use crate::rules::ledger::{Ledger, Message, Taken, Ticket};
+use crate::services::{LONG_POLL_MAX, Received};
+
+/// Messages for which one receiver is enough at 100 ms a receive.
+const MESSAGES_PER_RECEIVER: usize = 64;
+
+/// Receivers at most; each holds a connection in a long poll.
+const MAX_RECEIVERS: usize = 8;
 
 /// After a stop, a receive that has something to bring brings it at once; one
 /// that is still quiet then waits at an empty queue and may be cut off.
@@ -38,7 +44,8 @@ pub(super) fn spawn(
 ) -> Vec<JoinHandle<()>> {
     let (deep, _) = watch::channel(false);
     let deep = Arc::new(deep);
-    (0..shared.settings.receivers.max(1))
+    let receivers = shared.settings.max_messages / MESSAGES_PER_RECEIVER;
+    (0..receivers.clamp(1, MAX_RECEIVERS))
         .map(|index| {
             let receiver = Receiver {
                 shared: shared.clone(),
@@ -63,7 +70,7 @@ struct Receiver {
 
 impl Receiver {
     async fn run(self) {
-        let stop = self.shared.stop.clone();
+        let stop = self.shared.ending.stop.clone();
         let mut failures = 0;
         loop {
             if !self.is_first {
@@ -74,7 +81,7 @@ impl Receiver {
                 }
             }
             let room = tokio::select! {
-                room = self.shared.gate.reserve() => room,
+                room = self.shared.held.gate.reserve() => room,
                 () = stop.cancelled() => return,
             };
             let asked_at = Instant::now();
@@ -88,15 +95,16 @@ impl Receiver {
                     stop.cancelled().await;
                     tokio::time::sleep(STOP_GRACE).await;
                 } => {
-                    self.shared.gate.release(room);
+                    self.shared.held.gate.release(room);
                     return;
                 }
             };
-            self.shared.stats.did(Stage::Receive, asked_at.elapsed());
+            self.shared.metrics.did(Stage::Receive, asked_at.elapsed());
             match answer {
                 Ok(messages) => {
                     failures = 0;
                     self.shared
+                        .held
                         .gate
                         .release(room.saturating_sub(messages.len()));
                     self.deep.send_replace(messages.len() == room);
@@ -107,18 +115,18 @@ impl Receiver {
                     }
                 }
                 Err(error) => {
-                    self.shared.gate.release(room);
+                    self.shared.held.gate.release(room);
                     failures += 1;
                     let reason = error.message;
                     if error.is_refusal && failures >= MAX_REFUSALS {
                         let message = format!("cannot receive from the input queue: {reason}");
-                        self.shared.end_with(Fatal::Access(message));
+                        self.shared.ending.end_with(Fatal::Access(message));
                         return;
                     }
                     tracing::warn!(failures, reason, "receiving failed, trying again");
                     let cause = super::cause_of_call(&reason);
                     let error = TaskError::transient(Stage::Receive, cause, reason);
-                    self.shared.stats.failed(&error);
+                    self.shared.metrics.failed(&error);
                     tokio::select! {
                         () = tokio::time::sleep(RECEIVE_BACKOFF.wait(failures)) => {}
                         () = stop.cancelled() => return,
@@ -131,10 +139,11 @@ impl Receiver {
     /// How long to wait at an empty queue: as long as SQS allows, but not
     /// past the moment when the task would exit.
     fn wait(&self) -> Duration {
-        let Some(idle_exit) = self.shared.settings.idle_exit else {
+        let idle_exit = self.shared.settings.idle_exit;
+        if idle_exit.is_zero() {
             return LONG_POLL_MAX;
-        };
-        let left = idle_exit.saturating_sub(self.shared.idle_for());
+        }
+        let left = idle_exit.saturating_sub(self.shared.held.idle_for());
         // Whole seconds, rounded up: the API takes no others.
         let seconds = left.as_secs_f64().ceil().max(1.0);
         Duration::from_secs(seconds as u64).min(LONG_POLL_MAX)
@@ -143,35 +152,34 @@ impl Receiver {
     /// After an empty receive: has the task been idle for long enough?
     fn end_if_idle(&self) {
         let shared = &self.shared;
-        if !shared.ledger.is_empty() {
-            shared.touch();
+        if !shared.held.ledger.is_empty() {
+            shared.held.touch();
             return;
         }
-        if let Some(idle_exit) = shared.settings.idle_exit
-            && shared.idle_for() >= idle_exit
-        {
-            shared.is_idle.cancel();
-            shared.stop.cancel();
+        let idle_exit = shared.settings.idle_exit;
+        if !idle_exit.is_zero() && shared.held.idle_for() >= idle_exit {
+            shared.ending.end_idle();
         }
     }
 
     async fn accept(&self, messages: Vec<Received>, asked_at: Instant) {
         let shared = &self.shared;
-        shared.touch();
+        shared.held.touch();
         for received in messages {
             // The visibility runs from some moment after the question, so
             // counting from the question errs on the safe side.
             match shared
+                .held
                 .ledger
                 .take(received, asked_at, shared.settings.visibility)
             {
                 Taken::Duplicate => {
                     tracing::debug!("delivered again while in work");
-                    shared.gate.release(1);
+                    shared.held.gate.release(1);
                 }
                 Taken::Done(receipt) => {
                     tracing::debug!("delivered again after it was done");
-                    shared.gate.release(1);
+                    shared.held.gate.release(1);
                     // Should this fail too, the message comes once more.
                     shared.services.queue.acknowledge(&[receipt]).await;
                 }
@@ -185,15 +193,15 @@ impl Receiver {
         let started = Instant::now();
         let items = events::parse_work(message.body.as_bytes());
         let count = items.as_ref().map_or(1, |items| items.len().max(1));
-        let mut tickets = Ledger::tickets(&message, count, &shared.desk).into_iter();
-        shared.stats.did(Stage::Parse, started.elapsed());
+        let mut tickets = Ledger::tickets(&message, count, &shared.held.desk).into_iter();
+        shared.metrics.did(Stage::Parse, started.elapsed());
         let items = match items {
             Ok(items) => items,
             Err(error) => {
                 if let Some(ticket) = tickets.next() {
-                    let error =
-                        TaskError::permanent(Stage::Parse, Cause::Malformed, error.to_string());
-                    fail(shared, ticket, error, None, None);
+                    let (stage, cause) = (Stage::Parse, Cause::Malformed);
+                    let error = TaskError::permanent(stage, cause, error.to_string());
+                    job(ticket, String::new(), None).fail(shared, error);
                 }
                 return;
             }
@@ -207,6 +215,7 @@ impl Receiver {
     }
 
     async fn dispatch(&self, item: Item, ticket: Ticket, is_alone: bool) {
+        let own_body = |event: &CloudEvent| (!is_alone).then(|| event.to_json());
         match item {
             Item::Ignored { reason } => {
                 tracing::debug!(reason, "ignored");
@@ -214,68 +223,55 @@ impl Receiver {
             }
             Item::Rejected { object, reason } => {
                 let error = TaskError::permanent(Stage::Parse, Cause::Malformed, reason);
-                fail(&self.shared, ticket, error, Some(object), None);
+                job(ticket, object, None).fail(&self.shared, error);
             }
-            Item::Event(event) if event.kind == EventType::DocumentDeleted => {
+            Item::Event(event) => {
                 let url = event.data.document.url.clone();
-                let own_body = (!is_alone).then(|| event.to_json());
-                let deletion = Deletion {
-                    ticket,
-                    url,
-                    own_body,
-                    event: Some(*event),
-                };
-                self.send_deletion(deletion).await;
+                let job = job(ticket, url, own_body(&event));
+                if event.kind == EventType::DocumentDeleted {
+                    self.send_deletion(job, Some(*event)).await;
+                } else {
+                    self.send_image(job, Subject::Event(event)).await;
+                }
             }
-            Item::Object(object) if object.kind == EventType::DocumentDeleted => {
+            Item::Object(object) => {
                 // Without a type there is no event to pass on, but the vector
                 // of an object without an extension still has to go.
                 let event = events::ImageType::from_name(&object.url.key)
                     .map(|image_type| object.to_event(image_type));
-                let deletion = Deletion {
-                    ticket,
-                    url: object.url.to_string(),
-                    own_body: None,
-                    event,
-                };
-                self.send_deletion(deletion).await;
-            }
-            Item::Event(event) => {
-                let own_body = (!is_alone).then(|| event.to_json());
-                self.send_image(ticket, Subject::Event(event), own_body)
-                    .await;
-            }
-            Item::Object(object) => {
-                let own_body = if is_alone {
-                    None
+                let own_body = event.as_ref().and_then(own_body);
+                let job = job(ticket, object.url.to_string(), own_body);
+                if object.kind == EventType::DocumentDeleted {
+                    self.send_deletion(job, event).await;
                 } else {
-                    let image_type = events::ImageType::from_name(&object.url.key);
-                    image_type.map(|image_type| object.to_event(image_type).to_json())
-                };
-                self.send_image(ticket, Subject::Object(object), own_body)
-                    .await;
+                    self.send_image(job, Subject::Object(object)).await;
+                }
             }
         }
     }
 
-    async fn send_image(&self, ticket: Ticket, subject: Subject, own_body: Option<String>) {
+    async fn send_image(&self, job: Job, subject: Subject) {
         let image = Image {
-            ticket,
-            url: subject.url(),
+            job,
             subject,
-            own_body,
             times: Times::default(),
-            presence: self.shared.enter_image(),
+            presence: Presence::new(&self.shared),
         };
-        self.shared.stats.waits(Stage::Download);
+        self.shared.metrics.waits(Stage::Download);
         // A closed queue drops the image, whose ticket then returns it.
         let _ = self.to_download.send(image).await;
     }
 
-    async fn send_deletion(&self, deletion: Deletion) {
-        let _ = self
-            .to_store
-            .send(ToStore::Deletion(Box::new(deletion)))
-            .await;
+    async fn send_deletion(&self, job: Job, event: Option<CloudEvent>) {
+        let deletion = Box::new(Deletion { job, event });
+        let _ = self.to_store.send(ToStore::Deletion(deletion)).await;
+    }
+}
+
+fn job(ticket: Ticket, object: String, own_body: Option<String>) -> Job {
+    Job {
+        ticket,
+        object,
+        own_body,
     }
 }

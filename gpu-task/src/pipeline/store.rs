@@ -10,14 +10,17 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
-use super::{Image, Shared, Subject, Times, cause_of_call, fail, gather, milliseconds, stage};
-use crate::failure::{Cause, Stage, TaskError};
-use crate::ledger::Ticket;
-use crate::queue::BATCH_MAX;
-use crate::services::{ModelInfo, Size};
+use super::decode::About;
+use super::{Image, Job, Shared, Subject, Times, cause_of_call, gather, milliseconds, stage};
+use crate::rules::failure::{Cause, Stage, TaskError};
+use crate::services::{BATCH_MAX, ModelInfo};
 
 /// How long an event waits for others to share a request with.
 const LINGER: Duration = Duration::from_millis(15);
+
+/// Publish requests at the same time: at 100 ms each and ten events a
+/// request, 800 events/s.
+const PUBLISHES: usize = 8;
 
 /// Where events that no output takes are kept, below the vectors' prefix.
 const OVERSIZE_FOLDER: &str = "oversize-events";
@@ -26,16 +29,12 @@ const OVERSIZE_FOLDER: &str = "oversize-events";
 pub(super) struct Embedded {
     pub(super) image: Image,
     pub(super) vector: Vec<f32>,
-    pub(super) size: Size,
-    pub(super) kind: events::ImageType,
-    pub(super) version: String,
+    pub(super) about: About,
 }
 
 /// A document that is gone: its vectors go too, and the event is passed on.
 pub(super) struct Deletion {
-    pub(super) ticket: Ticket,
-    pub(super) url: String,
-    pub(super) own_body: Option<String>,
+    pub(super) job: Job,
     pub(super) event: Option<CloudEvent>,
 }
 
@@ -55,16 +54,27 @@ pub(super) struct Outgoing {
 enum Origin {
     Image {
         image: Box<Image>,
-        size: Size,
-        kind: events::ImageType,
+        about: About,
         labels: Vec<String>,
         key: String,
     },
-    Deletion {
-        ticket: Ticket,
-        url: String,
-        own_body: Option<String>,
-    },
+    Deletion(Job),
+}
+
+impl Origin {
+    fn job(&self) -> &Job {
+        match self {
+            Origin::Image { image, .. } => &image.job,
+            Origin::Deletion(job) => job,
+        }
+    }
+
+    fn into_job(self) -> Job {
+        match self {
+            Origin::Image { image, .. } => image.job,
+            Origin::Deletion(job) => job,
+        }
+    }
 }
 
 pub(super) async fn run(
@@ -78,13 +88,13 @@ pub(super) async fn run(
         async move {
             let outgoing = match arrival {
                 ToStore::Vector(embedded) => {
-                    shared.stats.leaves(Stage::Store);
+                    shared.metrics.leaves(Stage::Store);
                     store(&shared, *embedded).await
                 }
                 ToStore::Deletion(deletion) => delete(&shared, *deletion).await,
             };
             if let Some(outgoing) = outgoing {
-                shared.stats.waits(Stage::Publish);
+                shared.metrics.waits(Stage::Publish);
                 let _ = to_publish.send(outgoing).await;
             }
         }
@@ -97,11 +107,9 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
     let Embedded {
         mut image,
         vector: values,
-        size,
-        kind,
-        version,
+        about,
     } = embedded;
-    if !image.ticket.is_ours() {
+    if !image.job.ticket.is_ours() {
         return None;
     }
     let model = shared
@@ -112,28 +120,30 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
     if let Some(position) = values.iter().position(|value| !value.is_finite()) {
         let message = format!(
             "the model's answer for {} is not finite at position {position}",
-            image.url
+            image.job.object
         );
         let error = TaskError::permanent(Stage::Infer, Cause::NotFinite, message);
-        image.fail(shared, error);
+        image.job.fail(shared, error);
         return None;
     }
     let key = vector::key(
         &shared.settings.cache_prefix,
-        &image.url,
-        &version,
+        &image.job.object,
+        &about.version,
         &model.name,
     );
     let vectors = &shared.services.vectors;
     let body = vector::to_json(&values);
-    let stored = vectors.put(&key, &image.url, &model.name, body).await;
+    let stored = vectors
+        .put(&key, &image.job.object, &model.name, body)
+        .await;
     image.times.store = milliseconds(started);
-    shared.stats.did(Stage::Store, started.elapsed());
+    shared.metrics.did(Stage::Store, started.elapsed());
     if let Err(error) = stored {
-        image.fail(shared, store_error(error));
+        image.job.fail(shared, store_error(error));
         return None;
     }
-    shared.stats.stored();
+    shared.metrics.stored();
     let labels = model
         .labels
         .as_ref()
@@ -141,7 +151,7 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
         .unwrap_or_default();
     let event = match &image.subject {
         Subject::Event(event) => event.as_ref().clone(),
-        Subject::Object(object) => object.to_event(kind),
+        Subject::Object(object) => object.to_event(about.kind),
     };
     let embedding = Embedding {
         vectors: S3Url::new(vectors.bucket(), &key).to_string(),
@@ -153,14 +163,13 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
             event,
             origin: Origin::Image {
                 image: Box::new(image),
-                size,
-                kind,
+                about,
                 labels,
                 key,
             },
         }),
         Err(error) => {
-            image.fail(shared, error);
+            image.job.fail(shared, error);
             None
         }
     }
@@ -185,15 +194,13 @@ async fn fit(
     embedding: &Embedding,
     labels: &[String],
 ) -> Result<CloudEvent, TaskError> {
-    let publisher = &shared.services.publisher;
-    let full = event
-        .clone()
-        .with_embedding(embedding, labels, model.details.clone());
-    if publisher.check_size(&full).is_ok() {
+    let outputs = &shared.services.outputs;
+    let full = event.clone().with_embedding(embedding, labels, Map::new());
+    if outputs.check_size(&full).is_ok() {
         return Ok(full);
     }
     let slim = event.with_embedding(embedding, &[], Map::new());
-    let Err(problem) = publisher.check_size(&slim) else {
+    let Err(problem) = outputs.check_size(&slim) else {
         tracing::warn!(
             object = slim.data.document.url,
             "the event is too large with its labels, sent without them"
@@ -227,13 +234,8 @@ async fn fit(
 
 /// Deletes the vectors of a document.
 async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
-    let Deletion {
-        ticket,
-        url,
-        own_body,
-        event,
-    } = deletion;
-    if !ticket.is_ours() {
+    let Deletion { job, event } = deletion;
+    if !job.ticket.is_ours() {
         return None;
     }
     let model = shared.model().await?;
@@ -241,27 +243,27 @@ async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
     let deleted = shared
         .services
         .vectors
-        .delete_document(&url, &model.name)
+        .delete_document(&job.object, &model.name)
         .await;
-    shared.stats.did(Stage::Store, started.elapsed());
+    shared.metrics.did(Stage::Store, started.elapsed());
     match deleted {
         Err(error) => {
-            fail(shared, ticket, store_error(error), Some(url), own_body);
+            job.fail(shared, store_error(error));
             None
         }
         Ok(vectors) => {
-            tracing::info!(object = url, vectors, "document deleted, vectors deleted");
+            tracing::info!(
+                object = job.object,
+                vectors,
+                "document deleted, vectors deleted"
+            );
             let Some(event) = event else {
-                ticket.finish();
+                job.ticket.finish();
                 return None;
             };
             Some(Outgoing {
                 event: event.passed_here(),
-                origin: Origin::Deletion {
-                    ticket,
-                    url,
-                    own_body,
-                },
+                origin: Origin::Deletion(job),
             })
         }
     }
@@ -269,10 +271,11 @@ async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
 
 /// Sends events, as many as one request takes, several requests at a time.
 pub(super) async fn publish(shared: Arc<Shared>, mut arrivals: mpsc::Receiver<Outgoing>) {
-    let slots = Arc::new(Semaphore::new(shared.settings.publishes.max(1)));
+    let slots = Arc::new(Semaphore::new(PUBLISHES));
     loop {
         let slot = slots.clone().acquire_owned().await;
-        let Some(outgoing) = gather(&mut arrivals, BATCH_MAX, LINGER).await else {
+        let Some(outgoing) = gather(|context| arrivals.poll_recv(context), BATCH_MAX, LINGER).await
+        else {
             return;
         };
         let shared = shared.clone();
@@ -287,13 +290,9 @@ async fn publish_all(shared: &Shared, outgoing: Vec<Outgoing>) {
     let mut events = Vec::with_capacity(outgoing.len());
     let mut origins = Vec::with_capacity(outgoing.len());
     for Outgoing { event, origin } in outgoing {
-        shared.stats.leaves(Stage::Publish);
-        let is_ours = match &origin {
-            Origin::Image { image, .. } => image.ticket.is_ours(),
-            Origin::Deletion { ticket, .. } => ticket.is_ours(),
-        };
+        shared.metrics.leaves(Stage::Publish);
         // Whoever holds the message now publishes it.
-        if is_ours {
+        if origin.job().ticket.is_ours() {
             events.push(event);
             origins.push(origin);
         }
@@ -302,23 +301,13 @@ async fn publish_all(shared: &Shared, outgoing: Vec<Outgoing>) {
         return;
     }
     let started = Instant::now();
-    let results = shared.services.publisher.publish(&events).await;
+    let results = shared.services.outputs.publish(&events).await;
     let time = started.elapsed();
     for (origin, result) in origins.into_iter().zip(results) {
-        shared.stats.did(Stage::Publish, time);
+        shared.metrics.did(Stage::Publish, time);
         match result {
             Ok(()) => finish(shared, origin, milliseconds(started)),
-            Err(error) => {
-                let error = publish_error(error);
-                match origin {
-                    Origin::Image { image, .. } => image.fail(shared, error),
-                    Origin::Deletion {
-                        ticket,
-                        url,
-                        own_body,
-                    } => fail(shared, ticket, error, Some(url), own_body),
-                }
-            }
+            Err(error) => origin.into_job().fail(shared, publish_error(error)),
         }
     }
 }
@@ -337,38 +326,25 @@ fn publish_error(error: PublishError) -> TaskError {
 }
 
 fn finish(shared: &Shared, origin: Origin, publish: f64) {
-    shared.note_access(None);
-    match origin {
-        Origin::Deletion { ticket, .. } => ticket.finish(),
-        Origin::Image {
-            image,
-            size,
-            kind,
-            labels,
-            key,
-        } => {
-            shared.stats.image_done();
-            if shared
-                .stats
-                .may_log_image(shared.settings.image_lines_per_second)
-            {
-                log_image(&image, size, kind, &labels, &key, publish);
-            }
-            let Image { ticket, .. } = *image;
-            ticket.finish();
+    shared.ending.count_refusals(None);
+    if let Origin::Image {
+        image,
+        about,
+        labels,
+        key,
+    } = &origin
+    {
+        shared.metrics.image_done();
+        let most = shared.settings.image_lines_per_second;
+        if shared.metrics.may_log_image(most) {
+            log_image(image, about, labels, key, publish);
         }
     }
+    origin.into_job().ticket.finish();
 }
 
 /// The line that a person or the demo follows the work by.
-fn log_image(
-    image: &Image,
-    size: Size,
-    kind: events::ImageType,
-    labels: &[String],
-    key: &str,
-    publish: f64,
-) {
+fn log_image(image: &Image, about: &About, labels: &[String], key: &str, publish: f64) {
     let Times {
         download,
         decode,
@@ -378,10 +354,10 @@ fn log_image(
     } = image.times;
     let rounded = |milliseconds: f64| (milliseconds * 10.0).round() / 10.0;
     tracing::info!(
-        object = image.url,
-        "type" = kind.mime(),
-        width = size.width,
-        height = size.height,
+        object = image.job.object,
+        "type" = about.kind.mime(),
+        width = about.size.width,
+        height = about.size.height,
         labels = labels.join(", "),
         vector = key,
         download_ms = rounded(download),
@@ -390,7 +366,7 @@ fn log_image(
         infer_ms = rounded(infer),
         store_ms = rounded(store),
         publish_ms = rounded(publish),
-        total_ms = rounded(milliseconds(image.ticket.message().received)),
+        total_ms = rounded(milliseconds(image.job.ticket.message().received)),
         "image embedded"
     );
 }

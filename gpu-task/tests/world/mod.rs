@@ -12,14 +12,12 @@ use delivery::{Answer, Backoff, Destination, Entry, Outputs, Rejection};
 use events::{CloudEvent, Document, EventType, ImageType};
 use futures_util::StreamExt;
 use futures_util::stream;
-use gpu_task::failure::{Cause, Fatal, Stage, TaskError};
-use gpu_task::pipeline::{self, Loading, Settings, Summary};
-use gpu_task::queue::{Extension, LeaseError, Queue, ReceiveError, Received};
+use gpu_task::config::Settings;
 use gpu_task::services::{
-    Documents, Embedder, ModelInfo, OpenDocument, Preparer, Rejects, Services, Size, Vectors,
+    Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, OpenDocument, Preparer,
+    Queue, QueueFacts, ReceiveError, Received, Rejects, Services, Size, Vectors,
 };
-use gpu_task::sqs::QueueFacts;
-use gpu_task::stats::Stats;
+use gpu_task::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 use platform::aws;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -462,7 +460,7 @@ struct FakeRejects(Arc<FakeOutput>);
 
 #[async_trait]
 impl Rejects for FakeRejects {
-    async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), String>> {
+    async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), aws::Error>> {
         rejected
             .iter()
             .map(|letter| {
@@ -472,7 +470,7 @@ impl Rejects for FakeRejects {
                     |left| left.checked_sub(1),
                 );
                 if fails.is_ok() {
-                    return Err("InternalError".to_owned());
+                    return Err(aws::Error::of_code("fake", "InternalError", ""));
                 }
                 self.0.rejects.lock().unwrap().push(letter.clone());
                 Ok(())
@@ -561,7 +559,7 @@ struct FakeEmbedder {
 }
 
 impl Embedder for FakeEmbedder {
-    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, String> {
+    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, EmbedError> {
         let each = (SIDE * SIDE * 3) as usize;
         assert!((1..=self.most).contains(&batch), "{batch}");
         assert_eq!(pixels.len(), batch * each);
@@ -570,7 +568,7 @@ impl Embedder for FakeEmbedder {
         let mut values = Vec::new();
         for image in pixels.chunks_exact(each) {
             if image[2] == 1 {
-                return Err("CUDA error 700".to_owned());
+                return Err("CUDA error 700".into());
             }
             let first = if image[1] == 1 {
                 f32::NAN
@@ -597,7 +595,7 @@ pub struct World {
     pub facts: Result<QueueFacts, Fatal>,
     pub model_fails: bool,
     pub model_takes: Duration,
-    pub stats: Arc<Stats>,
+    pub metrics: Arc<Metrics>,
 }
 
 pub struct Running {
@@ -640,7 +638,7 @@ impl World {
             facts: Ok(QueueFacts::default()),
             model_fails: false,
             model_takes: Duration::ZERO,
-            stats: Arc::new(Stats::new("Tests", "input", None, 8)),
+            metrics: Arc::new(Metrics::new("Tests", "input", None, 8)),
         }
     }
 
@@ -691,7 +689,7 @@ impl World {
             queue: self.queue.clone(),
             documents: self.documents.clone(),
             vectors: self.vectors.clone(),
-            publisher: Arc::new(Outputs::new(vec![self.output.clone()])),
+            outputs: Outputs::new(vec![self.output.clone()]),
             rejects: Arc::new(FakeRejects(self.output.clone())),
             preparer: self.preparer.clone(),
         };
@@ -707,10 +705,7 @@ impl World {
             info: Box::pin(async {
                 Ok(ModelInfo {
                     name: MODEL.to_owned(),
-                    dimensions: DIMENSIONS,
                     side: SIDE,
-                    is_synthesized: false,
-                    details: serde_json::Map::new(),
                     labels: Some(Box::new(|vector| vec![format!("label-{}", vector[0])])),
                 })
             }),
@@ -722,10 +717,10 @@ impl World {
                 Ok(vec![embedder])
             }),
         };
-        let task = tokio::spawn(pipeline::run(
+        let task = tokio::spawn(run_pipeline(
             self.settings.clone(),
             services,
-            self.stats.clone(),
+            self.metrics.clone(),
             Box::pin(async move { facts }),
             loading,
             stop.clone(),
@@ -753,14 +748,12 @@ fn settings() -> Settings {
         decode_threads: 2,
         downloads: 16,
         stores: 16,
-        publishes: 8,
-        receivers: 2,
         max_messages: 128,
         memory_budget: 64 << 20,
         max_image_bytes: 1 << 20,
         visibility: Duration::from_secs(30),
         download_timeout: Duration::from_secs(5),
-        idle_exit: None,
+        idle_exit: Duration::ZERO,
         stop_timeout: Duration::from_secs(10),
         metrics_interval: Duration::from_secs(3600),
         cache_prefix: "clip-image-processor".to_owned(),

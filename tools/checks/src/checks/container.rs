@@ -40,7 +40,7 @@ pub fn health_check(project: &Project) -> Vec<Finding> {
     for flag in command
         .iter()
         .skip(2)
-        .filter(|flag| !known.contains(**flag))
+        .filter(|flag| !known.contains(flag.trim_start_matches("--")))
     {
         let problem = format!("gpu-task knows no {flag}");
         findings.push(Finding::new(CHECK, "TaskDefinition", problem));

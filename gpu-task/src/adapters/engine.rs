@@ -8,28 +8,25 @@ use clip_model::Bundle;
 use clip_model::engine::{EngineOptions, VisionEngine};
 use tokio::sync::oneshot;
 
-use crate::failure::Fatal;
 use crate::pipeline::Loading;
-use crate::services::{Embedder, ModelInfo, PixelBuffer};
+use crate::rules::failure::Fatal;
+use crate::services::{EmbedError, Embedder, LabelsOf, ModelInfo, PixelBuffer};
 
 /// Labels that go into the keywords of an image.
 const LABELS: usize = 5;
 
 impl Embedder for VisionEngine {
-    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, String> {
-        match VisionEngine::buffer(self, bytes) {
-            Ok(buffer) => Ok(Box::new(buffer)),
-            Err(error) => Err(error.to_string()),
-        }
+    fn buffer(&self, bytes: usize) -> Result<PixelBuffer, EmbedError> {
+        Ok(Box::new(VisionEngine::buffer(self, bytes)?))
     }
 
-    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, String> {
-        VisionEngine::embed(self, pixels, batch).map_err(|error| error.to_string())
+    fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, EmbedError> {
+        Ok(VisionEngine::embed(self, pixels, batch)?)
     }
 }
 
 /// What is known of a bundle's model.
-pub fn describe(bundle: &Bundle, extract_labels: bool) -> ModelInfo {
+fn describe(bundle: &Bundle, extract_labels: bool) -> ModelInfo {
     let manifest = bundle.manifest();
     let labels = bundle.labels().filter(|_| extract_labels).cloned();
     if extract_labels && labels.is_none() {
@@ -37,11 +34,8 @@ pub fn describe(bundle: &Bundle, extract_labels: bool) -> ModelInfo {
     }
     ModelInfo {
         name: manifest.model.clone(),
-        dimensions: manifest.dimensions,
         side: manifest.image_size as u32,
-        is_synthesized: manifest.is_synthesized(),
-        details: serde_json::Map::new(),
-        labels: labels.map(|labels| -> Box<crate::services::LabelsOf> {
+        labels: labels.map(|labels| -> Box<LabelsOf> {
             Box::new(move |vector: &[f32]| {
                 let top = labels.top(vector, LABELS);
                 top.into_iter().map(|(label, _)| label).collect()
@@ -67,34 +61,28 @@ pub fn load(
                 return;
             }
         };
-        let work = move || {
-            let bundle = match open(&folder) {
-                Ok(bundle) => bundle,
-                Err(fatal) => {
-                    let _ = info_sender.send(Err(fatal));
-                    return;
-                }
-            };
-            let _ = info_sender.send(Ok(describe(&bundle, extract_labels)));
-            let _ = embedders_sender.send(start(&bundle, &options));
-        };
-        tokio::task::spawn_blocking(work);
+        tokio::task::spawn_blocking(move || match open(&folder) {
+            Ok(bundle) => {
+                let _ = info_sender.send(Ok(describe(&bundle, extract_labels)));
+                let _ = embedders_sender.send(start(&bundle, &options));
+            }
+            Err(fatal) => {
+                let _ = info_sender.send(Err(fatal));
+            }
+        });
     });
-    // Each channel may close without a value: then the other one, or the end
-    // of the task, brings the reason.
     Loading {
-        info: Box::pin(async {
-            match info.await {
-                Ok(result) => result,
-                Err(_) => std::future::pending().await,
-            }
-        }),
-        embedders: Box::pin(async {
-            match embedders.await {
-                Ok(result) => result,
-                Err(_) => std::future::pending().await,
-            }
-        }),
+        info: Box::pin(arrival(info)),
+        embedders: Box::pin(arrival(embedders)),
+    }
+}
+
+/// A channel may close without a value: then the other one, or the end of the
+/// task, brings the reason.
+async fn arrival<T>(channel: oneshot::Receiver<T>) -> T {
+    match channel.await {
+        Ok(value) => value,
+        Err(_) => std::future::pending().await,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use platform::metrics::{MAX_VALUES_PER_METRIC, MetricLine, Unit};
 
-use crate::failure::{Cause, Failure, Stage, TaskError};
+use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 
 /// The least time with enough work at hand for a throughput to mean anything.
 const MIN_SATURATED: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ struct InWork {
 }
 
 /// The task's figures.
-pub struct Stats {
+pub struct Metrics {
     namespace: String,
     queue_name: String,
     cluster: Option<String>,
@@ -83,7 +83,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Stats {
+impl Metrics {
     /// Figures for the queue named `queue_name`. With at least `saturation`
     /// images in work the task counts as fully busy.
     pub fn new(
@@ -117,17 +117,17 @@ impl Stats {
     }
 
     /// Something waits for the stage from now on.
-    pub fn waits(&self, stage: Stage) {
+    pub(crate) fn waits(&self, stage: Stage) {
         self.stage(stage).waiting.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Something no longer waits for the stage.
-    pub fn leaves(&self, stage: Stage) {
+    pub(crate) fn leaves(&self, stage: Stage) {
         self.stage(stage).waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The stage did something in `time`.
-    pub fn did(&self, stage: Stage, time: Duration) {
+    pub(crate) fn did(&self, stage: Stage, time: Duration) {
         let stats = self.stage(stage);
         stats.done.fetch_add(1, Ordering::Relaxed);
         stats
@@ -137,17 +137,17 @@ impl Stats {
     }
 
     /// A batch of this size went through the model.
-    pub fn batch(&self, images: usize) {
+    pub(crate) fn batch(&self, images: usize) {
         lock(&self.batches).add(images as f64);
     }
 
     /// Bytes of documents were read.
-    pub fn read(&self, bytes: u64) {
+    pub(crate) fn read(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// An image entered the pipeline.
-    pub fn image_enters(&self) {
+    pub(crate) fn image_enters(&self) {
         let mut in_work = lock(&self.in_work);
         in_work.images += 1;
         if in_work.images == self.saturation {
@@ -156,7 +156,7 @@ impl Stats {
     }
 
     /// An image left the pipeline, however it ended.
-    pub fn image_leaves(&self) {
+    pub(crate) fn image_leaves(&self) {
         let mut in_work = lock(&self.in_work);
         if in_work.images == self.saturation
             && let Some(since) = in_work.saturated_since.take()
@@ -167,41 +167,32 @@ impl Stats {
     }
 
     /// Images in the pipeline.
-    pub fn images_in_work(&self) -> usize {
+    pub(crate) fn images_in_work(&self) -> usize {
         lock(&self.in_work).images
     }
 
     /// A vector was stored.
-    pub fn stored(&self) {
+    pub(crate) fn stored(&self) {
         self.first_vector.get_or_init(|| self.started.elapsed());
     }
 
     /// An image is done: stored and published.
-    pub fn image_done(&self) {
+    pub(crate) fn image_done(&self) {
         self.images_total.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Something failed.
-    pub fn failed(&self, error: &TaskError) {
-        let kind = match error.failure {
-            Failure::Permanent => "permanent",
-            Failure::Transient => "transient",
-        };
+    pub(crate) fn failed(&self, error: &TaskError) {
         if error.failure == Failure::Permanent {
             self.failed_total.fetch_add(1, Ordering::Relaxed);
         }
-        let key = (error.stage, error.cause, kind);
+        let key = (error.stage, error.cause, error.word());
         *lock(&self.failures).entry(key).or_default() += 1;
-    }
-
-    /// From start to the first stored vector.
-    pub fn first_vector(&self) -> Option<Duration> {
-        self.first_vector.get().copied()
     }
 
     /// How long the task had at least a batch of work at hand, and how many
     /// images it has done, both since the start: what a throughput is made of.
-    pub fn work_done(&self) -> (Duration, u64) {
+    pub(crate) fn work_done(&self) -> (Duration, u64) {
         let in_work = lock(&self.in_work);
         let current = in_work.saturated_since.map(|since| since.elapsed());
         let images = self.images_total.load(Ordering::Relaxed);
@@ -209,7 +200,7 @@ impl Stats {
     }
 
     /// Images done and images rejected since the start.
-    pub fn totals(&self) -> (u64, u64) {
+    pub(crate) fn totals(&self) -> (u64, u64) {
         (
             self.images_total.load(Ordering::Relaxed),
             self.failed_total.load(Ordering::Relaxed),
@@ -217,7 +208,7 @@ impl Stats {
     }
 
     /// Whether one more log line per image may be written in this second.
-    pub fn may_log_image(&self, lines_per_second: u32) -> bool {
+    pub(crate) fn may_log_image(&self, lines_per_second: u32) -> bool {
         let second = self.started.elapsed().as_secs();
         let mut lines = lock(&self.lines);
         if lines.0 != second {
@@ -230,7 +221,7 @@ impl Stats {
     /// Takes this interval's figures and begins the next. The throughput is
     /// that of the time in which the task had at least a batch of work at
     /// hand: an idle task is not a slow one.
-    pub fn take_lines(&self) -> Vec<MetricLine> {
+    pub(crate) fn take_lines(&self) -> Vec<MetricLine> {
         let (saturated, images) = {
             let now = self.work_done();
             let before = std::mem::replace(&mut *lock(&self.written), now);
@@ -292,7 +283,7 @@ impl Stats {
     }
 
     /// Writes this interval's figures.
-    pub fn emit(&self) {
+    pub(crate) fn emit(&self) {
         for line in self.take_lines() {
             line.emit();
         }
@@ -312,11 +303,11 @@ mod tests {
     use super::*;
     use std::time::SystemTime;
 
-    fn stats() -> Stats {
-        Stats::new("Namespace", "input", None, 2)
+    fn stats() -> Metrics {
+        Metrics::new("Namespace", "input", None, 2)
     }
 
-    fn json(stats: &Stats) -> Vec<serde_json::Value> {
+    fn json(stats: &Metrics) -> Vec<serde_json::Value> {
         stats
             .take_lines()
             .iter()

@@ -146,6 +146,14 @@ impl TaskError {
         }
     }
 
+    /// The kind in logs and metrics.
+    pub(crate) const fn word(&self) -> &'static str {
+        match self.failure {
+            Failure::Permanent => "permanent",
+            Failure::Transient => "transient",
+        }
+    }
+
     /// A later try can succeed.
     pub fn transient(stage: Stage, cause: Cause, message: impl Into<String>) -> Self {
         Self {
@@ -180,9 +188,6 @@ pub enum Fatal {
     #[error("inference: {0}")]
     Inference(String),
 }
-
-/// Exit code after SIGTERM, and when nothing is left to do.
-pub const EXIT_DONE: u8 = 0;
 
 impl Fatal {
     /// The process's exit code.

@@ -3,21 +3,12 @@
 use clip_image::{ImageError, Options};
 use events::ImageType;
 
-use crate::failure::{Cause, Stage, TaskError};
+use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::{Preparer, Size};
 
-/// Decodes with `clip-image`.
-pub struct ImagePreparer {
-    options: Options,
-}
-
-impl ImagePreparer {
-    /// Decoders with the given limits and modes. The side of the crop is the
-    /// model's, whatever the options say.
-    pub fn new(options: Options) -> Self {
-        Self { options }
-    }
-}
+/// Decoders with limits and modes. The side of the crop is the model's,
+/// whatever the options say.
+pub struct Decoders(pub Options);
 
 fn task_error(error: ImageError) -> TaskError {
     let cause = match &error {
@@ -30,9 +21,9 @@ fn task_error(error: ImageError) -> TaskError {
     TaskError::permanent(Stage::Decode, cause, error.to_string())
 }
 
-impl Preparer for ImagePreparer {
+impl Preparer for Decoders {
     fn memory_needed(&self, bytes: &[u8], kind: ImageType) -> Result<u64, TaskError> {
-        clip_image::memory_needed(bytes, kind, &self.options).map_err(task_error)
+        clip_image::memory_needed(bytes, kind, &self.0).map_err(task_error)
     }
 
     fn prepare(
@@ -44,7 +35,7 @@ impl Preparer for ImagePreparer {
     ) -> Result<Size, TaskError> {
         let options = Options {
             size: side,
-            ..self.options
+            ..self.0
         };
         let prepared = clip_image::prepare(bytes, kind, &options, out).map_err(task_error)?;
         Ok(Size {

@@ -22,7 +22,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use platform::Failure;
 
-use crate::failure::{Cause, Stage, TaskError};
+use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::{Documents, OpenDocument};
 
 /// From request to the response's head, in one try.

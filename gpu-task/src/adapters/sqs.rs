@@ -14,8 +14,10 @@ use aws_smithy_types::error::display::DisplayErrorContext;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use serde_json::Value;
 
-use crate::failure::{Fatal, is_access_problem};
-use crate::queue::{Extension, LONG_POLL_MAX, LeaseError, Queue, ReceiveError, Received};
+use crate::rules::failure::{Fatal, is_access_problem};
+use crate::services::{
+    Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, ReceiveError, Received,
+};
 
 /// One try of a receive: the long poll and the network around it.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(LONG_POLL_MAX.as_secs() + 10);
@@ -41,14 +43,6 @@ pub struct SqsQueue {
     client: Client,
     polling: Client,
     url: String,
-}
-
-/// What the task wants to know of its queue before it starts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueFacts {
-    /// After how many deliveries the queue itself puts a message into its
-    /// dead-letter queue, without a reason.
-    pub max_receives: Option<u32>,
 }
 
 impl SqsQueue {

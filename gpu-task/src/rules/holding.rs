@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use planner::worker::{LEAST_BATCHES_HELD, holding_limit as limit};
 use tokio::sync::Notify;
 
-use crate::queue::BATCH_MAX;
+use crate::services::BATCH_MAX;
 
 /// Counts the messages held, and lets receivers wait for room.
 pub struct Gate {
+    /// Those that a receive is under way for included.
     held: AtomicUsize,
     limit: AtomicUsize,
     freed: Notify,
@@ -29,11 +30,6 @@ impl Gate {
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit.max(1), Ordering::Relaxed);
         self.freed.notify_waiters();
-    }
-
-    /// Messages held, those that a receive is under way for included.
-    pub fn held(&self) -> usize {
-        self.held.load(Ordering::Relaxed)
     }
 
     /// Waits for room for a whole receive (or for whatever the limit allows
@@ -104,7 +100,7 @@ mod tests {
         assert!(timeout(short, gate.reserve()).await.is_err());
         gate.release(1);
         assert_eq!(timeout(short, gate.reserve()).await, Ok(10));
-        assert_eq!(gate.held(), 25);
+        assert_eq!(gate.held.load(Ordering::Relaxed), 25);
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
-use crate::failure::{Cause, Failure, Stage, TaskError};
-use crate::queue::Received;
+use crate::rules::failure::{Cause, Failure, Stage, TaskError};
+use crate::services::Received;
 
 /// Who owns a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub enum Verdict {
     Reject(Vec<ItemFailure>),
 }
 
-struct State {
+struct Standing {
     ownership: Ownership,
     receipt: String,
     expires: Instant,
@@ -77,54 +77,54 @@ pub struct Message {
     pub receive_count: u32,
     /// When it was received.
     pub received: Instant,
-    state: Mutex<State>,
+    standing: Mutex<Standing>,
 }
 
 impl Message {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Every critical section below leaves the state whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        // Every critical section below leaves it whole.
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who owns it.
     pub fn ownership(&self) -> Ownership {
-        self.state().ownership
+        self.standing().ownership
     }
 
     /// The receipt of its latest delivery, the only one that SQS honours.
     pub fn receipt(&self) -> String {
-        self.state().receipt.clone()
+        self.standing().receipt.clone()
     }
 
     /// Marks it as having reached the model. False when it is not ours any more.
     fn commit(&self) -> bool {
-        let mut state = self.state();
-        if state.ownership == Ownership::Held {
-            state.ownership = Ownership::Committed;
+        let mut standing = self.standing();
+        if standing.ownership == Ownership::Held {
+            standing.ownership = Ownership::Committed;
         }
-        state.ownership.is_ours()
+        standing.ownership.is_ours()
     }
 
     fn change_if(&self, accepted: impl Fn(Ownership) -> bool, to: Ownership) -> bool {
-        let mut state = self.state();
-        let is_accepted = accepted(state.ownership);
+        let mut standing = self.standing();
+        let is_accepted = accepted(standing.ownership);
         if is_accepted {
-            state.ownership = to;
+            standing.ownership = to;
         }
         is_accepted
     }
 
     /// What to do with the message once all its items have ended.
     pub fn verdict(&self) -> Verdict {
-        let state = self.state();
-        let transient = state
+        let standing = self.standing();
+        let transient = standing
             .failures
             .iter()
             .find(|failure| failure.error.failure == Failure::Transient);
         match transient {
             Some(failure) => Verdict::Retry(failure.error.clone()),
-            None if state.failures.is_empty() => Verdict::Done,
-            None => Verdict::Reject(state.failures.clone()),
+            None if standing.failures.is_empty() => Verdict::Done,
+            None => Verdict::Reject(standing.failures.clone()),
         }
     }
 }
@@ -171,10 +171,10 @@ impl Ticket {
     fn end(&mut self, failure: Option<ItemFailure>) {
         self.has_ended = true;
         let is_last = {
-            let mut state = self.message.state();
-            state.failures.extend(failure);
-            state.open_items -= 1;
-            state.open_items == 0
+            let mut standing = self.message.standing();
+            standing.failures.extend(failure);
+            standing.open_items -= 1;
+            standing.open_items == 0
         };
         if is_last {
             // The desk outlives every ticket but in the last moments of the
@@ -203,6 +203,7 @@ impl Drop for Ticket {
 }
 
 /// Every message in work.
+#[derive(Default)]
 pub struct Ledger {
     messages: Mutex<HashMap<String, Arc<Message>>>,
     emptied: Notify,
@@ -224,22 +225,7 @@ pub enum Taken {
     Done(String),
 }
 
-impl Default for Ledger {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Ledger {
-    /// An empty ledger.
-    pub fn new() -> Self {
-        Self {
-            messages: Mutex::new(HashMap::new()),
-            emptied: Notify::new(),
-            done: Mutex::new(VecDeque::new()),
-        }
-    }
-
     fn messages(&self) -> MutexGuard<'_, HashMap<String, Arc<Message>>> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -250,10 +236,10 @@ impl Ledger {
     pub fn take(&self, received: Received, now: Instant, visibility: Duration) -> Taken {
         let mut messages = self.messages();
         if let Some(known) = messages.get(&received.message_id) {
-            let mut state = known.state();
-            if state.ownership.is_ours() {
-                state.receipt = received.receipt;
-                state.expires = now + visibility;
+            let mut standing = known.standing();
+            if standing.ownership.is_ours() {
+                standing.receipt = received.receipt;
+                standing.expires = now + visibility;
                 return Taken::Duplicate;
             }
         }
@@ -265,7 +251,7 @@ impl Ledger {
             body: received.body,
             receive_count: received.receive_count,
             received: now,
-            state: Mutex::new(State {
+            standing: Mutex::new(Standing {
                 ownership: Ownership::Held,
                 receipt: received.receipt,
                 expires: now + visibility,
@@ -303,7 +289,7 @@ impl Ledger {
         items: usize,
         desk: &mpsc::UnboundedSender<Arc<Message>>,
     ) -> Vec<Ticket> {
-        message.state().open_items += items;
+        message.standing().open_items += items;
         (0..items)
             .map(|_| Ticket {
                 message: message.clone(),
@@ -317,7 +303,7 @@ impl Ledger {
     /// A message that was replaced by a newer delivery of itself counts as
     /// there once, when it is removed.
     pub fn remove(&self, message: &Arc<Message>) -> bool {
-        if std::mem::replace(&mut message.state().is_removed, true) {
+        if std::mem::replace(&mut message.standing().is_removed, true) {
             return false;
         }
         let mut messages = self.messages();
@@ -362,17 +348,17 @@ impl Ledger {
     pub fn due(&self, now: Instant, margin: Duration) -> Vec<Arc<Message>> {
         let mut due = Vec::new();
         for message in self.messages().values() {
-            let mut state = message.state();
-            if !state.ownership.is_ours() {
+            let mut standing = message.standing();
+            if !standing.ownership.is_ours() {
                 continue;
             }
-            if state.expires <= now {
-                state.ownership = Ownership::Lost;
+            if standing.expires <= now {
+                standing.ownership = Ownership::Lost;
                 tracing::warn!(
                     message_id = message.message_id,
                     "the visibility ended before the work did"
                 );
-            } else if state.expires - now <= margin {
+            } else if standing.expires - now <= margin {
                 due.push(message.clone());
             }
         }
@@ -381,19 +367,19 @@ impl Ledger {
 
     /// The lease of `receipt` was extended at `at`.
     pub fn extended(message: &Message, receipt: &str, at: Instant, visibility: Duration) {
-        let mut state = message.state();
-        if state.receipt == receipt {
-            state.expires = at + visibility;
+        let mut standing = message.standing();
+        if standing.receipt == receipt {
+            standing.expires = at + visibility;
         }
     }
 
     /// The queue says that `receipt` is stale. True when the message was ours
     /// until now and no newer delivery renewed it.
     pub fn lost(message: &Message, receipt: &str) -> bool {
-        let mut state = message.state();
-        let is_lost = state.receipt == receipt && state.ownership.is_ours();
+        let mut standing = message.standing();
+        let is_lost = standing.receipt == receipt && standing.ownership.is_ours();
         if is_lost {
-            state.ownership = Ownership::Lost;
+            standing.ownership = Ownership::Lost;
         }
         is_lost
     }
@@ -409,11 +395,6 @@ impl Ledger {
             .filter(|message| message.change_if(is_given_up, Ownership::HandedBack))
             .cloned()
             .collect()
-    }
-
-    /// Every message that is in the ledger, ours or not.
-    pub fn all(&self) -> Vec<Arc<Message>> {
-        self.messages().values().cloned().collect()
     }
 }
 
@@ -448,7 +429,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_goes_to_the_desk_when_its_last_item_has_ended() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let (desk, mut done) = mpsc::unbounded_channel();
         let message = take(&ledger, "a");
         let mut tickets = Ledger::tickets(&message, 2, &desk);
@@ -460,7 +441,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_transient_failure_of_one_item_returns_the_whole_message() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let (desk, mut done) = mpsc::unbounded_channel();
         let message = take(&ledger, "a");
         let mut tickets = Ledger::tickets(&message, 2, &desk);
@@ -474,7 +455,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dropped_ticket_returns_the_message() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let (desk, mut done) = mpsc::unbounded_channel();
         let message = take(&ledger, "a");
         drop(Ledger::tickets(&message, 1, &desk));
@@ -484,7 +465,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_delivery_renews_the_lease_and_is_no_new_work() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let message = take(&ledger, "a");
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
         assert!(matches!(again, Taken::Duplicate));
@@ -496,7 +477,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lost_message_that_comes_back_is_new_work_and_the_old_one_cannot_end_it() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let old = take(&ledger, "a");
         assert!(Ledger::lost(&old, "r1"));
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
@@ -508,7 +489,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_that_was_done_but_not_deleted_is_only_deleted_when_it_comes_back() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let message = take(&ledger, "a");
         ledger.remember_done(&message);
         ledger.remove(&message);
@@ -519,7 +500,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stop_hands_back_what_has_not_reached_the_model_first() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let waiting = take(&ledger, "waiting");
         let batched = take(&ledger, "batched");
         assert!(batched.commit());
@@ -539,7 +520,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_is_due_before_it_ends_and_lost_after() {
-        let ledger = Ledger::new();
+        let ledger = Ledger::default();
         let message = take(&ledger, "a");
         let margin = Duration::from_secs(15);
         assert!(ledger.due(Instant::now(), margin).is_empty());
