@@ -13,7 +13,6 @@ use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 /// The least time with enough work at hand for a throughput to mean anything.
 const MIN_SATURATED: Duration = Duration::from_secs(1);
 
-/// One stage's figures.
 #[derive(Default)]
 struct StageStats {
     /// Work that waits for the stage.
@@ -57,7 +56,6 @@ struct InWork {
     saturated: Duration,
 }
 
-/// The task's figures.
 pub struct Metrics {
     namespace: String,
     queue_name: String,
@@ -121,12 +119,10 @@ impl Metrics {
         self.stage(stage).waiting.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Something no longer waits for the stage.
     pub(crate) fn leaves(&self, stage: Stage) {
         self.stage(stage).waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// The stage did something in `time`.
     pub(crate) fn did(&self, stage: Stage, time: Duration) {
         let stats = self.stage(stage);
         stats.done.fetch_add(1, Ordering::Relaxed);
@@ -141,12 +137,10 @@ impl Metrics {
         lock(&self.batches).add(images as f64);
     }
 
-    /// Bytes of documents were read.
     pub(crate) fn read(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// An image entered the pipeline.
     pub(crate) fn image_enters(&self) {
         let mut in_work = lock(&self.in_work);
         in_work.images += 1;
@@ -166,22 +160,18 @@ impl Metrics {
         in_work.images -= 1;
     }
 
-    /// Images in the pipeline.
     pub(crate) fn images_in_work(&self) -> usize {
         lock(&self.in_work).images
     }
 
-    /// A vector was stored.
     pub(crate) fn stored(&self) {
         self.first_vector.get_or_init(|| self.started.elapsed());
     }
 
-    /// An image is done: stored and published.
     pub(crate) fn image_done(&self) {
         self.images_total.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Something failed.
     pub(crate) fn failed(&self, error: &TaskError) {
         if error.failure == Failure::Permanent {
             self.failed_total.fetch_add(1, Ordering::Relaxed);
@@ -282,7 +272,6 @@ impl Metrics {
         lines
     }
 
-    /// Writes this interval's figures.
     pub(crate) fn emit(&self) {
         for line in self.take_lines() {
             line.emit();

@@ -24,14 +24,12 @@ pub const LONG_POLL_MAX: Duration = Duration::from_secs(20);
 /// extensions together (SQS API).
 pub const VISIBILITY_MAX: Duration = Duration::from_secs(12 * 3600);
 
-/// A message as it arrived.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {
     /// Identifies the message across deliveries.
     pub message_id: String,
     /// Identifies this delivery of it; needed to extend or acknowledge.
     pub receipt: String,
-    /// The body.
     pub body: String,
     /// How often it was delivered, this time included (approximate).
     pub receive_count: u32,
@@ -40,7 +38,6 @@ pub struct Received {
 /// A change of one message's visibility.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extension {
-    /// The delivery.
     pub receipt: String,
     /// Invisible for this long from now; zero hands the message back.
     pub visibility: Duration,
@@ -58,18 +55,15 @@ pub enum LeaseError {
     Failed(String),
 }
 
-/// Why nothing could be received.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ReceiveError {
     /// The queue is missing or refuses us: waiting does not help, unless a
     /// person does something.
     pub is_refusal: bool,
-    /// What the service or the network said.
     pub message: String,
 }
 
-/// The input queue.
 #[async_trait]
 pub trait Queue: Send + Sync {
     /// Receives up to `max` (1 to [`BATCH_MAX`]) messages, waits up to `wait`
@@ -100,24 +94,20 @@ pub struct QueueFacts {
 
 /// A document whose body has not been read yet.
 pub struct OpenDocument {
-    /// The declared type.
     pub content_type: Option<String>,
     /// The length in bytes, where the server says it.
     pub length: Option<u64>,
     /// The ETag, without quotes.
     pub etag: Option<String>,
-    /// The body.
     pub body: BoxStream<'static, Result<Bytes, TaskError>>,
 }
 
-/// Where documents come from.
 #[async_trait]
 pub trait Documents: Send + Sync {
     /// Opens the document at a URL (`s3:` or `https:`).
     async fn open(&self, url: &str) -> Result<OpenDocument, TaskError>;
 }
 
-/// Where vectors go.
 #[async_trait]
 pub trait Vectors: Send + Sync {
     /// The bucket's name, for the URL in the event.
@@ -146,9 +136,7 @@ pub trait Rejects: Send + Sync {
 /// What was found in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
-    /// Width in pixels.
     pub width: u32,
-    /// Height in pixels.
     pub height: u32,
 }
 
@@ -173,7 +161,6 @@ pub type PixelBuffer = Box<dyn DerefMut<Target = [u8]> + Send>;
 /// Why the model gave no vectors.
 pub type EmbedError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Runs the model.
 pub trait Embedder: Send {
     /// Memory from which the model reads pixels fastest.
     fn buffer(&self, bytes: usize) -> Result<PixelBuffer, EmbedError> {
@@ -185,7 +172,6 @@ pub trait Embedder: Send {
     fn embed(&mut self, pixels: &[u8], batch: usize) -> Result<Vec<f32>, EmbedError>;
 }
 
-/// What is known of the model.
 pub struct ModelInfo {
     /// Its name, `ViT-B/32` and so on.
     pub name: String,
@@ -201,16 +187,10 @@ pub type LabelsOf = dyn Fn(&[f32]) -> Vec<String> + Send + Sync;
 /// The pipeline's world.
 #[derive(Clone)]
 pub struct Services {
-    /// The input queue.
     pub queue: Arc<dyn Queue>,
-    /// The documents.
     pub documents: Arc<dyn Documents>,
-    /// The cache bucket.
     pub vectors: Arc<dyn Vectors>,
-    /// The outputs.
     pub outputs: Outputs,
-    /// The dead-letter queue.
     pub rejects: Arc<dyn Rejects>,
-    /// The decoders.
     pub preparer: Arc<dyn Preparer>,
 }

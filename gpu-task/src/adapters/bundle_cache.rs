@@ -35,53 +35,31 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// A manifest has a few kilobytes; more is not one.
 const MAX_MANIFEST_BYTES: usize = 4 * 1024 * 1024;
 
-/// Why a bundle cannot be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// S3 did not give an object.
     #[error("cannot get s3://{bucket}/{key} (from MODEL_URI): {reason}")]
     Get {
-        /// The bucket.
         bucket: String,
-        /// The key.
         key: String,
-        /// What S3 or the network said.
         reason: String,
     },
-    /// The manifest is not one.
     #[error("s3://{bucket}/{key} (from MODEL_URI) is no bundle's manifest: {reason}")]
     Manifest {
-        /// The bucket.
         bucket: String,
-        /// The key.
         key: String,
-        /// What is wrong.
         reason: String,
     },
-    /// The cache folder cannot be written.
     #[error("cannot write the model cache {} (from CACHE_DIR): {error}", path.display())]
-    Write {
-        /// Where.
-        path: PathBuf,
-        /// What the system said.
-        error: io::Error,
-    },
-    /// What arrived is not what the manifest says.
+    Write { path: PathBuf, error: io::Error },
     #[error("fetched from s3://{bucket}/{prefix} (from MODEL_URI): {error}")]
     Damaged {
-        /// The bucket.
         bucket: String,
-        /// The prefix.
         prefix: String,
-        /// What differs.
         error: BundleError,
     },
     /// Another task fetches the bundle and does not finish.
     #[error("another task holds {} for more than {} s", path.display(), LOCK_PATIENCE.as_secs())]
-    Locked {
-        /// The lock file.
-        path: PathBuf,
-    },
+    Locked { path: PathBuf },
 }
 
 /// The folder of the bundle under `s3://bucket/prefix`, fetched into `cache`

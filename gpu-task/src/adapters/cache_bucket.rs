@@ -6,7 +6,6 @@ use platform::aws;
 
 use crate::services::{Rejects, Vectors};
 
-/// The cache bucket.
 pub struct CacheBucket {
     pub s3: aws_sdk_s3::Client,
     pub bucket: String,

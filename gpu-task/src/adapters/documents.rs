@@ -34,14 +34,12 @@ const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Redirects of one HTTPS document: more is a loop.
 const MAX_REDIRECTS: usize = 5;
 
-/// Documents from S3 and over HTTPS.
 pub struct RemoteDocuments {
     s3: aws_sdk_s3::Client,
     https: Https,
 }
 
 impl RemoteDocuments {
-    /// Documents read with the given configuration.
     pub fn new(sdk: &SdkConfig) -> Self {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(Duration::from_secs(3))

@@ -37,7 +37,6 @@ const LOST_CODES: &[&str] = &[
 /// Codes that say that the queue cannot be used at all.
 const REFUSAL_CODES: &[&str] = &["InvalidAddress", "NonExistentQueue", "QueueDoesNotExist"];
 
-/// The input queue in SQS.
 #[derive(Clone)]
 pub struct SqsQueue {
     client: Client,
@@ -46,7 +45,6 @@ pub struct SqsQueue {
 }
 
 impl SqsQueue {
-    /// A queue by its URL.
     pub fn new(sdk: &SdkConfig, url: &str) -> Self {
         let with_timeout = |timeout: Duration| {
             let timeouts = TimeoutConfig::builder()

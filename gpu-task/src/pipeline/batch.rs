@@ -75,7 +75,6 @@ struct Batch {
     images: Vec<Decoded>,
     /// The images' pixels side by side, and room for more.
     pixels: PixelBuffer,
-    /// Bytes of one image.
     each: usize,
 }
 
@@ -92,7 +91,6 @@ pub(super) struct Models {
     to_store: mpsc::Sender<ToStore>,
 }
 
-/// Starts the batcher.
 pub(super) fn run(
     shared: Arc<Shared>,
     decoded: mpsc::Receiver<Decoded>,
@@ -173,7 +171,6 @@ async fn gather(
     }
 }
 
-/// Puts the pixels side by side.
 fn batch(mut images: Vec<Decoded>, mut pixels: PixelBuffer) -> Batch {
     let each = images.first().map_or(0, |image| image.pixels.len());
     for (image, place) in images.iter_mut().zip(pixels.chunks_exact_mut(each.max(1))) {

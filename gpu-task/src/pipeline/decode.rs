@@ -40,7 +40,6 @@ fn take_buffer(length: usize) -> Vec<u8> {
     buffer
 }
 
-/// Gives a buffer back for later.
 pub(super) fn give_back(buffer: Vec<u8>) {
     let mut kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
     if kept.len() < BUFFERS_KEPT {

@@ -176,52 +176,62 @@ async fn reject(
     (done, failed)
 }
 
-/// Deletes messages.
 async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
-    let mut left = messages;
-    for tries in 1..=TRIES {
-        if left.is_empty() {
-            return;
-        }
-        let receipts: Vec<String> = left.iter().map(|message| message.receipt()).collect();
+    let left = in_tries(messages, |messages| async move {
+        let receipts: Vec<String> = messages.iter().map(|message| message.receipt()).collect();
         let results = shared.services.queue.acknowledge(&receipts).await;
         let mut failed = Vec::new();
-        for ((message, receipt), result) in left.into_iter().zip(receipts).zip(results) {
+        for ((message, receipt), result) in messages.into_iter().zip(receipts).zip(results) {
             match result {
                 Ok(()) => shared.held.forget(&message),
                 // Delivered again meanwhile: the new receipt is the one.
                 Err(LeaseError::Lost(_)) if message.receipt() != receipt => failed.push(message),
                 Err(LeaseError::Lost(reason)) => {
-                    let cause = Cause::LeaseLost;
-                    let error = TaskError::transient(Stage::Acknowledge, cause, reason);
+                    let (stage, cause) = (Stage::Acknowledge, Cause::LeaseLost);
+                    let error = TaskError::transient(stage, cause, reason);
                     shared.metrics.failed(&error);
-                    tracing::warn!(
-                        message_id = message.message_id,
-                        reason = error.message,
-                        "finished, but the lease was lost: the message may be worked on again"
-                    );
-                    shared.held.ledger.remember_done(&message);
-                    shared.held.forget(&message);
+                    leave_done(shared, &message, &error.message);
                 }
                 Err(LeaseError::Failed(reason)) => {
-                    tracing::warn!(tries, reason, "deleting a message failed");
+                    tracing::warn!(reason, "deleting a message failed");
                     failed.push(message);
                 }
             }
         }
-        left = failed;
-        if !left.is_empty() && tries < TRIES {
-            tokio::time::sleep(BACKOFF.wait(tries)).await;
+        failed
+    });
+    for message in left.await {
+        leave_done(shared, &message, "deleting it failed again and again");
+    }
+}
+
+/// Gives up deleting a message whose work is done; should it come back, that
+/// is all that is left to do.
+fn leave_done(shared: &Shared, message: &Arc<Message>, reason: &str) {
+    tracing::warn!(
+        message_id = message.message_id,
+        reason,
+        "finished, but not deleted: the message may be worked on again"
+    );
+    shared.held.ledger.remember_done(message);
+    shared.held.forget(message);
+}
+
+/// Calls with what is left until nothing is; answers what is left at the end.
+async fn in_tries<T, Calling: Future<Output = Vec<T>>>(
+    mut left: Vec<T>,
+    call: impl Fn(Vec<T>) -> Calling,
+) -> Vec<T> {
+    for tries in 1..=TRIES {
+        if left.is_empty() {
+            break;
         }
+        if tries > 1 {
+            tokio::time::sleep(BACKOFF.wait(tries - 1)).await;
+        }
+        left = call(left).await;
     }
-    for message in left {
-        tracing::warn!(
-            message_id = message.message_id,
-            "finished, but cannot be deleted: the message may be worked on again"
-        );
-        shared.held.ledger.remember_done(&message);
-        shared.held.forget(&message);
-    }
+    left
 }
 
 /// Returns messages whose failure may pass, each with a backoff by how often
@@ -259,13 +269,9 @@ pub(super) async fn hand_back(shared: &Shared, messages: Vec<Arc<Message>>) -> u
 
 /// Changes the visibility of messages that are not ours any more after it.
 async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration]) {
-    let mut left: Vec<(Arc<Message>, Duration)> =
-        messages.into_iter().zip(delays.iter().copied()).collect();
-    for tries in 1..=TRIES {
-        if left.is_empty() {
-            return;
-        }
-        let extensions: Vec<Extension> = left
+    let all = messages.into_iter().zip(delays.iter().copied()).collect();
+    let left = in_tries(all, |some: Vec<(Arc<Message>, Duration)>| async move {
+        let extensions: Vec<Extension> = some
             .iter()
             .map(|(message, visibility)| Extension {
                 receipt: message.receipt(),
@@ -274,23 +280,20 @@ async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration
             .collect();
         let results = shared.services.queue.extend(&extensions).await;
         let mut failed = Vec::new();
-        for ((message, delay), result) in left.into_iter().zip(results) {
+        for ((message, delay), result) in some.into_iter().zip(results) {
             match result {
                 Err(LeaseError::Failed(reason)) => {
-                    tracing::warn!(tries, reason, "returning a message failed");
+                    tracing::warn!(reason, "returning a message failed");
                     failed.push((message, delay));
                 }
                 // A lost lease means that the queue has it already.
                 Ok(()) | Err(LeaseError::Lost(_)) => shared.held.forget(&message),
             }
         }
-        left = failed;
-        if !left.is_empty() && tries < TRIES {
-            tokio::time::sleep(BACKOFF.wait(tries)).await;
-        }
-    }
+        failed
+    });
     // Its visibility ends by itself.
-    for (message, _) in left {
+    for (message, _) in left.await {
         shared.held.forget(&message);
     }
 }

@@ -43,9 +43,7 @@ const STOP_MARGIN: Duration = Duration::from_secs(2);
 /// The model while it loads. The description comes first, so that decoding
 /// starts before the model is ready.
 pub struct Loading {
-    /// What the model is.
     pub info: BoxFuture<'static, Result<ModelInfo, Fatal>>,
-    /// What runs it.
     pub embedders: BoxFuture<'static, Result<Vec<Box<dyn Embedder>>, Fatal>>,
 }
 
@@ -54,18 +52,14 @@ pub struct Loading {
 pub enum Ended {
     /// Nothing was left to do for the idle time.
     Idle,
-    /// It was asked to stop.
     Stopped,
 }
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// Why it ended.
     pub ended: Ended,
-    /// Images stored and published.
     pub images: u64,
-    /// Images and messages rejected.
     pub rejected: u64,
     /// Messages handed back to the queue at the end.
     pub handed_back: usize,
@@ -98,7 +92,6 @@ impl Shared {
 
 /// What an image is to become the vector of.
 enum Subject {
-    /// The event of another middleware.
     Event(Box<CloudEvent>),
     /// An object that S3 told of; its event is made once its type is known.
     Object(S3Object),
@@ -162,7 +155,6 @@ fn cause_of_call(message: &str) -> Cause {
     }
 }
 
-/// Milliseconds since `since`.
 fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
@@ -310,7 +302,6 @@ async fn load(
     tokio::join!(facts, info, embedders);
 }
 
-/// Writes the metrics every interval.
 async fn write_metrics(shared: Arc<Shared>) {
     let mut ticks = tokio::time::interval(shared.settings.metrics_interval);
     ticks.tick().await;

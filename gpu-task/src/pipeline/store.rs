@@ -38,7 +38,6 @@ pub(super) struct Deletion {
     pub(super) event: Option<CloudEvent>,
 }
 
-/// What arrives at this stage.
 pub(super) enum ToStore {
     Vector(Box<Embedded>),
     Deletion(Box<Deletion>),
@@ -232,7 +231,6 @@ async fn fit(
     })
 }
 
-/// Deletes the vectors of a document.
 async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
     let Deletion { job, event } = deletion;
     if !job.ticket.is_ours() {

@@ -22,7 +22,6 @@ pub struct View {
 /// What the batcher does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// The batch goes.
     Send,
     /// Something must happen first: an image arrives, the model becomes idle,
     /// the upstream runs dry; or this time passes.

@@ -9,7 +9,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// for terabytes in the semaphore's 32-bit requests.
 const GRAIN_BYTES: u64 = 4096;
 
-/// A budget of bytes.
 #[derive(Clone)]
 pub struct Budget {
     grains: Arc<Semaphore>,
@@ -22,14 +21,12 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// How much is reserved, in bytes.
     pub fn bytes(&self) -> u64 {
         self.permit.num_permits() as u64 * GRAIN_BYTES
     }
 }
 
 impl Budget {
-    /// A budget of `bytes`.
     pub fn new(bytes: u64) -> Self {
         let total = grains(bytes);
         Self {

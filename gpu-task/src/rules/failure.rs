@@ -8,28 +8,20 @@ pub use platform::Failure;
 /// A stage of the pipeline, in the order in which work passes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage {
-    /// Taking messages from the queue.
     Receive,
-    /// Reading what a message says.
     Parse,
-    /// Getting the document's bytes.
     Download,
-    /// Decoding, resizing, cropping.
     Decode,
     /// Waiting for company in a batch.
     Batch,
-    /// Running the model.
     Infer,
-    /// Writing the vector.
     Store,
-    /// Sending the event to the outputs.
     Publish,
     /// Deleting, returning or rejecting the message.
     Acknowledge,
 }
 
 impl Stage {
-    /// All stages, in order.
     pub const ALL: [Stage; 9] = [
         Stage::Receive,
         Stage::Parse,
@@ -63,35 +55,24 @@ impl Stage {
 pub enum Cause {
     /// The message is no work in any known form.
     Malformed,
-    /// The document is not there.
     NotFound,
-    /// Access to a service or document was refused.
     AccessDenied,
-    /// The document is empty.
     Empty,
-    /// The document is larger than allowed.
     TooLarge,
-    /// The document is none of the supported types.
     Unsupported,
-    /// The document is damaged.
     Damaged,
     /// A decoder gave up in a way that it should not have.
     DecoderPanic,
     /// The model's answer holds a value that is no number.
     NotFinite,
-    /// The model could not be run.
     Engine,
     /// The finished event is larger than an output takes.
     EventTooLarge,
-    /// A service refuses this very request.
     Refused,
-    /// A service or the network failed.
     Unavailable,
-    /// Something took longer than it may.
     Timeout,
     /// The message's visibility ended before its work did.
     LeaseLost,
-    /// A fault of this program.
     Internal,
 }
 
@@ -119,16 +100,12 @@ impl Cause {
     }
 }
 
-/// A piece of work failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskError {
-    /// Where.
     pub stage: Stage,
-    /// Why, in one word.
     pub cause: Cause,
     /// Whether a later try can succeed.
     pub failure: Failure,
-    /// Why, for a person.
     pub message: String,
     /// Where the finished event lies that no output took.
     pub event: Option<String>,
@@ -175,22 +152,17 @@ impl std::error::Error for TaskError {}
 /// which the scaler's crash-loop detection and a person reading ECS see.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fatal {
-    /// The configuration is wrong.
     #[error("configuration: {0}")]
     Configuration(String),
-    /// The model cannot be fetched, loaded or warmed.
     #[error("model: {0}")]
     Model(String),
-    /// A queue, bucket or output cannot be used.
     #[error("aws access: {0}")]
     Access(String),
-    /// The model fails run after run.
     #[error("inference: {0}")]
     Inference(String),
 }
 
 impl Fatal {
-    /// The process's exit code.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Fatal::Configuration(_) => 2,

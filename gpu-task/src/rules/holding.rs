@@ -17,7 +17,6 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate with an initial limit.
     pub fn new(limit: usize) -> Self {
         Self {
             held: AtomicUsize::new(0),
@@ -26,7 +25,6 @@ impl Gate {
         }
     }
 
-    /// Sets the limit.
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit.max(1), Ordering::Relaxed);
         self.freed.notify_waiters();
@@ -59,7 +57,6 @@ impl Gate {
         }
     }
 
-    /// Gives back room.
     pub fn release(&self, count: usize) {
         if count > 0 {
             self.held.fetch_sub(count, Ordering::Relaxed);

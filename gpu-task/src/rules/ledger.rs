@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 use crate::services::Received;
 
-/// Who owns a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ownership {
     /// This task; the work has not reached the model yet, so a stop hands the
@@ -38,7 +37,6 @@ impl Ownership {
 /// What became of one item of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ItemFailure {
-    /// What failed.
     pub error: TaskError,
     /// The object that the item is about, where it is known.
     pub object: Option<String>,
@@ -71,11 +69,9 @@ struct Standing {
 pub struct Message {
     /// Identifies it across deliveries.
     pub message_id: String,
-    /// The body as it arrived.
     pub body: String,
     /// How often it was delivered, this time included.
     pub receive_count: u32,
-    /// When it was received.
     pub received: Instant,
     standing: Mutex<Standing>,
 }
@@ -86,7 +82,6 @@ impl Message {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who owns it.
     pub fn ownership(&self) -> Ownership {
         self.standing().ownership
     }
@@ -139,7 +134,6 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// The message that the item belongs to.
     pub fn message(&self) -> &Message {
         &self.message
     }
@@ -159,7 +153,6 @@ impl Ticket {
         self.end(None);
     }
 
-    /// The item failed.
     pub fn fail(mut self, error: TaskError, object: Option<String>, body: String) {
         self.end(Some(ItemFailure {
             error,
@@ -216,7 +209,6 @@ const MAX_DONE: usize = 1000;
 
 /// What [`Ledger::take`] made of a delivery.
 pub enum Taken {
-    /// New work.
     New(Arc<Message>),
     /// The message is in work here already; its lease is the new one now.
     Duplicate,
@@ -319,17 +311,14 @@ impl Ledger {
         true
     }
 
-    /// How many messages are in work.
     pub fn len(&self) -> usize {
         self.messages().len()
     }
 
-    /// Whether nothing is in work.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Returns when nothing is in work.
     pub async fn wait_until_empty(&self) {
         loop {
             let emptied = self.emptied.notified();

@@ -100,7 +100,7 @@ struct Figures {
     total_seconds: f64,
     /// Between the first vector and the last deletion.
     cpu_seconds_per_image: f64,
-    /// Start and stop included.
+    /// Start included.
     cpu_seconds_in_all: f64,
     peak_memory_mb: f64,
     vectors: usize,
@@ -140,9 +140,9 @@ async fn main() -> Result<()> {
     let clip_model = beside(&arguments.clip_model, "clip-model")?;
     let (weights, bundle) = model(&arguments, &clip_model)?;
     let sets = sets(&arguments)?;
-    let mut report = Report::default();
+    let mut results = Results::default();
     if !arguments.no_model {
-        report.model = Some(model_figures(&clip_model, &bundle)?);
+        results.model = Some(model_figures(&clip_model, &bundle)?);
     }
     let cloud = Cloud::start(&arguments.ministack, &arguments.work).await?;
     let mut workers = Vec::new();
@@ -172,9 +172,9 @@ async fn main() -> Result<()> {
             many => many,
         });
         cloud.upload(name, &files).await?;
-        let floors = floors(&cloud, name, &files, report.model.as_ref()).await?;
+        let floors = floors(&cloud, name, &files, results.model.as_ref()).await?;
         print_floors(&floors);
-        report.floors.push(floors);
+        results.floors.push(floors);
         for round in 1..=arguments.rounds {
             let mut reference: Option<Vectors> = None;
             for worker in &workers {
@@ -229,12 +229,12 @@ async fn main() -> Result<()> {
     }
     print_table(&all);
     let lost: usize = all.iter().map(|figures| figures.lost).sum();
-    report.end_to_end = all;
+    results.end_to_end = all;
     let path = arguments
         .json
         .clone()
         .unwrap_or_else(|| arguments.work.join("bench.json"));
-    std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
+    std::fs::write(&path, serde_json::to_string_pretty(&results)?)?;
     println!("\nfigures: {}", path.display());
     if lost > 0 {
         bail!("{lost} images were lost: neither a vector nor a rejection tells of them");
@@ -244,7 +244,7 @@ async fn main() -> Result<()> {
 
 /// Everything that was measured.
 #[derive(Default, Serialize)]
-struct Report {
+struct Results {
     end_to_end: Vec<Figures>,
     floors: Vec<Floors>,
     /// What `clip-model bench --json` says.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -49,7 +49,7 @@ pub struct Worker {
 pub struct Finished {
     pub first_vector: Duration,
     pub done: Duration,
-    /// Processor time in all, start and stop included.
+    /// Processor time from the start to the last deletion.
     pub cpu: Duration,
     /// Processor time between the first vector and the last deletion.
     pub working_cpu: Duration,
@@ -98,69 +98,64 @@ impl Worker {
         let mut child = command
             .spawn()
             .with_context(|| format!("starting {}", self.program.display()))?;
-        let watched = self.watch(cloud, run, started, limit, &mut child).await;
+        let mut watched = watch(cloud, run, started, limit, &mut child).await;
         let asked_to_stop = Instant::now();
-        let ended = end(child.id())?;
-        let watched = watched.with_context(|| {
-            format!("{name} ended with {:?}; see {name}.stderr", ended.exit_code)
-        })?;
-        Ok(Finished {
-            first_vector: watched.first_vector,
-            done: watched.done,
-            working_cpu: watched.working_cpu,
-            stop: asked_to_stop.elapsed(),
-            ..ended
-        })
-    }
-
-    async fn watch(
-        &self,
-        cloud: &Cloud,
-        run: &Run,
-        started: Instant,
-        limit: Duration,
-        child: &mut std::process::Child,
-    ) -> Result<Watched> {
-        let is_alive = |child: &mut std::process::Child| -> Result<()> {
-            // Looked at without reaping: the exit status is read with the
-            // costs at the end.
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
-            if stat
-                .rsplit(')')
-                .next()
-                .is_some_and(|rest| rest.starts_with(" Z"))
-            {
-                bail!("it ended early");
-            }
-            if started.elapsed() > limit {
-                bail!("it took more than {} s", limit.as_secs());
-            }
-            Ok(())
-        };
-        while !cloud.has_vector(run).await? {
-            is_alive(child)?;
-            tokio::time::sleep(FIRST_POLL).await;
+        if child.try_wait()?.is_none() {
+            // SAFETY: nobody has waited for the child yet, so the number
+            // cannot belong to another process.
+            unsafe { libc::kill(libc::pid_t::try_from(child.id())?, libc::SIGTERM) };
         }
-        let first_vector = started.elapsed();
-        let cpu_before = cpu_so_far(child.id())?;
-        while cloud.backlog(&run.input_queue).await? > 0 {
-            is_alive(child)?;
-            tokio::time::sleep(POLL).await;
+        let status = child.wait()?;
+        if let Ok(finished) = &mut watched {
+            finished.exit_code = status.code();
+            finished.stop = asked_to_stop.elapsed();
         }
-        Ok(Watched {
-            first_vector,
-            done: started.elapsed(),
-            working_cpu: cpu_so_far(child.id())?.saturating_sub(cpu_before),
-        })
+        watched.with_context(|| format!("{name} ended with {status}; see {name}.stderr"))
     }
 }
 
-/// What was seen of a worker while it ran.
-struct Watched {
-    first_vector: Duration,
-    done: Duration,
-    working_cpu: Duration,
+/// Waits until the queue is empty.
+async fn watch(
+    cloud: &Cloud,
+    run: &Run,
+    started: Instant,
+    limit: Duration,
+    child: &mut Child,
+) -> Result<Finished> {
+    let pid = child.id();
+    let mut look = || -> Result<()> {
+        if child.try_wait()?.is_some() {
+            bail!("it ended early");
+        }
+        if started.elapsed() > limit {
+            bail!("it took more than {} s", limit.as_secs());
+        }
+        Ok(())
+    };
+    while !cloud.has_vector(run).await? {
+        look()?;
+        tokio::time::sleep(FIRST_POLL).await;
+    }
+    let first_vector = started.elapsed();
+    let cpu_before = cpu_so_far(pid)?;
+    while cloud.backlog(&run.input_queue).await? > 0 {
+        look()?;
+        tokio::time::sleep(POLL).await;
+    }
+    let cpu = cpu_so_far(pid)?;
+    Ok(Finished {
+        first_vector,
+        done: started.elapsed(),
+        cpu,
+        working_cpu: cpu.saturating_sub(cpu_before),
+        peak_bytes: peak_bytes(pid)?,
+        exit_code: None,
+        stop: Duration::ZERO,
+    })
 }
+
+/// Ticks of a second in `/proc`, the same on every Linux for programs.
+const USER_HZ: f64 = 100.0;
 
 /// Processor time that a running process has taken so far, from
 /// `/proc/PID/stat`: fields 14 and 15, in ticks.
@@ -168,45 +163,21 @@ fn cpu_so_far(pid: u32) -> Result<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name in the second field may hold anything but ends at the last ')'.
     let fields = stat.rsplit(')').next().unwrap_or_default();
-    let mut fields = fields.split_whitespace().skip(11);
-    let mut ticks = 0u64;
-    for _ in 0..2 {
-        ticks += fields
-            .next()
-            .context("a field of /proc/PID/stat")?
-            .parse::<u64>()?;
+    let mut ticks = 0.0;
+    for field in fields.split_whitespace().skip(11).take(2) {
+        ticks += field.parse::<f64>()?;
     }
-    // SAFETY: `sysconf` only reads a constant of the system.
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+    Ok(Duration::from_secs_f64(ticks / USER_HZ))
 }
 
-/// Asks the process to stop, waits for it and reads what it cost.
-fn end(pid: u32) -> Result<Finished> {
-    let pid = libc::pid_t::try_from(pid)?;
-    let mut status = 0;
-    // SAFETY: an all-zero `rusage` is a valid value of that plain C struct.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: `pid` is a child of ours that nobody has waited for yet, so the
-    // number cannot belong to another process; both pointers are to locals.
-    let waited = unsafe {
-        libc::kill(pid, libc::SIGTERM);
-        libc::wait4(pid, &mut status, 0, &mut usage)
-    };
-    if waited != pid {
-        bail!("cannot wait for the worker");
-    }
-    let time = |value: libc::timeval| {
-        Duration::from_secs(value.tv_sec as u64) + Duration::from_micros(value.tv_usec as u64)
-    };
-    Ok(Finished {
-        first_vector: Duration::ZERO,
-        done: Duration::ZERO,
-        working_cpu: Duration::ZERO,
-        cpu: time(usage.ru_utime) + time(usage.ru_stime),
-        // Linux counts it in kilobytes.
-        peak_bytes: usage.ru_maxrss as u64 * 1024,
-        exit_code: libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)),
-        stop: Duration::ZERO,
-    })
+/// The most memory that a running process ever had.
+fn peak_bytes(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    Ok(kilobytes
+        .context("VmHWM of /proc/PID/status")?
+        .trim()
+        .parse::<u64>()?
+        * 1024)
 }
