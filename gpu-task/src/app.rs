@@ -41,14 +41,16 @@ pub async fn run(config: Config) -> Result<Summary, Fatal> {
     let outputs = config
         .outputs()
         .map_err(|error| Fatal::Configuration(error.to_string()))?;
+    let cache_bucket = Arc::new(CacheBucket {
+        s3: platform::s3_client(&delivery::with_call_timeout(&sdk)),
+        bucket: config.cache_bucket.clone(),
+        prefix: config.settings.cache_prefix.clone(),
+    });
     let services = Services {
         queue: Arc::new(queue),
         documents: Arc::new(RemoteDocuments::new(&sdk)),
-        vectors: Arc::new(CacheBucket {
-            s3: platform::s3_client(&delivery::with_call_timeout(&sdk)),
-            bucket: config.cache_bucket.clone(),
-            prefix: config.settings.cache_prefix.clone(),
-        }),
+        notes: cache_bucket.clone(),
+        vectors: cache_bucket,
         outputs: Outputs::connect(&outputs, &sdk),
         rejects: Arc::new(DeadLetters::new(&sdk, &config.dead_letter_queue_url)),
         preparer: Arc::new(Decoders(Options {

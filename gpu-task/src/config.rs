@@ -131,11 +131,11 @@ pub struct Settings {
     )]
     pub batch_size: usize,
     /// Milliseconds that an image waits for company while the model is idle and more is on its
-    /// way; with cuda 10
+    /// way; with cuda 150, since decoders fill a batch slower than a GPU empties it
     #[arg(long = "batch-wait-ms", env = "BATCH_WAIT_MS", value_name = "BATCH_WAIT_MS", value_parser = milliseconds(0..=10_000))]
     #[arg(
         default_value = "40",
-        default_value_if("execution_provider", "cuda", "10")
+        default_value_if("execution_provider", "cuda", "150")
     )]
     pub batch_wait: Duration,
     /// Images decoded at the same time [default: all cores]
@@ -397,6 +397,7 @@ mod tests {
             planner::worker::GPU_MAX_MESSAGES
         );
         assert_eq!(config.settings.memory_budget, 2 << 30);
+        assert_eq!(config.settings.batch_wait, Duration::from_millis(150));
     }
 
     #[test]

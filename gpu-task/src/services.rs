@@ -133,6 +133,16 @@ pub trait Rejects: Send + Sync {
     async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), aws::Error>>;
 }
 
+/// Notes that outlive the task: which messages are worked on alone.
+#[async_trait]
+pub trait Notes: Send + Sync {
+    async fn write(&self, message_id: &str) -> Result<(), aws::Error>;
+
+    async fn is_there(&self, message_id: &str) -> Result<bool, aws::Error>;
+
+    async fn remove(&self, message_id: &str) -> Result<(), aws::Error>;
+}
+
 /// What was found in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -193,4 +203,5 @@ pub struct Services {
     pub outputs: Outputs,
     pub rejects: Arc<dyn Rejects>,
     pub preparer: Arc<dyn Preparer>,
+    pub notes: Arc<dyn Notes>,
 }

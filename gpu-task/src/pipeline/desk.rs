@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::{Shared, gather};
 use crate::rules::failure::{Cause, Stage, TaskError};
-use crate::rules::ledger::{ItemFailure, Ledger, Message, Ownership, Verdict};
+use crate::rules::ledger::{ItemFailure, Ledger, Message, Note, Ownership, Verdict};
 use crate::services::{BATCH_MAX, Extension, LeaseError};
 
 /// How long a finished message waits for others to share a request with.
@@ -177,6 +177,7 @@ async fn reject(
 }
 
 async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
+    remove_notes(shared, &messages, |note| note != Note::None).await;
     let left = in_tries(messages, |messages| async move {
         let receipts: Vec<String> = messages.iter().map(|message| message.receipt()).collect();
         let results = shared.services.queue.acknowledge(&receipts).await;
@@ -202,6 +203,22 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
     });
     for message in left.await {
         leave_done(shared, &message, "deleting it failed again and again");
+    }
+}
+
+/// Takes back the notes of messages that did not kill this task. One that
+/// stays would accuse its message.
+async fn remove_notes(
+    shared: &Shared,
+    messages: &[Arc<Message>],
+    goes: impl Fn(Note) -> bool + Send,
+) {
+    for message in messages.iter().filter(|message| goes(message.note())) {
+        let id = &message.message_id;
+        match shared.services.notes.remove(id).await {
+            Ok(()) => message.set_note(Note::None),
+            Err(error) => tracing::warn!(message_id = id, %error, "cannot remove a note"),
+        }
     }
 }
 
@@ -269,6 +286,7 @@ pub(super) async fn hand_back(shared: &Shared, messages: Vec<Arc<Message>>) -> u
 
 /// Changes the visibility of messages that are not ours any more after it.
 async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration]) {
+    remove_notes(shared, &messages, |note| note == Note::Written).await;
     let all = messages.into_iter().zip(delays.iter().copied()).collect();
     let left = in_tries(all, |some: Vec<(Arc<Message>, Duration)>| async move {
         let extensions: Vec<Extension> = some
@@ -287,7 +305,11 @@ async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration
                     failed.push((message, delay));
                 }
                 // A lost lease means that the queue has it already.
-                Ok(()) | Err(LeaseError::Lost(_)) => shared.held.forget(&message),
+                Err(LeaseError::Lost(_)) => shared.held.forget(&message),
+                Ok(()) => {
+                    shared.held.ledger.remember_returned(&message);
+                    shared.held.forget(&message);
+                }
             }
         }
         failed

@@ -1,15 +1,17 @@
 //! The messages that the task holds, and how many they may be.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::Shared;
 use crate::config::Settings;
 use crate::rules::holding::{self, Gate};
 use crate::rules::ledger::{Ledger, Message};
+use crate::rules::suspects::{self, Company, Hand};
 use crate::services::QueueFacts;
 
 /// Batches of messages held before the rate is known: enough for a model that
@@ -19,6 +21,15 @@ const BATCHES_AT_FIRST: usize = 8;
 /// How often the number of messages held is set anew.
 const LIMIT_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Batches of messages held while a suspect is among them: one in the model,
+/// one in front of it, so that caution costs little.
+const FEW_BATCHES: usize = 2;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No critical section below leaves anything half done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(super) struct Held {
     pub(super) ledger: Ledger,
     pub(super) gate: Gate,
@@ -26,6 +37,11 @@ pub(super) struct Held {
     /// Where messages go whose items have all ended.
     pub(super) desk: mpsc::UnboundedSender<Arc<Message>>,
     last_active: Mutex<Instant>,
+    hand: Mutex<Hand>,
+    /// Messages that wait for their turn.
+    waiting: Mutex<HashMap<u64, Arc<Message>>>,
+    /// Something changed that the hand's rules look at.
+    news: Notify,
 }
 
 impl Held {
@@ -37,30 +53,60 @@ impl Held {
             facts: OnceLock::new(),
             desk,
             last_active: Mutex::new(Instant::now()),
+            hand: Mutex::new(Hand::new(FEW_BATCHES * settings.batch_size)),
+            waiting: Mutex::default(),
+            news: Notify::new(),
         }
     }
 
     /// Takes a message off the books.
     pub(super) fn forget(&self, message: &Arc<Message>) {
         if self.ledger.remove(message) {
+            lock(&self.hand).leave(message.number);
+            lock(&self.waiting).remove(&message.number);
             self.gate.release(1);
             self.touch();
+            self.news.notify_one();
+        }
+    }
+
+    /// A message arrived; it waits for its turn.
+    pub(super) fn enter(&self, message: Arc<Message>) {
+        let max_receives = self.facts.get().and_then(|facts| facts.max_receives);
+        let company = suspects::company(message.unexplained, max_receives);
+        let number = message.number;
+        let limit = {
+            let mut hand = lock(&self.hand);
+            hand.enter(number, company, message.receive_count);
+            lock(&self.waiting).insert(number, message);
+            hand.limit()
+        };
+        self.gate.set_cap(limit);
+        self.news.notify_one();
+    }
+
+    /// The next message whose turn it is.
+    pub(super) async fn next(&self) -> (Arc<Message>, Company) {
+        loop {
+            let next = lock(&self.hand).next();
+            let Some((number, company)) = next else {
+                self.news.notified().await;
+                continue;
+            };
+            // One that left in this very moment needs no turn.
+            if let Some(message) = lock(&self.waiting).remove(&number) {
+                return (message, company);
+            }
+            lock(&self.hand).leave(number);
         }
     }
 
     pub(super) fn touch(&self) {
-        let mut last = self
-            .last_active
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *last = Instant::now();
+        *lock(&self.last_active) = Instant::now();
     }
 
     pub(super) fn idle_for(&self) -> Duration {
-        self.last_active
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .elapsed()
+        lock(&self.last_active).elapsed()
     }
 }
 

@@ -3,6 +3,7 @@
 //! them; `design.md` tells who owns a message when.
 
 mod batch;
+mod begin;
 mod decode;
 mod desk;
 mod download;
@@ -246,8 +247,8 @@ pub async fn run(
         tokio::spawn(held::adapt_limit(shared.clone())),
     ];
     tokio::spawn(load(shared.clone(), facts, loading, model_sender, to_model));
-    let receivers: Vec<_> = receive::spawn(&shared, &to_download, &to_store);
-    drop((to_download, to_store));
+    tokio::spawn(begin::run(shared.clone(), to_download, to_store));
+    let receivers = receive::spawn(&shared);
 
     shared.ending.stop.cancelled().await;
     let handed_back = drain(&shared, receivers).await;

@@ -1,18 +1,16 @@
-//! Receive and parse: from the queue to items of work.
+//! Receive: from the queue into the task's hands.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use delivery::Backoff;
-use events::{CloudEvent, EventType, Item};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::store::{Deletion, ToStore};
-use super::{Image, Job, Presence, Shared, Subject, Times};
-use crate::rules::failure::{Cause, Fatal, Stage, TaskError};
-use crate::rules::ledger::{Ledger, Message, Taken, Ticket};
+use super::Shared;
+use crate::rules::failure::{Fatal, Stage, TaskError};
+use crate::rules::ledger::Taken;
 use crate::services::{LONG_POLL_MAX, Received};
 
 /// Messages for which one receiver is enough at 100 ms a receive.
@@ -37,11 +35,7 @@ const MAX_REFUSALS: u32 = 10;
 
 /// Starts the receivers. The first always polls; the others help while the
 /// queue is deep, so that an idle task costs one long poll at a time.
-pub(super) fn spawn(
-    shared: &Arc<Shared>,
-    to_download: &mpsc::Sender<Image>,
-    to_store: &mpsc::Sender<ToStore>,
-) -> Vec<JoinHandle<()>> {
+pub(super) fn spawn(shared: &Arc<Shared>) -> Vec<JoinHandle<()>> {
     let (deep, _) = watch::channel(false);
     let deep = Arc::new(deep);
     let receivers = shared.settings.max_messages / MESSAGES_PER_RECEIVER;
@@ -51,8 +45,6 @@ pub(super) fn spawn(
                 shared: shared.clone(),
                 deep: deep.clone(),
                 is_first: index == 0,
-                to_download: to_download.clone(),
-                to_store: to_store.clone(),
             };
             tokio::spawn(receiver.run())
         })
@@ -64,8 +56,6 @@ struct Receiver {
     /// Whether the last receive came back full.
     deep: Arc<watch::Sender<bool>>,
     is_first: bool,
-    to_download: mpsc::Sender<Image>,
-    to_store: mpsc::Sender<ToStore>,
 }
 
 impl Receiver {
@@ -183,95 +173,8 @@ impl Receiver {
                     // Should this fail too, the message comes once more.
                     shared.services.queue.acknowledge(&[receipt]).await;
                 }
-                Taken::New(message) => self.parse(message).await,
+                Taken::New(message) => shared.held.enter(message),
             }
         }
-    }
-
-    async fn parse(&self, message: Arc<Message>) {
-        let shared = &self.shared;
-        let started = Instant::now();
-        let items = events::parse_work(message.body.as_bytes());
-        let count = items.as_ref().map_or(1, |items| items.len().max(1));
-        let mut tickets = Ledger::tickets(&message, count, &shared.held.desk).into_iter();
-        shared.metrics.did(Stage::Parse, started.elapsed());
-        let items = match items {
-            Ok(items) => items,
-            Err(error) => {
-                if let Some(ticket) = tickets.next() {
-                    let (stage, cause) = (Stage::Parse, Cause::Malformed);
-                    let error = TaskError::permanent(stage, cause, error.to_string());
-                    job(ticket, String::new(), None).fail(shared, error);
-                }
-                return;
-            }
-        };
-        let is_alone = items.len() == 1;
-        for (item, ticket) in items.into_iter().zip(tickets.by_ref()) {
-            self.dispatch(item, ticket, is_alone).await;
-        }
-        // A body without any item has one ticket and nothing to do.
-        tickets.for_each(Ticket::finish);
-    }
-
-    async fn dispatch(&self, item: Item, ticket: Ticket, is_alone: bool) {
-        let own_body = |event: &CloudEvent| (!is_alone).then(|| event.to_json());
-        match item {
-            Item::Ignored { reason } => {
-                tracing::debug!(reason, "ignored");
-                ticket.finish();
-            }
-            Item::Rejected { object, reason } => {
-                let error = TaskError::permanent(Stage::Parse, Cause::Malformed, reason);
-                job(ticket, object, None).fail(&self.shared, error);
-            }
-            Item::Event(event) => {
-                let url = event.data.document.url.clone();
-                let job = job(ticket, url, own_body(&event));
-                if event.kind == EventType::DocumentDeleted {
-                    self.send_deletion(job, Some(*event)).await;
-                } else {
-                    self.send_image(job, Subject::Event(event)).await;
-                }
-            }
-            Item::Object(object) => {
-                // Without a type there is no event to pass on, but the vector
-                // of an object without an extension still has to go.
-                let event = events::ImageType::from_name(&object.url.key)
-                    .map(|image_type| object.to_event(image_type));
-                let own_body = event.as_ref().and_then(own_body);
-                let job = job(ticket, object.url.to_string(), own_body);
-                if object.kind == EventType::DocumentDeleted {
-                    self.send_deletion(job, event).await;
-                } else {
-                    self.send_image(job, Subject::Object(object)).await;
-                }
-            }
-        }
-    }
-
-    async fn send_image(&self, job: Job, subject: Subject) {
-        let image = Image {
-            job,
-            subject,
-            times: Times::default(),
-            presence: Presence::new(&self.shared),
-        };
-        self.shared.metrics.waits(Stage::Download);
-        // A closed queue drops the image, whose ticket then returns it.
-        let _ = self.to_download.send(image).await;
-    }
-
-    async fn send_deletion(&self, job: Job, event: Option<CloudEvent>) {
-        let deletion = Box::new(Deletion { job, event });
-        let _ = self.to_store.send(ToStore::Deletion(deletion)).await;
-    }
-}
-
-fn job(ticket: Ticket, object: String, own_body: Option<String>) -> Job {
-    Job {
-        ticket,
-        object,
-        own_body,
     }
 }

@@ -71,6 +71,8 @@ pub enum Cause {
     Refused,
     Unavailable,
     Timeout,
+    /// Its worker died with it, again and again, at last with it alone.
+    KilledWorker,
     /// The message's visibility ended before its work did.
     LeaseLost,
     Internal,
@@ -94,6 +96,7 @@ impl Cause {
             Cause::Refused => "refused",
             Cause::Unavailable => "unavailable",
             Cause::Timeout => "timeout",
+            Cause::KilledWorker => "killed-worker",
             Cause::LeaseLost => "lease-lost",
             Cause::Internal => "internal",
         }

@@ -13,6 +13,8 @@ pub struct Gate {
     /// Those that a receive is under way for included.
     held: AtomicUsize,
     limit: AtomicUsize,
+    /// What suspects among the messages leave of the limit.
+    cap: AtomicUsize,
     freed: Notify,
 }
 
@@ -21,6 +23,7 @@ impl Gate {
         Self {
             held: AtomicUsize::new(0),
             limit: AtomicUsize::new(limit.max(1)),
+            cap: AtomicUsize::new(usize::MAX),
             freed: Notify::new(),
         }
     }
@@ -28,6 +31,12 @@ impl Gate {
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit.max(1), Ordering::Relaxed);
         self.freed.notify_waiters();
+    }
+
+    pub fn set_cap(&self, cap: usize) {
+        if self.cap.swap(cap.max(1), Ordering::Relaxed) < cap {
+            self.freed.notify_waiters();
+        }
     }
 
     /// Waits for room for a whole receive (or for whatever the limit allows
@@ -38,7 +47,10 @@ impl Gate {
             tokio::pin!(freed);
             // Registered before the check, so that no wake-up falls between.
             freed.as_mut().enable();
-            let limit = self.limit.load(Ordering::Relaxed);
+            let limit = self
+                .limit
+                .load(Ordering::Relaxed)
+                .min(self.cap.load(Ordering::Relaxed));
             let wanted = limit.min(BATCH_MAX);
             let held = self.held.load(Ordering::Relaxed);
             if held + wanted <= limit {

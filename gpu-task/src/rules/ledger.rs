@@ -2,6 +2,7 @@
 //! protocol; this is its bookkeeping, without any I/O.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -63,6 +64,17 @@ struct Standing {
     open_items: usize,
     is_removed: bool,
     failures: Vec<ItemFailure>,
+    note: Note,
+}
+
+/// The note outside the task that a message is worked on alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    None,
+    /// Written by this task; it goes when the work ends, however that is.
+    Written,
+    /// Found: a task died with it. It goes only with the message.
+    Found,
 }
 
 /// A message in work.
@@ -72,6 +84,11 @@ pub struct Message {
     pub body: String,
     /// How often it was delivered, this time included.
     pub receive_count: u32,
+    /// Deliveries before this one of which this task does not know that they
+    /// ended without a death.
+    pub unexplained: u32,
+    /// Unique among the messages of this task.
+    pub number: u64,
     pub received: Instant,
     standing: Mutex<Standing>,
 }
@@ -89,6 +106,14 @@ impl Message {
     /// The receipt of its latest delivery, the only one that SQS honours.
     pub fn receipt(&self) -> String {
         self.standing().receipt.clone()
+    }
+
+    pub fn note(&self) -> Note {
+        self.standing().note
+    }
+
+    pub fn set_note(&self, note: Note) {
+        self.standing().note = note;
     }
 
     /// Marks it as having reached the model. False when it is not ours any more.
@@ -202,10 +227,17 @@ pub struct Ledger {
     emptied: Notify,
     /// Messages that were done but could not be deleted, the latest of them.
     done: Mutex<VecDeque<String>>,
+    /// How many deliveries of a message this task has ended by returning it.
+    returned: Mutex<HashMap<String, u32>>,
+    taken: AtomicU64,
 }
 
 /// Messages that are remembered as done. Only those are whose deletion failed.
 const MAX_DONE: usize = 1000;
+
+/// Messages whose returns are remembered. Forgetting them costs the messages
+/// nothing but company.
+const MAX_RETURNED: usize = 10_000;
 
 /// What [`Ledger::take`] made of a delivery.
 pub enum Taken {
@@ -238,10 +270,15 @@ impl Ledger {
         if self.is_done(&received.message_id) {
             return Taken::Done(received.receipt);
         }
+        let explained = self.returned().get(&received.message_id).copied();
         let message = Arc::new(Message {
             message_id: received.message_id,
             body: received.body,
             receive_count: received.receive_count,
+            unexplained: received
+                .receive_count
+                .saturating_sub(1 + explained.unwrap_or_default()),
+            number: self.taken.fetch_add(1, Ordering::Relaxed),
             received: now,
             standing: Mutex::new(Standing {
                 ownership: Ownership::Held,
@@ -250,10 +287,25 @@ impl Ledger {
                 open_items: 0,
                 is_removed: false,
                 failures: Vec::new(),
+                note: Note::None,
             }),
         });
         messages.insert(message.message_id.clone(), message.clone());
         Taken::New(message)
+    }
+
+    fn returned(&self) -> MutexGuard<'_, HashMap<String, u32>> {
+        self.returned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The message was returned to the queue: its next delivery does not mean
+    /// that a worker died.
+    pub fn remember_returned(&self, message: &Message) {
+        let mut returned = self.returned();
+        if returned.len() >= MAX_RETURNED {
+            returned.clear();
+        }
+        *returned.entry(message.message_id.clone()).or_default() += 1;
     }
 
     fn done(&self) -> MutexGuard<'_, VecDeque<String>> {
@@ -485,6 +537,28 @@ mod tests {
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
         assert!(matches!(again, Taken::Done(receipt) if receipt == "r2"));
         assert!(ledger.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_delivery_that_this_task_ended_by_returning_it_is_explained() {
+        let ledger = Ledger::default();
+        let again = |receive_count| Received {
+            receive_count,
+            ..received("a", "r")
+        };
+        let taken =
+            |receive_count| match ledger.take(again(receive_count), Instant::now(), VISIBILITY) {
+                Taken::New(message) => message,
+                Taken::Duplicate | Taken::Done(_) => panic!("it is new"),
+            };
+        let first = taken(1);
+        assert_eq!(first.unexplained, 0);
+        ledger.remember_returned(&first);
+        ledger.remove(&first);
+        let second = taken(2);
+        assert_eq!(second.unexplained, 0);
+        ledger.remove(&second);
+        assert_eq!(taken(4).unexplained, 2);
     }
 
     #[tokio::test]

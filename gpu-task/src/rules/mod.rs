@@ -5,3 +5,4 @@ pub mod budget;
 pub mod failure;
 pub mod holding;
 pub mod ledger;
+pub mod suspects;

@@ -551,3 +551,15 @@ fn print_table(all: &[Figures]) {
         seen.push(key);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_needs_nothing_that_a_run_needs() {
+        let asked = Arguments::try_parse_from(["pipeline-bench", "--help"]);
+        let kind = asked.err().map(|error| error.kind());
+        assert_eq!(kind, Some(clap::error::ErrorKind::DisplayHelp));
+    }
+}

@@ -2,7 +2,7 @@
 //! one: batches of ten, 256 KiB, 12 hours, receipts that go stale.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,8 +14,8 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use gpu_task::config::Settings;
 use gpu_task::services::{
-    Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, OpenDocument, Preparer,
-    Queue, QueueFacts, ReceiveError, Received, Rejects, Services, Size, Vectors,
+    Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, Notes, OpenDocument,
+    Preparer, Queue, QueueFacts, ReceiveError, Received, Rejects, Services, Size, Vectors,
 };
 use gpu_task::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 use platform::aws;
@@ -28,6 +28,34 @@ pub const SIDE: u32 = 4;
 pub const DIMENSIONS: usize = 4;
 const BATCH_LIMIT: usize = 10;
 const BYTES_LIMIT: usize = 256 * 1024;
+
+// ---------------------------------------------------------------- the death
+
+/// Whether the worker was killed. What is left of it may go on computing for a
+/// moment, but nothing that it says reaches anybody.
+#[derive(Clone, Default)]
+pub struct Death(Arc<AtomicBool>);
+
+impl Death {
+    pub fn is_here(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn strike(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Another worker is born.
+    pub fn pass(&self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+
+    async fn silences(&self) {
+        if self.is_here() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
 
 // ---------------------------------------------------------------- the queue
 
@@ -60,10 +88,24 @@ pub struct FakeQueue {
     /// Checked when a message is deleted: its event is out, its vector in.
     world: Mutex<Option<(Arc<FakeOutput>, Arc<FakeVectors>)>>,
     pub refuses: bool,
+    /// After so many deliveries the queue itself takes a message away.
+    pub max_receives: Option<u32>,
+    /// The messages come in no order, as from SQS.
+    pub shuffles: bool,
+    /// What the queue itself took away.
+    pub taken_away: Mutex<Vec<String>>,
+    pub death: Death,
     latency: Duration,
 }
 
 impl FakeQueue {
+    /// Every visibility ends, as it does some time after a worker's death.
+    pub fn pass_visibility(&self) {
+        for stored in self.messages.lock().unwrap().values_mut() {
+            stored.visible_at = stored.visible_at.min(Instant::now());
+        }
+    }
+
     pub fn send(&self, body: &str) -> String {
         let mut messages = self.messages.lock().unwrap();
         let id = format!("m{:06}", messages.len());
@@ -91,7 +133,8 @@ impl FakeQueue {
     }
 
     pub fn left(&self) -> usize {
-        self.all().iter().filter(|one| !one.is_deleted).count()
+        let messages = self.messages.lock().unwrap();
+        messages.values().filter(|one| !one.is_deleted).count()
     }
 
     /// Another consumer takes the message, as if its visibility had ended.
@@ -130,6 +173,7 @@ impl Queue for FakeQueue {
             visibility <= Duration::from_secs(12 * 3600),
             "{visibility:?}"
         );
+        self.death.silences().await;
         self.receives.fetch_add(1, Ordering::Relaxed);
         if self.refuses {
             return Err(ReceiveError {
@@ -144,7 +188,11 @@ impl Queue for FakeQueue {
             {
                 let mut messages = self.messages.lock().unwrap();
                 let mut twice = self.twice.lock().unwrap();
-                for (id, stored) in messages.iter_mut() {
+                let mut order: Vec<_> = messages.iter_mut().collect();
+                if self.shuffles {
+                    fastrand::shuffle(&mut order);
+                }
+                for (id, stored) in order {
                     if received.len() == max {
                         break;
                     }
@@ -153,6 +201,11 @@ impl Queue for FakeQueue {
                         && !stored.is_deleted
                         && twice.insert(id.clone());
                     if !(stored.is_visible() || again) {
+                        continue;
+                    }
+                    if self.max_receives == Some(stored.deliveries) {
+                        stored.is_deleted = true;
+                        self.taken_away.lock().unwrap().push(stored.body.clone());
                         continue;
                     }
                     stored.deliveries += 1;
@@ -180,6 +233,7 @@ impl Queue for FakeQueue {
 
     async fn extend(&self, extensions: &[Extension]) -> Vec<Result<(), LeaseError>> {
         assert!((1..=BATCH_LIMIT).contains(&extensions.len()));
+        self.death.silences().await;
         tokio::time::sleep(self.latency).await;
         let mut messages = self.messages.lock().unwrap();
         extensions
@@ -207,6 +261,7 @@ impl Queue for FakeQueue {
 
     async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>> {
         assert!((1..=BATCH_LIMIT).contains(&receipts.len()));
+        self.death.silences().await;
         tokio::time::sleep(self.latency).await;
         let world = self.world.lock().unwrap().clone();
         let mut messages = self.messages.lock().unwrap();
@@ -239,13 +294,15 @@ fn check_order(body: &str, output: &FakeOutput, vectors: &FakeVectors) {
         return;
     }
     let url = &event.data.document.url;
-    let published = output.events();
-    let published = published
+    let delivered = output.delivered.lock().unwrap();
+    let published = delivered
         .iter()
+        .filter(|body| body.contains(url))
+        .map(|body| CloudEvent::parse(body.as_bytes()).expect("a valid event"))
         .find(|one| one.data.document.url == *url)
         .unwrap_or_else(|| panic!("{url} was deleted before its event was out"));
     if event.kind == EventType::DocumentCreated {
-        let key = vector_key(published);
+        let key = vector_key(&published);
         assert!(
             vectors.get(&key).is_some(),
             "{url} was deleted without {key}"
@@ -332,6 +389,8 @@ pub struct FakeVectors {
     pub puts: AtomicU64,
     /// How many puts still fail, and with what.
     pub failures: Mutex<(u32, &'static str)>,
+    pub notes: Mutex<HashSet<String>>,
+    death: Death,
     latency: Duration,
 }
 
@@ -367,6 +426,7 @@ impl Vectors for FakeVectors {
         _model: &str,
         body: Vec<u8>,
     ) -> Result<(), aws::Error> {
+        self.death.silences().await;
         tokio::time::sleep(self.latency).await;
         self.check(key)?;
         self.puts.fetch_add(1, Ordering::Relaxed);
@@ -386,6 +446,26 @@ impl Vectors for FakeVectors {
     }
 }
 
+#[async_trait]
+impl Notes for FakeVectors {
+    async fn write(&self, message_id: &str) -> Result<(), aws::Error> {
+        self.death.silences().await;
+        self.notes.lock().unwrap().insert(message_id.to_owned());
+        Ok(())
+    }
+
+    async fn is_there(&self, message_id: &str) -> Result<bool, aws::Error> {
+        self.death.silences().await;
+        Ok(self.notes.lock().unwrap().contains(message_id))
+    }
+
+    async fn remove(&self, message_id: &str) -> Result<(), aws::Error> {
+        self.death.silences().await;
+        self.notes.lock().unwrap().remove(message_id);
+        Ok(())
+    }
+}
+
 // ------------------------------------------------- the output and the rejects
 
 #[derive(Default)]
@@ -396,6 +476,7 @@ pub struct FakeOutput {
     pub failures: Mutex<HashMap<String, u32>>,
     /// How often the dead-letter queue still fails.
     pub reject_failures: AtomicUsize,
+    death: Death,
     latency: Duration,
 }
 
@@ -433,6 +514,7 @@ impl Destination for FakeOutput {
         assert!((1..=BATCH_LIMIT).contains(&entries.len()));
         let bytes: usize = entries.iter().map(|entry| entry.body.len()).sum();
         assert!(bytes <= BYTES_LIMIT, "{bytes}");
+        self.death.silences().await;
         tokio::time::sleep(self.latency).await;
         let mut failures = self.failures.lock().unwrap();
         let mut outcomes = Vec::new();
@@ -461,6 +543,7 @@ struct FakeRejects(Arc<FakeOutput>);
 #[async_trait]
 impl Rejects for FakeRejects {
     async fn reject_all(&self, rejected: &[(String, Rejection)]) -> Vec<Result<(), aws::Error>> {
+        self.0.death.silences().await;
         rejected
             .iter()
             .map(|letter| {
@@ -482,7 +565,7 @@ impl Rejects for FakeRejects {
 // ---------------------------------------------------- the decoder, the model
 
 /// An "image": the PNG signature, then words: `id:7`, `damaged`, `panic`,
-/// `slow:MILLISECONDS`, `memory:BYTES`, `nan`, `poison`.
+/// `slow:MILLISECONDS`, `memory:BYTES`, `nan`, `poison`, `kill:7`.
 pub fn image(words: &str) -> Vec<u8> {
     let mut bytes = b"\x89PNG\r\n\x1a\n ".to_vec();
     bytes.extend_from_slice(words.as_bytes());
@@ -508,6 +591,9 @@ pub struct FakePreparer {
     /// Most memory in use while more than one decoder ran.
     pub most_shared: AtomicU64,
     pub most_running: AtomicUsize,
+    /// Which image killed the worker, each time.
+    pub kills: Mutex<Vec<u64>>,
+    death: Death,
 }
 
 impl Preparer for FakePreparer {
@@ -534,6 +620,12 @@ impl Preparer for FakePreparer {
         self.in_use.fetch_sub(memory, Ordering::SeqCst);
         self.running.fetch_sub(1, Ordering::SeqCst);
         assert!(!has(bytes, "panic"), "a decoder that panics");
+        if let Some(killer) = word(bytes, "kill")
+            && !self.death.is_here()
+        {
+            self.death.strike();
+            self.kills.lock().unwrap().push(killer);
+        }
         if has(bytes, "damaged") {
             let message = "PNG file is truncated";
             return Err(TaskError::permanent(Stage::Decode, Cause::Damaged, message));
@@ -596,6 +688,7 @@ pub struct World {
     pub model_fails: bool,
     pub model_takes: Duration,
     pub metrics: Arc<Metrics>,
+    pub death: Death,
 }
 
 pub struct Running {
@@ -610,15 +703,19 @@ impl World {
 
     /// A world in which every call to AWS takes this long.
     pub fn with_latency(latency: Duration) -> Self {
+        let death = Death::default();
         let output = Arc::new(FakeOutput {
+            death: death.clone(),
             latency,
             ..FakeOutput::default()
         });
         let vectors = Arc::new(FakeVectors {
+            death: death.clone(),
             latency,
             ..FakeVectors::default()
         });
         let queue = FakeQueue {
+            death: death.clone(),
             latency,
             ..FakeQueue::default()
         };
@@ -631,7 +728,10 @@ impl World {
             }),
             vectors,
             output,
-            preparer: Arc::default(),
+            preparer: Arc::new(FakePreparer {
+                death: death.clone(),
+                ..FakePreparer::default()
+            }),
             batches: Batches::default(),
             settings: settings(),
             time_per_image: Duration::ZERO,
@@ -639,6 +739,7 @@ impl World {
             model_fails: false,
             model_takes: Duration::ZERO,
             metrics: Arc::new(Metrics::new("Tests", "input", None, 8)),
+            death,
         }
     }
 
@@ -692,6 +793,7 @@ impl World {
             outputs: Outputs::new(vec![self.output.clone()]),
             rejects: Arc::new(FakeRejects(self.output.clone())),
             preparer: self.preparer.clone(),
+            notes: self.vectors.clone(),
         };
         let stop = CancellationToken::new();
         let facts = self.facts.clone();

@@ -1,6 +1,7 @@
 //! What the pipeline promises, against a world that enforces AWS's limits and
 //! fails as it is told.
 
+mod killers;
 mod world;
 
 use std::sync::atomic::Ordering;
@@ -46,6 +47,22 @@ async fn batches_are_full_while_there_is_work() {
     let batches = world.batches.0.lock().unwrap().clone();
     let full = batches.iter().filter(|size| **size == 8).count();
     assert!(full >= 8, "{batches:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_model_waits_for_what_the_decoders_have_in_work() {
+    let mut world = World::new();
+    world.settings.batch_size = 64;
+    world.settings.batch_wait = Duration::from_millis(150);
+    world.settings.decode_threads = 8;
+    // 200 a second: a wait of 10 ms would bring two at a time.
+    for index in 0..64 {
+        let url = world.put(&format!("{index}.png"), image("id:1 slow:40"));
+        world.send(&url);
+    }
+    world.run_until_empty(LONG).await;
+    let batches = world.batches.0.lock().unwrap().clone();
+    assert!(batches.len() <= 12, "{batches:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
