@@ -1,0 +1,26 @@
+//! What the CUDA provider looks up in cuDNN: a handle, which attention asks for and does not use. The
+//! real `libcudnn.so.9` forwards it to `libcudnn_graph.so.9`, in whose place this is, and asks that
+//! which configuration of cuDNN it belongs to.
+
+use std::ffi::c_void;
+
+use crate::answers::{answer, export, handle};
+use crate::counters::{Counter, add};
+use crate::fault::strikes;
+
+const SUCCESS: i32 = 0;
+const NOT_INITIALIZED: i32 = 1001;
+
+export! {
+    fn cudnnCreate(place: *mut *mut c_void) -> i32 {
+        if strikes("cudnn") {
+            return NOT_INITIALIZED;
+        }
+        add(Counter::DnnHandles, 1);
+        *place = handle();
+        SUCCESS
+    }
+}
+
+// The configuration of the whole cuDNN is 0.
+answer!(SUCCESS; cudnnSetStream cudnnDestroy cudnnGetLibConfig);
