@@ -15,6 +15,7 @@ use ort::value::{Tensor, TensorRef};
 use thiserror::Error;
 
 use crate::bundle::{Bundle, TEXT_GRAPH, VISION_GRAPH};
+use crate::cuda;
 use crate::precision::Precision;
 use crate::tokenizer::Tokens;
 use crate::towers::{OUTPUT, TEXT_INPUT, VISION_INPUT};
@@ -193,6 +194,13 @@ impl VisionEngine {
                 1
             }
         };
+        if options.provider == ExecutionProvider::Cuda && manifest.precision == Precision::Fp32 {
+            tracing::warn!(
+                model = manifest.model,
+                "this bundle is fp32, which takes four to five times as long as fp16 on a T4; build it \
+                 with `clip-model build --precision fp16`"
+            );
+        }
         let session = load(&bundle.file(VISION_GRAPH), options)?;
         if manifest.is_synthesized() {
             tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
@@ -237,23 +245,32 @@ impl VisionEngine {
         self.embed(&grey, images).map(|_| ())
     }
 
-    /// Memory for the pixels of a batch.
+    /// Memory for the pixels of a batch. Where none can be pinned, any will do: it is slower to copy.
     pub fn buffer(&self, bytes: usize) -> Result<PixelBuffer, EngineError> {
-        let allocator = match self.provider {
-            ExecutionProvider::Cpu => Allocator::default(),
-            ExecutionProvider::Cuda => MemoryInfo::new(
-                AllocationDevice::CUDA_PINNED,
-                0,
-                AllocatorType::Device,
-                MemoryType::CPUInput,
-            )
-            .and_then(|pinned| Allocator::new(&self.session, pinned))
-            .map_err(failed)?,
+        let pinned = match self.provider {
+            ExecutionProvider::Cpu => None,
+            ExecutionProvider::Cuda => self
+                .pinned(bytes)
+                .inspect_err(|error| tracing::warn!(bytes, %error, "cannot pin memory"))
+                .ok(),
         };
-        let mut tensor = Tensor::<u8>::new(&allocator, [bytes]).map_err(failed)?;
+        let mut tensor = match pinned {
+            Some(tensor) => tensor,
+            None => Tensor::<u8>::new(&Allocator::default(), [bytes]).map_err(failed)?,
+        };
         // SAFETY: the tensor has `bytes` bytes in memory that the processor can write.
         unsafe { tensor.data_ptr_mut().cast::<u8>().write_bytes(0, bytes) };
         Ok(PixelBuffer { tensor, bytes })
+    }
+
+    fn pinned(&self, bytes: usize) -> ort::Result<Tensor<u8>> {
+        let pinned = MemoryInfo::new(
+            AllocationDevice::CUDA_PINNED,
+            0,
+            AllocatorType::Device,
+            MemoryType::CPUInput,
+        )?;
+        Tensor::new(&Allocator::new(&self.session, pinned)?, [bytes])
     }
 
     /// Embeds `batch` images, `batch × size × size × 3` bytes of RGB; returns `batch × dimensions`
@@ -388,15 +405,18 @@ pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, Engi
     let builder = configure(builder, options).map_err(unloadable)?;
     let mut builder = match options.provider {
         ExecutionProvider::Cpu => builder,
-        ExecutionProvider::Cuda => builder
-            .with_execution_providers([ep::CUDA::default()
-                // Sums of the fused normalisation in 32 bits, whatever the weights are.
-                .with_skip_layer_norm_strict_mode(true)
-                .build()
-                .error_on_failure()])
-            .map_err(|error| EngineError::Cuda {
-                reason: error.to_string().trim_end_matches('.').to_owned(),
-            })?,
+        ExecutionProvider::Cuda => {
+            cuda::prepare().map_err(|reason| EngineError::Cuda { reason })?;
+            builder
+                .with_execution_providers([ep::CUDA::default()
+                    // Sums of the fused normalisation in 32 bits, whatever the weights are.
+                    .with_skip_layer_norm_strict_mode(true)
+                    .build()
+                    .error_on_failure()])
+                .map_err(|error| EngineError::Cuda {
+                    reason: error.to_string().trim_end_matches('.').to_owned(),
+                })?
+        }
     };
     builder
         .commit_from_file(path)
@@ -441,7 +461,13 @@ fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<Session
         ExecutionProvider::Cpu => builder
             .with_disabled_optimizers("SkipLayerNormFusion")
             .map_err(|error| error.to_string()),
-        ExecutionProvider::Cuda => Ok(builder),
+        // A plan of memory per batch size would be kept for each that ever came; and an operator
+        // that CUDA lacks would run on the processor, silently.
+        ExecutionProvider::Cuda => builder
+            .with_memory_pattern(false)
+            .map_err(|error| error.to_string())?
+            .with_disable_cpu_fallback()
+            .map_err(|error| error.to_string()),
     }
 }
 

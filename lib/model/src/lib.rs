@@ -10,6 +10,7 @@ pub mod bench;
 pub mod build;
 pub mod bundle;
 pub mod checkpoint;
+mod cuda;
 pub mod engine;
 pub mod fetch;
 pub mod files;

@@ -268,6 +268,9 @@ fn run_build(arguments: &BuildArguments) -> Outcome {
     )?;
     bar.finish_and_clear();
     describe(&bundle);
+    if bundle.manifest().precision == Precision::Fp32 {
+        eprintln!("note: fp32 is for CPUs; for GPUs build with `--precision fp16`");
+    }
     println!("built in {:.1} s", started.elapsed().as_secs_f64());
     Ok(())
 }
