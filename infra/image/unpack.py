@@ -1,11 +1,13 @@
 """Takes the shared libraries that the image needs out of downloaded wheels.
 
 Usage: python unpack.py cpu|cuda WHEELS OUTPUT. A library that is not there is an
-error; everything else in the wheels (Python, headers, cuDNN providers) is left out.
+error; everything else in the wheels (Python, headers, the rest of cuDNN) is left out.
+Those of the CUDA image are the ones that its rehearsal sees opened, no more, no less.
 """
 
 import pathlib
 import re
+import shutil
 import sys
 import zipfile
 
@@ -20,7 +22,12 @@ CUDA = [
     (r"nvidia/cu13/lib/libcublasLt\.so\.13", None),
     (r"nvidia/cu13/lib/libcudart\.so\.13", None),
     (r"nvidia/cu13/lib/libcurand\.so\.10", None),
+    # Linked by nothing: attention asks for a cuDNN handle, and cudnnCreate opens these.
+    (r"nvidia/cudnn/lib/libcudnn\.so\.9", None),
+    (r"nvidia/cudnn/lib/libcudnn_graph\.so\.9", None),
 ]
+# libcudnn_graph links zlib, which the base image lacks; Debian's, as the base.
+SYSTEM = [pathlib.Path("/lib/x86_64-linux-gnu/libz.so.1")]
 
 
 def main(variant, wheels, output):
@@ -40,6 +47,8 @@ def main(variant, wheels, output):
                         missing.discard(pattern)
     if missing:
         sys.exit(f"not in any wheel: {sorted(missing)}")
+    for library in SYSTEM if variant == "cuda" else []:
+        shutil.copy(library, output)
 
 
 if __name__ == "__main__":

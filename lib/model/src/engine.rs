@@ -201,7 +201,7 @@ impl VisionEngine {
                  with `clip-model build --precision fp16`"
             );
         }
-        let session = load(&bundle.file(VISION_GRAPH), options)?;
+        let session = load(&bundle.file(VISION_GRAPH), options, Placement::Provider)?;
         if manifest.is_synthesized() {
             tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
         }
@@ -324,7 +324,8 @@ impl TextEngine {
         dimensions: usize,
         options: &EngineOptions,
     ) -> Result<TextEngine, EngineError> {
-        let session = load(path, options)?;
+        // CUDA finds no largest integer, and shapes are reckoned on the processor.
+        let session = load(path, options, Placement::Anywhere)?;
         Ok(TextEngine {
             session,
             dimensions,
@@ -392,7 +393,20 @@ pub fn environment() -> Result<&'static Environment, EngineError> {
         })
 }
 
-pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, EngineError> {
+/// Where the nodes of a graph may run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// On the provider alone: a node that it lacks is an error.
+    Provider,
+    /// On the processor as well.
+    Anywhere,
+}
+
+pub(crate) fn load(
+    path: &Path,
+    options: &EngineOptions,
+    placement: Placement,
+) -> Result<Session, EngineError> {
     let environment = environment()?;
     let unloadable = |reason: String| EngineError::Load {
         path: path.to_owned(),
@@ -402,7 +416,7 @@ pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, Engi
         return Err(unloadable("no such file".to_owned()));
     }
     let builder = Session::builder(environment).map_err(|error| unloadable(error.to_string()))?;
-    let builder = configure(builder, options).map_err(unloadable)?;
+    let builder = configure(builder, options, placement).map_err(unloadable)?;
     let mut builder = match options.provider {
         ExecutionProvider::Cpu => builder,
         ExecutionProvider::Cuda => {
@@ -442,7 +456,11 @@ fn check_for_8_bits(provider: ExecutionProvider) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<SessionBuilder, String> {
+fn configure(
+    builder: SessionBuilder,
+    options: &EngineOptions,
+    placement: Placement,
+) -> Result<SessionBuilder, String> {
     let threads = options
         .intra_threads
         .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
@@ -461,13 +479,18 @@ fn configure(builder: SessionBuilder, options: &EngineOptions) -> Result<Session
         ExecutionProvider::Cpu => builder
             .with_disabled_optimizers("SkipLayerNormFusion")
             .map_err(|error| error.to_string()),
-        // A plan of memory per batch size would be kept for each that ever came; and an operator
-        // that CUDA lacks would run on the processor, silently.
-        ExecutionProvider::Cuda => builder
-            .with_memory_pattern(false)
-            .map_err(|error| error.to_string())?
-            .with_disable_cpu_fallback()
-            .map_err(|error| error.to_string()),
+        ExecutionProvider::Cuda => {
+            // A plan of memory would be kept for each size of batch that ever came.
+            let builder = builder
+                .with_memory_pattern(false)
+                .map_err(|error| error.to_string())?;
+            match placement {
+                Placement::Provider => builder
+                    .with_disable_cpu_fallback()
+                    .map_err(|error| error.to_string()),
+                Placement::Anywhere => Ok(builder),
+            }
+        }
     }
 }
 

@@ -157,7 +157,7 @@ fn certificates(layer: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
+pub(super) fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
     let name = request.variant.name();
     let wheels = request.work.join(format!("wheels-{name}"));
     fs::create_dir_all(&wheels)?;
@@ -165,7 +165,7 @@ fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
     if !has_all(&wheels, &fs::read_to_string(&requirements)?)? {
         let size = match request.variant {
             Variant::Cpu => "30 MB",
-            Variant::Cuda => "740 MB",
+            Variant::Cuda => "1.1 GB",
         };
         eprintln!("downloading the native libraries (about {size}) …");
         let mut pip = Command::new(request.python);
@@ -295,7 +295,7 @@ fn bytes_of(folder: &Path) -> anyhow::Result<u64> {
     Ok(bytes)
 }
 
-fn remove(path: &Path) -> anyhow::Result<()> {
+pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("{} cannot be removed", path.display()))

@@ -14,13 +14,14 @@ use object::read::elf::{Dyn as _, ElfFile64, FileHeader as _, SectionHeader as _
 const DRIVER_LIBRARIES: &[&str] = &["libcuda.so.1"];
 
 /// Libraries that nothing in the image may need: the model's graph has no
-/// convolution and no Fourier transform, and they are gigabytes.
-const FORBIDDEN_LIBRARIES: &[&str] = &["libcudnn", "libcufft", "libnvinfer"];
+/// Fourier transform, TensorRT is not used, and they are gigabytes.
+const FORBIDDEN_LIBRARIES: &[&str] = &["libcufft", "libnvinfer"];
 
 /// Where the linker looks, in order: `LD_LIBRARY_PATH` of the image, then
 /// glibc's own folders.
 const SEARCH_PATH: &[&str] = &[
     "opt/clip",
+    "usr/lib64",
     "lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu",
     "lib64",
@@ -176,6 +177,11 @@ fn is_driver_symbol(symbol: &str) -> bool {
         .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_uppercase()))
 }
 
+/// The libraries that a program or library links.
+pub(super) fn links(path: &Path) -> anyhow::Result<Vec<String>> {
+    Ok(read(path)?.needed)
+}
+
 fn read(path: &Path) -> anyhow::Result<Object> {
     let data = fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
     parse(&data).with_context(|| format!("{} is no ELF file", path.display()))
@@ -303,14 +309,13 @@ mod tests {
     }
 
     #[test]
-    fn cudnn_and_cufft_are_forbidden_even_where_they_are_there() {
+    fn cufft_is_forbidden_even_where_it_is_there() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("opt/clip");
         fs::create_dir_all(&folder).unwrap();
-        for library in ["libcudnn.so.9", "libcufft.so.12", "libcublas.so.13"] {
+        for library in ["libcufft.so.12", "libcublas.so.13"] {
             fs::write(folder.join(library), b"").unwrap();
         }
-        assert_eq!(fate(root.path(), "libcudnn.so.9"), Fate::Forbidden);
         assert_eq!(fate(root.path(), "libcufft.so.12"), Fate::Forbidden);
         assert_eq!(fate(root.path(), "libcuda.so.1"), Fate::TheDrivers);
         assert_eq!(fate(root.path(), "libcurand.so.10"), Fate::Missing);

@@ -6,7 +6,8 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use ministack::{MiniStack, REGION};
+use ministack::MiniStack;
+pub(super) use ministack::REGION;
 use serde_json::{Value, json};
 
 use super::Request;
@@ -88,7 +89,7 @@ fn enter(
     }
     // As the Dockerfile's ENV says.
     command.env("ORT_DYLIB_PATH", "/opt/clip/libonnxruntime.so");
-    command.env("LD_LIBRARY_PATH", "/opt/clip");
+    command.env("LD_LIBRARY_PATH", "/opt/clip:/usr/lib64");
     command
         .output()
         .context("unshare cannot be started (util-linux)")
@@ -111,7 +112,7 @@ fn ensure_root() -> anyhow::Result<()> {
 /// One image through the whole task: message in, vector in the bucket, event
 /// out, message gone.
 fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
-    let emulator = Emulator(MiniStack::start(request.emulator, Path::new("/dev/null"))?);
+    let emulator = Emulator::start(request.emulator)?;
     for bucket in ["images", "cache"] {
         emulator.s3("PUT", bucket, b"")?;
     }
@@ -142,7 +143,7 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
         json!({ "QueueUrl": input, "MessageBody": event.to_string() }),
     )?;
     let variables = [
-        ("AWS_ENDPOINT_URL", emulator.0.endpoint().to_owned()),
+        ("AWS_ENDPOINT_URL", emulator.url()),
         ("AWS_REGION", REGION.to_owned()),
         ("AWS_ACCESS_KEY_ID", "test".to_owned()),
         ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
@@ -193,14 +194,22 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
 }
 
 /// The AWS emulator, until it is dropped.
-struct Emulator(MiniStack);
+pub(super) struct Emulator(MiniStack);
 
 impl Emulator {
-    fn s3(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<Vec<u8>> {
+    pub(super) fn start(program: &Path) -> anyhow::Result<Self> {
+        Ok(Self(MiniStack::start(program, Path::new("/dev/null"))?))
+    }
+
+    pub(super) fn url(&self) -> String {
+        self.0.endpoint().to_owned()
+    }
+
+    pub(super) fn s3(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<Vec<u8>> {
         self.request(method, &format!("/{path}"), "s3", &[], body)
     }
 
-    fn sqs(&self, operation: &str, input: Value) -> anyhow::Result<Value> {
+    pub(super) fn sqs(&self, operation: &str, input: Value) -> anyhow::Result<Value> {
         let target = format!("AmazonSQS.{operation}");
         let headers = [
             ("X-Amz-Target", target.as_str()),
