@@ -41,12 +41,21 @@ enum Action {
         /// The image for GPU instances
         #[arg(long)]
         cuda: bool,
+        /// Only rehearse the CUDA path, over stand-ins of CUDA's libraries
+        #[arg(long, requires = "cuda")]
+        rehearse: bool,
         /// The release build of gpu-task
         #[arg(long, default_value = "target/release/gpu-task")]
         gpu_task: PathBuf,
         /// A model bundle for one inference
         #[arg(long)]
         model: PathBuf,
+        /// A model bundle of ViT-B/32 in fp16, for the rehearsal
+        #[arg(long, required_if_eq("cuda", "true"))]
+        rehearsal_model: Option<PathBuf>,
+        /// The folder of libcuda_stand_in.so and cuda-soak, for the rehearsal
+        #[arg(long, default_value = "target/debug")]
+        stand_ins: PathBuf,
         /// Downloads and the root filesystem are kept here
         #[arg(long, default_value = ".tools/image")]
         work: PathBuf,
@@ -98,14 +107,18 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         Action::Image {
             cpu: _,
             cuda,
+            rehearse,
             gpu_task,
             model,
+            rehearsal_model,
+            stand_ins,
             work,
             python,
             emulator,
         } => {
             let variant = if *cuda { Variant::Cuda } else { Variant::Cpu };
-            let report = image::build(&image::Request {
+            let stand_ins = root.join(stand_ins);
+            let request = image::Request {
                 variant,
                 root: &root,
                 gpu_task: &root.join(gpu_task),
@@ -113,7 +126,14 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
                 work: &root.join(work),
                 python,
                 emulator: &root.join(emulator),
-            })?;
+                stand_in: &stand_ins.join("libcuda_stand_in.so"),
+                soak: &stand_ins.join("cuda-soak"),
+                rehearsal_model: &root.join(rehearsal_model.as_deref().unwrap_or(model)),
+            };
+            if *rehearse {
+                return image::rehearse(&request);
+            }
+            let report = image::build(&request)?;
             println!("{report}");
             Ok(report.is_good())
         }

@@ -3,11 +3,14 @@
 //! pinned wheels for the native libraries, the release build for the program.
 //!
 //! What must hold in it: every needed library, version and symbol is there
-//! but the driver's; nothing needs cuDNN or cuFFT; the task runs in it as an
-//! unprivileged user with a read-only root, and embeds an image.
+//! but the driver's; nothing needs cuFFT; the task runs in it as an
+//! unprivileged user with a read-only root, and embeds an image; in a
+//! rehearsal without a GPU, its CUDA path opens the libraries that it has and
+//! no others.
 
 mod assemble;
 mod elf;
+mod rehearsal;
 mod trial;
 
 use std::fmt;
@@ -54,6 +57,12 @@ pub struct Request<'a> {
     pub python: &'a Path,
     /// The AWS emulator's program, for the trial.
     pub emulator: &'a Path,
+    /// The stand-in for CUDA's libraries, for the rehearsal.
+    pub stand_in: &'a Path,
+    /// The program that runs a model over it, `cuda-soak`.
+    pub soak: &'a Path,
+    /// A model bundle in fp16 for it.
+    pub rehearsal_model: &'a Path,
 }
 
 /// A layer of the image.
@@ -69,6 +78,7 @@ pub struct Report {
     layers: Vec<Layer>,
     elf: elf::Summary,
     trial: Vec<String>,
+    rehearsal: rehearsal::Rehearsal,
     problems: Vec<String>,
 }
 
@@ -93,6 +103,14 @@ pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
             Vec::new()
         }
     };
+    let rehearsal = match request.variant {
+        Variant::Cpu => rehearsal::Rehearsal::default(),
+        Variant::Cuda => {
+            eprintln!("rehearsing CUDA …");
+            rehearsal::rehearse(request, &image.root.join("opt/clip"))?
+        }
+    };
+    problems.extend(rehearsal.problems.iter().cloned());
     eprintln!("compressing layers …");
     let mut layers = Vec::new();
     for (name, folder) in &image.layers {
@@ -115,8 +133,39 @@ pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
         layers,
         elf,
         trial,
+        rehearsal,
         problems,
     })
+}
+
+/// Rehearses the CUDA path alone: with the image's native libraries, without
+/// its root filesystem. Whether all is well.
+pub fn rehearse(request: &Request<'_>) -> anyhow::Result<bool> {
+    let layer = request.work.join("rehearsal-libraries");
+    assemble::remove(&layer)?;
+    assemble::libraries(request, &layer)?;
+    let rehearsal = rehearsal::rehearse(request, &layer.join("opt/clip"))?;
+    assemble::remove(&layer)?;
+    print!("{rehearsal}");
+    for problem in &rehearsal.problems {
+        println!("  PROBLEM: {problem}");
+    }
+    Ok(rehearsal.problems.is_empty())
+}
+
+impl fmt::Display for rehearsal::Rehearsal {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let opened: Vec<&str> = self.opened.iter().map(String::as_str).collect();
+        writeln!(
+            formatter,
+            "  CUDA rehearsed without a GPU; needed at run time: {}",
+            opened.join(", ")
+        )?;
+        for line in &self.lines {
+            writeln!(formatter, "    {line}")?;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Report {
@@ -153,6 +202,9 @@ impl fmt::Display for Report {
         )?;
         for line in &self.trial {
             writeln!(formatter, "  {line}")?;
+        }
+        if self.variant == Variant::Cuda {
+            write!(formatter, "{}", self.rehearsal)?;
         }
         for problem in &self.problems {
             writeln!(formatter, "  PROBLEM: {problem}")?;
