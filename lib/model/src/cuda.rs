@@ -1,7 +1,11 @@
-//! What the driver must be told before ONNX Runtime makes CUDA's context.
+//! What the driver must be told before ONNX Runtime makes CUDA's context, and what is not done once a
+//! run has failed.
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libloading::{Library, Symbol};
 
@@ -10,6 +14,48 @@ const DRIVER: &str = "libcuda.so.1";
 /// `CU_CTX_SCHED_BLOCKING_SYNC`: a thread that waits for the device sleeps. CUDA's own choice is to
 /// spin, which takes a core from the decoders.
 const BLOCKING_SYNC: c_uint = 4;
+
+/// Whether a run on CUDA has failed.
+static FAILED: AtomicBool = AtomicBool::new(false);
+
+/// Remembers that a run on CUDA has failed.
+pub(crate) fn has_failed() {
+    FAILED.store(true, Ordering::Relaxed);
+}
+
+/// Something that may hold memory of CUDA. After a failure it is not freed: every call to CUDA may
+/// fail from then on, and ONNX Runtime would end the process in its destructor, before the task has
+/// handed its messages back.
+pub(crate) struct Held<T>(ManuallyDrop<T>);
+
+impl<T> Held<T> {
+    pub(crate) fn new(held: T) -> Held<T> {
+        Held(ManuallyDrop::new(held))
+    }
+}
+
+impl<T> Deref for Held<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Held<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<T> Drop for Held<T> {
+    fn drop(&mut self) {
+        if !FAILED.load(Ordering::Relaxed) {
+            // SAFETY: dropped here alone, and used by nobody after.
+            unsafe { ManuallyDrop::drop(&mut self.0) };
+        }
+    }
+}
 
 /// Makes sure of a device, and lets threads sleep while they wait for it. Without a device ONNX
 /// Runtime registers its CUDA provider all the same and fails later, in other words.
@@ -20,8 +66,11 @@ pub(crate) fn prepare() -> Result<(), String> {
 
 fn ask_the_driver() -> Result<(), String> {
     // SAFETY: NVIDIA's driver is made to be loaded so. It stays: CUDA will use it.
-    let driver = unsafe { Library::new(DRIVER) }
-        .map_err(|error| format!("cannot load NVIDIA's driver: {error}"))?;
+    let driver = unsafe { Library::new(DRIVER) }.map_err(|error| {
+        let cause =
+            std::error::Error::source(&error).map_or(String::new(), |why| format!(": {why}"));
+        format!("cannot load {DRIVER}, NVIDIA's driver: {error}{cause}")
+    })?;
     let driver: &'static Library = Box::leak(Box::new(driver));
     // SAFETY: the signatures of CUDA's manual.
     let (init, device, set_flags) = unsafe {

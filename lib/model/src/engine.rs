@@ -15,7 +15,7 @@ use ort::value::{Tensor, TensorRef};
 use thiserror::Error;
 
 use crate::bundle::{Bundle, TEXT_GRAPH, VISION_GRAPH};
-use crate::cuda;
+use crate::cuda::{self, Held};
 use crate::precision::Precision;
 use crate::tokenizer::Tokens;
 use crate::towers::{OUTPUT, TEXT_INPUT, VISION_INPUT};
@@ -151,7 +151,7 @@ impl Default for EngineOptions {
 /// Memory that the model reads pixels from fastest, zero at first: pinned where CUDA computes, so
 /// that they go to the device without another copy. Made once and filled again and again.
 pub struct PixelBuffer {
-    tensor: Tensor<u8>,
+    tensor: Held<Tensor<u8>>,
     bytes: usize,
 }
 
@@ -174,7 +174,7 @@ impl DerefMut for PixelBuffer {
 
 /// The vision tower, ready to run.
 pub struct VisionEngine {
-    session: Session,
+    session: Held<Session>,
     provider: ExecutionProvider,
     dimensions: usize,
     image_size: usize,
@@ -206,7 +206,7 @@ impl VisionEngine {
             tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
         }
         Ok(VisionEngine {
-            session,
+            session: Held::new(session),
             provider: options.provider,
             dimensions: manifest.dimensions,
             image_size: manifest.image_size,
@@ -260,7 +260,10 @@ impl VisionEngine {
         };
         // SAFETY: the tensor has `bytes` bytes in memory that the processor can write.
         unsafe { tensor.data_ptr_mut().cast::<u8>().write_bytes(0, bytes) };
-        Ok(PixelBuffer { tensor, bytes })
+        Ok(PixelBuffer {
+            tensor: Held::new(tensor),
+            bytes,
+        })
     }
 
     fn pinned(&self, bytes: usize) -> ort::Result<Tensor<u8>> {
@@ -291,6 +294,11 @@ impl VisionEngine {
             let outputs = self
                 .session
                 .run(ort::inputs![VISION_INPUT => input])
+                .inspect_err(|_| {
+                    if self.provider == ExecutionProvider::Cuda {
+                        cuda::has_failed();
+                    }
+                })
                 .map_err(failed)?;
             let (_, values) = outputs[OUTPUT]
                 .try_extract_tensor::<f32>()

@@ -2,7 +2,7 @@
 //! real `libcudnn.so.9` forwards it to `libcudnn_graph.so.9`, in whose place this is, and asks that
 //! which configuration of cuDNN it belongs to.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 
 use crate::answers::{answer, export, handle};
 use crate::counters::{Counter, add};
@@ -19,6 +19,14 @@ export! {
         add(Counter::DnnHandles, 1);
         *place = handle();
         SUCCESS
+    }
+
+    fn cudnnGetErrorString(status: i32) -> *const c_char {
+        match status {
+            SUCCESS => c"CUDNN_STATUS_SUCCESS",
+            _ => c"CUDNN_STATUS_NOT_INITIALIZED",
+        }
+        .as_ptr()
     }
 }
 
