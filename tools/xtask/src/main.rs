@@ -116,14 +116,34 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             })
         }
         Task::Image(Rest { mut arguments }) => {
-            let has_model = arguments.iter().any(|argument| argument == "--model");
+            let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
+            let (cuda, rehearse, has_model) = (has("--cuda"), has("--rehearse"), has("--model"));
+            // What a rehearsal finds does not depend on the optimiser.
+            let profile = if rehearse {
+                Profile::Debug
+            } else {
+                Profile::Release
+            };
             arguments.insert(0, "image".into());
             tools.hand_over(&["infra-checks"], Profile::Debug, &arguments, |image| {
                 let variables = tools.install(Environment::Local)?;
-                tools.build(&["gpu-task", "clip-model"], Profile::Release)?;
+                tools.build(&["gpu-task", "clip-model"], profile)?;
                 set_unless_set(image, &variables);
                 image.current_dir(&tools.root);
-                if !has_model {
+                image.arg("--gpu-task").arg(tools.built("gpu-task", profile));
+                if cuda {
+                    // The library beside the program: `--bin` would build the latter alone.
+                    let mut build = tools.cargo("build");
+                    tools::run(build.args(["--quiet", "--package", "cuda-stand-in"]))?;
+                    let bundle = tools.rehearsal_model(profile, &variables)?;
+                    let stand_ins = tools.built("", Profile::Debug);
+                    image.arg("--stand-ins").arg(stand_ins);
+                    image.arg("--rehearsal-model").arg(&bundle);
+                    if rehearse {
+                        image.arg("--model").arg(bundle);
+                    }
+                }
+                if !has_model && !rehearse {
                     let (_, bundle) = tools.synthesized_model(&variables)?;
                     image.arg("--model").arg(bundle);
                 }

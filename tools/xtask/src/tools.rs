@@ -147,6 +147,13 @@ impl Tools {
     /// A built program of the workspace, with `variables` set unless the user
     /// has set them.
     pub fn program(&self, name: &str, profile: Profile, variables: &Variables) -> Command {
+        let mut command = Command::new(self.built(name, profile));
+        set_unless_set(&mut command, variables);
+        command
+    }
+
+    /// Where a build puts a program.
+    pub fn built(&self, name: &str, profile: Profile) -> PathBuf {
         let target = match std::env::var_os("CARGO_TARGET_DIR") {
             Some(target) => PathBuf::from(target),
             None => self.root.join("target"),
@@ -155,9 +162,31 @@ impl Tools {
             Profile::Debug => "debug",
             Profile::Release => "release",
         };
-        let mut command = Command::new(target.join(profile).join(name));
-        set_unless_set(&mut command, variables);
-        command
+        target.join(profile).join(name)
+    }
+
+    /// A bundle in fp16 of ViT-B/32's shape, for the rehearsal of CUDA; made once.
+    pub fn rehearsal_model(
+        &self,
+        profile: Profile,
+        variables: &Variables,
+    ) -> anyhow::Result<PathBuf> {
+        let models = self.root.join(".local/models");
+        let bundle = models.join("rehearsal");
+        if bundle.join("manifest.json").is_file() {
+            return Ok(bundle);
+        }
+        fs::create_dir_all(&models)?;
+        let weights = models.join("rehearsal.safetensors");
+        let mut synthesize = self.program("clip-model", profile, variables);
+        run(synthesize
+            .args(["synthesize", "ViT-B/32", "--output"])
+            .arg(&weights))?;
+        let mut build = self.program("clip-model", profile, variables);
+        build.args(["build", "--precision", "fp16", "--no-labels", "--weights"]);
+        run(build.arg(&weights).arg("--output").arg(&bundle))?;
+        fs::remove_file(&weights)?;
+        Ok(bundle)
     }
 
     /// Weights of ViT-B/32's shape from a seed, and a bundle of them, for checks

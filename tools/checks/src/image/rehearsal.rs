@@ -179,7 +179,7 @@ fn faults(ready: &Counters) -> Vec<Fault> {
             )
         },
         fault("no-kernel-image@1+".to_owned(), 3, "no kernel image"),
-        fault("cudnn@1+".to_owned(), 3, "cuDNN"),
+        fault("cudnn@1+".to_owned(), 3, "CUDNN failure"),
         fault(
             format!("illegal-address@{launch}"),
             5,
