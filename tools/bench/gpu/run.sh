@@ -6,10 +6,12 @@
 #   ORT_DYLIB_PATH=…/libonnxruntime.so LD_LIBRARY_PATH=…cuda… gpu/run.sh PROGRAMS OUTPUT BUNDLE...
 #
 # PROGRAMS is the folder of clip-model and copy-ceiling, OUTPUT gets the figures as JSON, each BUNDLE is a model bundle
-# (fp32, fp16). It has not been run on a GPU yet: no GPU figure exists.
+# (fp32, fp16). With `goldens` in PROGRAMS too (the test program that `cargo test --no-run -p clip-model --test goldens`
+# names) and GOLDENS naming a copy of lib/model, the vectors in fp16 are compared with PyTorch's first.
+# It has not been run on a GPU yet: no GPU figure exists.
 set -eu
 if [ $# -lt 3 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 programs=$1
@@ -19,6 +21,12 @@ shift 2
 mkdir -p "$output"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,pcie.link.gen.max,pcie.link.width.max \
     --format=csv > "$output/device.csv"
+if [ -x "$programs/goldens" ]; then
+    # Not through a pipe, which would hide a failure.
+    EXECUTION_PROVIDER=cuda "$programs/goldens" in_16_bits --nocapture --test-threads 1 > "$output/goldens.txt" 2>&1 \
+        || { cat "$output/goldens.txt" >&2; exit 1; }
+    cat "$output/goldens.txt"
+fi
 "$programs/copy-ceiling" | tee "$output/copies.jsonl"
 for bundle in "$@"; do
     name=$(basename "$bundle")

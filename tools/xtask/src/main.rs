@@ -130,7 +130,9 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
                 tools.build(&["gpu-task", "clip-model"], profile)?;
                 set_unless_set(image, &variables);
                 image.current_dir(&tools.root);
-                image.arg("--gpu-task").arg(tools.built("gpu-task", profile));
+                image
+                    .arg("--gpu-task")
+                    .arg(tools.built("gpu-task", profile));
                 if cuda {
                     // The library beside the program: `--bin` would build the latter alone.
                     let mut build = tools.cargo("build");
