@@ -58,7 +58,7 @@ unsafe extern "C-unwind" fn on_progress(cinfo: &mut ffi::jpeg_common_struct) {
     // common structure is the first field.
     let cinfo = unsafe { &*ptr::from_mut(cinfo).cast::<ffi::jpeg_decompress_struct>() };
     let (scans, blocks) = scan_work(cinfo);
-    let budget = budget::check().and_then(|()| budget::check_scans(scans, blocks));
+    let budget = budget::look().and_then(|()| budget::check_scans(scans, blocks));
     if let Err(error) = budget {
         resume_unwind(Box::new(Fatal(error)));
     }
