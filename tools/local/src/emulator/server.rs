@@ -95,51 +95,39 @@ async fn answer(cloud: &Cloud, request: Request<Incoming>) -> Response<Full<Byte
     }
 }
 
-/// The fault that hits a call, translated into an answer of its API.
-struct Struck {
-    error: Option<Refusal>,
-    /// Carry the call out all the same.
-    carried_out: bool,
-}
-
-async fn strike(cloud: &Cloud, operation: &str, throttle: &str, internal: &str) -> Struck {
-    let Some(kind) = cloud.inner.faults.strike(operation) else {
-        return Struck {
-            error: None,
-            carried_out: true,
-        };
-    };
-    let internal_error = || Refusal {
+/// The fault that hits a call, as an answer of its API: an error instead of
+/// carrying it out, or what is answered although it was carried out.
+async fn strike(
+    cloud: &Cloud,
+    operation: &str,
+    throttle: &str,
+    internal: &str,
+) -> Result<Option<Refusal>, Refusal> {
+    let internal_error = Refusal {
         status: 500,
-        code: internal.to_owned(),
-        message: "An internal error occurred.".to_owned(),
-        extra: serde_json::Map::new(),
+        ..Refusal::client(internal, "An internal error occurred.")
     };
-    match kind {
-        ApiFaultKind::Throttle => Struck {
-            error: Some(Refusal::client(throttle, "Rate exceeded")),
-            carried_out: false,
-        },
-        ApiFaultKind::ServerError => Struck {
-            error: Some(internal_error()),
-            carried_out: false,
-        },
-        ApiFaultKind::AnswerLost => Struck {
-            error: Some(internal_error()),
-            carried_out: true,
-        },
-        ApiFaultKind::Refused { code, message } => Struck {
-            error: Some(Refusal::client(&code, message)),
-            carried_out: false,
-        },
-        ApiFaultKind::Slow(delay) => {
+    match cloud.inner.faults.strike(operation) {
+        None => Ok(None),
+        Some(ApiFaultKind::Throttle) => Err(Refusal::client(throttle, "Rate exceeded")),
+        Some(ApiFaultKind::ServerError) => Err(internal_error),
+        Some(ApiFaultKind::AnswerLost) => Ok(Some(internal_error)),
+        Some(ApiFaultKind::Refused { code, message }) => Err(Refusal::client(&code, message)),
+        Some(ApiFaultKind::Slow(delay)) => {
             tokio::time::sleep(delay).await;
-            Struck {
-                error: None,
-                carried_out: true,
-            }
+            Ok(None)
         }
     }
+}
+
+/// Carries a call out unless a fault keeps it from that.
+fn carry_out<T>(
+    struck: Result<Option<Refusal>, Refusal>,
+    call: impl FnOnce() -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let lost = struck?;
+    let done = call();
+    lost.map_or(done, Err)
 }
 
 fn record(cloud: &Cloud, operation: &str, request: Value, error: Option<&Refusal>) {
@@ -160,15 +148,7 @@ async fn ecs_answer(cloud: &Cloud, target: &str, body: &[u8]) -> Response<Full<B
     let operation = target.strip_prefix(ECS_TARGET).unwrap_or(target);
     let request: Value = serde_json::from_slice(body).unwrap_or_else(|_| json!({}));
     let struck = strike(cloud, operation, "ThrottlingException", "ServerException").await;
-    let done = if struck.carried_out {
-        ecs::call(cloud, operation, &request)
-    } else {
-        Ok(Value::Null)
-    };
-    let result = match struck.error {
-        Some(error) => Err(error),
-        None => done,
-    };
+    let result = carry_out(struck, || ecs::call(cloud, operation, &request));
     record(cloud, operation, request, result.as_ref().err());
     match result {
         Ok(answer) => amz_json(StatusCode::OK, None, &answer),
@@ -190,15 +170,7 @@ async fn autoscaling_answer(cloud: &Cloud, body: &[u8]) -> Response<Full<Bytes>>
     let operation = parameters.remove("Action").unwrap_or_default();
     parameters.remove("Version");
     let struck = strike(cloud, &operation, "Throttling", "InternalFailure").await;
-    let done = if struck.carried_out {
-        autoscaling::call(cloud, &operation, &parameters)
-    } else {
-        Ok(Xml::new())
-    };
-    let result = match struck.error {
-        Some(error) => Err(error),
-        None => done,
-    };
+    let result = carry_out(struck, || autoscaling::call(cloud, &operation, &parameters));
     record(cloud, &operation, json!(parameters), result.as_ref().err());
     let request_id = Uuid::new_v4().to_string();
     let (status, root, content) = match result {
