@@ -163,10 +163,11 @@ pub(crate) unsafe fn allocate(pointer: *mut *mut c_void, bytes: usize) -> i32 {
     if status != SUCCESS {
         return status;
     }
-    if strikes("out-of-memory") {
+    let mut device = device();
+    let is_in_run = !device.images.is_empty();
+    if strikes("out-of-memory") || (is_in_run && strikes("out-of-memory-in-run")) {
         return remember(OUT_OF_MEMORY);
     }
-    let mut device = device();
     let Some(address) = device.allocate(bytes.max(1)) else {
         return remember(OUT_OF_MEMORY);
     };

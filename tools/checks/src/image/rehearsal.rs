@@ -173,7 +173,7 @@ fn faults(ready: &Counters) -> Vec<Fault> {
         Fault {
             batch_size: Some("512"),
             ..fault(
-                format!("out-of-memory@{}+", ready.allocations + 1),
+                "out-of-memory-in-run@1+".to_owned(),
                 3,
                 "Failed to allocate memory",
             )
@@ -502,7 +502,6 @@ struct Counters {
     launches: u64,
     attentions: u64,
     products: u64,
-    allocations: u64,
     peak_bytes: u64,
     batches: u64,
     context_flags: u64,
@@ -518,13 +517,12 @@ impl Counters {
         });
         let mut next = || words.next().unwrap_or(0);
         let (launches, attentions, products) = (next(), next(), next());
-        let (allocations, _bytes, peak_bytes) = (next(), next(), next());
+        let (_allocations, _bytes, peak_bytes) = (next(), next(), next());
         let (batches, _rows, _handles) = (next(), next(), next());
         Ok(Self {
             launches,
             attentions,
             products,
-            allocations,
             peak_bytes,
             batches,
             context_flags: next(),
