@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
 use planner::{Action, Plan};
+use platform::aws::Error;
 use serde::{Deserialize, Serialize};
 
-use crate::aws::{ApiError, Aws, UPDATE_STATE_MAX};
+use crate::aws::{Aws, UPDATE_STATE_MAX};
 use crate::observe::tasks_on;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +49,7 @@ pub enum Completion {
 }
 
 impl ActionOutcome {
-    fn failed(action: String, error: &ApiError) -> Self {
+    fn failed(action: String, error: &Error) -> Self {
         Self {
             action,
             result: Completion::Failed,
@@ -59,7 +60,7 @@ impl ActionOutcome {
         }
     }
 
-    fn of(action: String, answer: Result<(), ApiError>) -> Self {
+    fn of(action: String, answer: Result<(), Error>) -> Self {
         match answer {
             Ok(()) => Self {
                 action,
@@ -124,7 +125,7 @@ async fn run_tasks<A: Aws>(aws: &A, count: u32, token: &str) -> ActionOutcome {
     let launched = answer.started.len() as u32;
     let mut reasons: BTreeMap<String, u32> = BTreeMap::new();
     for failure in answer.failures {
-        *reasons.entry(failure.reason).or_default() += 1;
+        *reasons.entry(failure.code).or_default() += 1;
     }
     let not_placed = reasons
         .iter()
@@ -151,25 +152,16 @@ async fn activate<A: Aws>(aws: &A, container_instance: &str, instance: &str) -> 
         .set_draining(&[container_instance.to_owned()], false)
         .await;
     let answer = answer.and_then(|failures| match failures.into_iter().next() {
-        Some(failure) => Err(not_updated(failure.reason, container_instance)),
+        Some(failure) => Err(failure),
         None => Ok(()),
     });
     ActionOutcome::of(format!("take {instance} back into use"), answer)
 }
 
-fn not_updated(reason: String, container_instance: &str) -> ApiError {
-    ApiError {
-        operation: "ecs:UpdateContainerInstancesState",
-        code: reason,
-        message: container_instance.to_owned(),
-        failure: platform::Failure::Transient,
-    }
-}
-
 /// Drains the instances that are released, in calls of at most ten. Answers
 /// why one could not be drained; one that ECS does not know any more needs no
 /// draining.
-async fn drain<A: Aws>(aws: &A, plan: &Plan) -> BTreeMap<String, ApiError> {
+async fn drain<A: Aws>(aws: &A, plan: &Plan) -> BTreeMap<String, Error> {
     let arns: Vec<String> = plan
         .actions()
         .filter_map(|action| match action {
@@ -185,11 +177,10 @@ async fn drain<A: Aws>(aws: &A, plan: &Plan) -> BTreeMap<String, ApiError> {
             Ok(failures) => {
                 let failures = failures
                     .into_iter()
-                    .filter(|failure| failure.reason != "MISSING");
+                    .filter(|failure| failure.code != "MISSING");
                 refused.extend(failures.filter_map(|failure| {
-                    let arn = failure.arn?;
-                    let error = not_updated(failure.reason, &arn);
-                    Some((arn, error))
+                    let arn = failure.resource.as_deref()?.to_owned();
+                    Some((arn, failure))
                 }));
             }
             Err(error) => refused.extend(chunk.iter().map(|arn| (arn.clone(), error.clone()))),
@@ -203,7 +194,7 @@ async fn release<A: Aws>(
     instance: &str,
     container_instance: Option<&str>,
     decrement: bool,
-    refused: &BTreeMap<String, ApiError>,
+    refused: &BTreeMap<String, Error>,
 ) -> ActionOutcome {
     let action = format!("drain and terminate {instance}");
     if let Some(arn) = container_instance {

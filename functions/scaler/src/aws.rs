@@ -2,7 +2,7 @@
 //! implementation, fakes that enforce AWS's limits are the others.
 
 use async_trait::async_trait;
-use platform::Failure;
+use platform::aws::Error;
 
 use planner::observation::{Activity, Arrivals, ContainerInstance, Group, Queue, Task};
 
@@ -13,19 +13,6 @@ pub const DESCRIBE_MAX: usize = 100;
 /// Most container instances of one UpdateContainerInstancesState call (ECS API
 /// reference).
 pub const UPDATE_STATE_MAX: usize = 10;
-
-/// An AWS call that failed, after the SDK's own retries.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{operation}: {code}: {message}")]
-pub struct ApiError {
-    /// The operation, such as `ecs:RunTask`.
-    pub operation: &'static str,
-    /// AWS's error code, or the kind of failure below it.
-    pub code: String,
-    pub message: String,
-    /// Whether a later try can succeed.
-    pub failure: Failure,
-}
 
 #[derive(Clone, Debug)]
 pub struct Page<T> {
@@ -52,67 +39,52 @@ pub struct Metrics {
     pub arrivals: Option<Arrivals>,
 }
 
-/// An entry of a `failures` list: part of a call did not happen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PartialFailure {
-    /// The resource, when AWS names it.
-    pub arn: Option<String>,
-    /// AWS's reason, such as `RESOURCE:GPU`.
-    pub reason: String,
-}
-
 #[derive(Clone, Debug, Default)]
 pub struct RunTaskAnswer {
     /// Tasks that now exist.
     pub started: Vec<String>,
     /// Tasks that do not.
-    pub failures: Vec<PartialFailure>,
+    pub failures: Vec<Error>,
 }
 
 /// The calls. Each is one request; paging and batching are the callers'.
 #[async_trait]
 pub trait Aws: Send + Sync {
     /// SQS GetQueueAttributes: the three counts.
-    async fn queue(&self) -> Result<Queue, ApiError>;
-    async fn metrics(&self, now: i64) -> Result<Metrics, ApiError>;
+    async fn queue(&self) -> Result<Queue, Error>;
+    async fn metrics(&self, now: i64) -> Result<Metrics, Error>;
     async fn list_tasks(
         &self,
         filter: &TaskFilter,
         page: Option<String>,
-    ) -> Result<Page<String>, ApiError>;
+    ) -> Result<Page<String>, Error>;
     /// ECS DescribeTasks, at most [`DESCRIBE_MAX`] ARNs.
-    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError>;
-    async fn list_container_instances(
-        &self,
-        page: Option<String>,
-    ) -> Result<Page<String>, ApiError>;
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, Error>;
+    async fn list_container_instances(&self, page: Option<String>) -> Result<Page<String>, Error>;
     /// ECS DescribeContainerInstances, at most [`DESCRIBE_MAX`] ARNs.
     async fn describe_container_instances(
         &self,
         arns: &[String],
-    ) -> Result<Vec<ContainerInstance>, ApiError>;
+    ) -> Result<Vec<ContainerInstance>, Error>;
     /// Auto Scaling DescribeAutoScalingGroups. A warm pool is there or not, and
     /// counts as empty until it is described.
     async fn describe_groups(
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<Group>, ApiError>;
+    ) -> Result<Page<Group>, Error>;
     /// Auto Scaling DescribeScalingActivities: the newest page.
-    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError>;
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, Error>;
     /// Auto Scaling DescribeWarmPool: instances that stand ready in it.
-    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError>;
-    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError>;
-    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError>;
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, Error>;
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, Error>;
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), Error>;
     /// ECS UpdateContainerInstancesState, at most [`UPDATE_STATE_MAX`] ARNs.
-    async fn set_draining(
-        &self,
-        arns: &[String],
-        draining: bool,
-    ) -> Result<Vec<PartialFailure>, ApiError>;
-    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError>;
+    /// Answers those that were refused, each with its ARN as resource.
+    async fn set_draining(&self, arns: &[String], draining: bool) -> Result<Vec<Error>, Error>;
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), Error>;
     /// Auto Scaling TerminateInstanceInAutoScalingGroup.
-    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError>;
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), Error>;
     /// Auto Scaling CreateOrUpdateTags.
-    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError>;
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), Error>;
 }

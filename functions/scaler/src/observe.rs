@@ -7,8 +7,9 @@ use futures_util::future::{join_all, try_join_all};
 use planner::observation::{ContainerInstance, Group, Task};
 use planner::streak::{OPTION_KEY, TASKS_KEY};
 use planner::{Observation, Policy};
+use platform::aws::Error;
 
-use crate::aws::{ApiError, Aws, DESCRIBE_MAX, Page, TaskFilter};
+use crate::aws::{Aws, DESCRIBE_MAX, Page, TaskFilter};
 
 /// Time that all reads together may take. The Lambda's time-out (60 s) leaves
 /// room for the writes.
@@ -20,7 +21,7 @@ const MAX_PAGES: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     #[error(transparent)]
-    Call(#[from] ApiError),
+    Call(#[from] Error),
     #[error("no answer within {} s", OBSERVE_TIMEOUT.as_secs())]
     Timeout,
 }
@@ -111,14 +112,14 @@ pub async fn observe<A: Aws>(
 
 async fn essential<T>(
     what: &'static str,
-    read: impl Future<Output = Result<T, ApiError>>,
+    read: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, ObserveError> {
     in_time(read)
         .await
         .map_err(|source| ObserveError { what, source })
 }
 
-async fn in_time<T>(read: impl Future<Output = Result<T, ApiError>>) -> Result<T, ReadError> {
+async fn in_time<T>(read: impl Future<Output = Result<T, Error>>) -> Result<T, ReadError> {
     match tokio::time::timeout(OBSERVE_TIMEOUT, read).await {
         Ok(answer) => Ok(answer?),
         Err(_) => Err(ReadError::Timeout),
@@ -126,10 +127,10 @@ async fn in_time<T>(read: impl Future<Output = Result<T, ApiError>>) -> Result<T
 }
 
 /// Walks a list to its end.
-async fn all_pages<T, F, R>(operation: &'static str, mut read: F) -> Result<Vec<T>, ApiError>
+async fn all_pages<T, F, R>(operation: &'static str, mut read: F) -> Result<Vec<T>, Error>
 where
     F: FnMut(Option<String>) -> R,
-    R: Future<Output = Result<Page<T>, ApiError>>,
+    R: Future<Output = Result<Page<T>, Error>>,
 {
     let mut items = Vec::new();
     let mut token = None;
@@ -141,32 +142,31 @@ where
             _ => return Ok(items),
         }
     }
-    Err(ApiError {
+    Err(Error::of_code(
         operation,
-        code: "TooManyPages".to_owned(),
-        message: format!("the list did not end within {MAX_PAGES} pages"),
-        failure: platform::Failure::Transient,
-    })
+        "TooManyPages",
+        format!("the list did not end within {MAX_PAGES} pages"),
+    ))
 }
 
 /// Describes what a list named, a hundred at a time and all at once.
 async fn described<'a, T, R>(
     arns: &'a [String],
     describe: impl Fn(&'a [String]) -> R,
-) -> Result<Vec<T>, ApiError>
+) -> Result<Vec<T>, Error>
 where
-    R: Future<Output = Result<Vec<T>, ApiError>>,
+    R: Future<Output = Result<Vec<T>, Error>>,
 {
     let parts = try_join_all(arns.chunks(DESCRIBE_MAX).map(describe)).await?;
     Ok(parts.into_iter().flatten().collect())
 }
 
-async fn tasks<A: Aws>(aws: &A, filter: TaskFilter) -> Result<Vec<Task>, ApiError> {
+async fn tasks<A: Aws>(aws: &A, filter: TaskFilter) -> Result<Vec<Task>, Error> {
     let arns = all_pages("ecs:ListTasks", |page| aws.list_tasks(&filter, page)).await?;
     described(&arns, |chunk| aws.describe_tasks(chunk)).await
 }
 
-async fn container_instances<A: Aws>(aws: &A) -> Result<Vec<ContainerInstance>, ApiError> {
+async fn container_instances<A: Aws>(aws: &A) -> Result<Vec<ContainerInstance>, Error> {
     let arns = all_pages("ecs:ListContainerInstances", |page| {
         aws.list_container_instances(page)
     })
@@ -175,7 +175,7 @@ async fn container_instances<A: Aws>(aws: &A) -> Result<Vec<ContainerInstance>, 
 }
 
 /// The groups in the order of the options, with the scaler's own tags.
-async fn groups<A: Aws>(aws: &A, names: &[String]) -> Result<Vec<Group>, ApiError> {
+async fn groups<A: Aws>(aws: &A, names: &[String]) -> Result<Vec<Group>, Error> {
     let mut groups = all_pages("autoscaling:DescribeAutoScalingGroups", |page| {
         aws.describe_groups(names, page)
     })
@@ -193,7 +193,7 @@ async fn groups<A: Aws>(aws: &A, names: &[String]) -> Result<Vec<Group>, ApiErro
 pub(crate) async fn tasks_on<A: Aws>(
     aws: &A,
     container_instance: &str,
-) -> Result<Vec<String>, ApiError> {
+) -> Result<Vec<String>, Error> {
     let filter = TaskFilter::WantedOn(container_instance.to_owned());
     all_pages("ecs:ListTasks", |page| aws.list_tasks(&filter, page)).await
 }

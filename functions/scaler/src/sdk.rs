@@ -10,17 +10,15 @@ use aws_sdk_autoscaling as autoscaling;
 use aws_sdk_cloudwatch as cloudwatch;
 use aws_sdk_ecs as ecs;
 use aws_sdk_sqs as sqs;
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
-use aws_smithy_runtime_api::client::result::SdkError;
 use aws_smithy_types::DateTime;
-use aws_smithy_types::error::metadata::ProvideErrorMetadata;
-
-use crate::aws::{ApiError, Aws, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter};
-use crate::config::Config;
 use planner::observation::{
     Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
     Group, GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
 };
+use platform::aws::{Error, failed};
+
+use crate::aws::{Aws, Metrics, Page, RunTaskAnswer, TaskFilter};
+use crate::config::Config;
 
 /// One try of a call. AWS's control planes answer within a second or not at all.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
@@ -82,39 +80,6 @@ impl SdkAws {
     }
 }
 
-fn failed<E>(operation: &'static str) -> impl Fn(SdkError<E, HttpResponse>) -> ApiError
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-{
-    move |error| {
-        let failure = platform::classify(&error);
-        let (code, message) = match &error {
-            SdkError::ServiceError(service) => (
-                service.err().code().unwrap_or("ServiceError").to_owned(),
-                service.err().message().unwrap_or("no message").to_owned(),
-            ),
-            SdkError::TimeoutError(_) => (
-                "Timeout".to_owned(),
-                format!("no answer within {} s", CALL_TIMEOUT.as_secs()),
-            ),
-            SdkError::DispatchFailure(dispatch) => (
-                "Unreachable".to_owned(),
-                dispatch.as_connector_error().map_or_else(
-                    || "the request was not sent".to_owned(),
-                    ToString::to_string,
-                ),
-            ),
-            other => ("Response".to_owned(), other.to_string()),
-        };
-        ApiError {
-            operation,
-            code,
-            message,
-            failure,
-        }
-    }
-}
-
 fn seconds(time: Option<&DateTime>) -> Option<i64> {
     time.map(DateTime::secs)
 }
@@ -131,16 +96,18 @@ fn gpus(resources: &[ecs::types::Resource]) -> u32 {
         .sum()
 }
 
-fn partial(failures: &[ecs::types::Failure]) -> Vec<PartialFailure> {
+/// ECS's words for what a call did not do.
+fn partial(operation: &'static str, failures: &[ecs::types::Failure]) -> Vec<Error> {
     failures
         .iter()
-        .map(|failure| PartialFailure {
-            arn: failure.arn().map(str::to_owned),
-            reason: match (failure.reason(), failure.detail()) {
-                (Some(reason), _) => reason.to_owned(),
-                (None, Some(detail)) => detail.to_owned(),
-                (None, None) => "no reason given".to_owned(),
-            },
+        .map(|failure| {
+            let detail = failure.detail().unwrap_or("no detail given");
+            let reason = failure.reason().unwrap_or(detail);
+            let error = Error::of_code(operation, reason, detail);
+            match failure.arn() {
+                Some(arn) => error.of(arn),
+                None => error,
+            }
         })
         .collect()
 }
@@ -193,7 +160,7 @@ fn minutes_back(result: &cloudwatch::types::MetricDataResult, this_minute: i64) 
 
 #[async_trait]
 impl Aws for SdkAws {
-    async fn queue(&self) -> Result<Queue, ApiError> {
+    async fn queue(&self) -> Result<Queue, Error> {
         use sqs::types::QueueAttributeName as Name;
         let answer = self
             .sqs
@@ -212,12 +179,11 @@ impl Aws for SdkAws {
                 .and_then(|value| value.parse::<u64>().ok())
         };
         let Some(visible) = number(Name::ApproximateNumberOfMessages) else {
-            return Err(ApiError {
-                operation: "sqs:GetQueueAttributes",
-                code: "NoCount".to_owned(),
-                message: "the answer has no ApproximateNumberOfMessages".to_owned(),
-                failure: platform::Failure::Transient,
-            });
+            return Err(Error::of_code(
+                "sqs:GetQueueAttributes",
+                "NoCount",
+                "the answer has no ApproximateNumberOfMessages",
+            ));
         };
         Ok(Queue {
             visible,
@@ -227,7 +193,7 @@ impl Aws for SdkAws {
         })
     }
 
-    async fn metrics(&self, now: i64) -> Result<Metrics, ApiError> {
+    async fn metrics(&self, now: i64) -> Result<Metrics, Error> {
         use cloudwatch::types::{Dimension, Metric, MetricDataQuery, MetricStat, ScanBy};
         let this_minute = now - now.rem_euclid(PERIOD_SECONDS);
         let query = |id: &str, namespace: &str, name: &str, stat: &str| {
@@ -300,7 +266,7 @@ impl Aws for SdkAws {
         &self,
         filter: &TaskFilter,
         page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    ) -> Result<Page<String>, Error> {
         use ecs::types::DesiredStatus;
         let mut request = self
             .ecs
@@ -327,7 +293,7 @@ impl Aws for SdkAws {
         })
     }
 
-    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError> {
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, Error> {
         let answer = self
             .ecs
             .describe_tasks()
@@ -339,10 +305,7 @@ impl Aws for SdkAws {
         Ok(answer.tasks().iter().filter_map(task).collect())
     }
 
-    async fn list_container_instances(
-        &self,
-        page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    async fn list_container_instances(&self, page: Option<String>) -> Result<Page<String>, Error> {
         let answer = self
             .ecs
             .list_container_instances()
@@ -361,7 +324,7 @@ impl Aws for SdkAws {
     async fn describe_container_instances(
         &self,
         arns: &[String],
-    ) -> Result<Vec<ContainerInstance>, ApiError> {
+    ) -> Result<Vec<ContainerInstance>, Error> {
         let answer = self
             .ecs
             .describe_container_instances()
@@ -393,7 +356,7 @@ impl Aws for SdkAws {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<Group>, ApiError> {
+    ) -> Result<Page<Group>, Error> {
         let answer = self
             .autoscaling
             .describe_auto_scaling_groups()
@@ -443,7 +406,7 @@ impl Aws for SdkAws {
         })
     }
 
-    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError> {
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, Error> {
         let answer = self
             .autoscaling
             .describe_scaling_activities()
@@ -473,7 +436,7 @@ impl Aws for SdkAws {
         Ok(activities)
     }
 
-    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError> {
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, Error> {
         let answer = self
             .autoscaling
             .describe_warm_pool()
@@ -495,7 +458,7 @@ impl Aws for SdkAws {
         Ok(ready as u32)
     }
 
-    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError> {
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, Error> {
         let answer = self
             .ecs
             .run_task()
@@ -514,11 +477,11 @@ impl Aws for SdkAws {
                 .iter()
                 .filter_map(|task| task.task_arn().map(str::to_owned))
                 .collect(),
-            failures: partial(answer.failures()),
+            failures: partial("ecs:RunTask", answer.failures()),
         })
     }
 
-    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError> {
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), Error> {
         self.ecs
             .stop_task()
             .cluster(&self.cluster)
@@ -530,11 +493,7 @@ impl Aws for SdkAws {
         Ok(())
     }
 
-    async fn set_draining(
-        &self,
-        arns: &[String],
-        draining: bool,
-    ) -> Result<Vec<PartialFailure>, ApiError> {
+    async fn set_draining(&self, arns: &[String], draining: bool) -> Result<Vec<Error>, Error> {
         use ecs::types::ContainerInstanceStatus as Status;
         let status = if draining {
             Status::Draining
@@ -550,10 +509,13 @@ impl Aws for SdkAws {
             .send()
             .await
             .map_err(failed("ecs:UpdateContainerInstancesState"))?;
-        Ok(partial(answer.failures()))
+        Ok(partial(
+            "ecs:UpdateContainerInstancesState",
+            answer.failures(),
+        ))
     }
 
-    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError> {
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), Error> {
         self.autoscaling
             .set_desired_capacity()
             .auto_scaling_group_name(group)
@@ -565,7 +527,7 @@ impl Aws for SdkAws {
         Ok(())
     }
 
-    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError> {
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), Error> {
         self.autoscaling
             .terminate_instance_in_auto_scaling_group()
             .instance_id(id)
@@ -576,7 +538,7 @@ impl Aws for SdkAws {
         Ok(())
     }
 
-    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError> {
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), Error> {
         let tag = autoscaling::types::Tag::builder()
             .resource_id(group)
             .resource_type("auto-scaling-group")

@@ -71,7 +71,7 @@ async fn a_fleet_of_25_comes_in_calls_of_at_most_ten() {
 #[tokio::test(start_paused = true)]
 async fn the_fake_refuses_what_aws_refuses() {
     let aws = FakeAws::new(5, &["gpu"]);
-    let code = |answer: Result<_, scaler::aws::ApiError>| answer.map(|_: ()| ()).unwrap_err().code;
+    let code = |answer: Result<_, platform::aws::Error>| answer.map(|_: ()| ()).unwrap_err().code;
     let too_many = aws.run_task(11, "t").await.map(|_| ());
     assert_eq!(code(too_many), "InvalidParameterException");
     let above = aws.set_desired_capacity("gpu", 6).await;

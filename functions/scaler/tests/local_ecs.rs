@@ -13,9 +13,10 @@ use async_trait::async_trait;
 use local::Cloud;
 use local::cloud::{ApiFault, ApiFaultKind, Snapshot};
 use planner::observation::{Activity, ContainerInstance, Group, Queue, Task};
+use platform::aws::Error;
 use platform::env::Reader;
 use scaler::SdkAws;
-use scaler::aws::{ApiError, Aws, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter};
+use scaler::aws::{Aws, Metrics, Page, RunTaskAnswer, TaskFilter};
 use scaler::config::Config;
 use scaler::handler::{Cause, run};
 use shell_cloud::{CLUSTER, FAMILY, group, shell_cloud};
@@ -324,11 +325,11 @@ async fn a_decision_over_a_hundred_tasks_and_instances_is_fast() {
 
 #[async_trait]
 impl Aws for OnLocal {
-    async fn queue(&self) -> Result<Queue, ApiError> {
+    async fn queue(&self) -> Result<Queue, Error> {
         Ok(self.queue.lock().expect("no test panics inside").clone())
     }
 
-    async fn metrics(&self, _now: i64) -> Result<Metrics, ApiError> {
+    async fn metrics(&self, _now: i64) -> Result<Metrics, Error> {
         Ok(Metrics::default())
     }
 
@@ -336,25 +337,22 @@ impl Aws for OnLocal {
         &self,
         filter: &TaskFilter,
         page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    ) -> Result<Page<String>, Error> {
         self.sdk.list_tasks(filter, page).await
     }
 
-    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError> {
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, Error> {
         self.sdk.describe_tasks(arns).await
     }
 
-    async fn list_container_instances(
-        &self,
-        page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    async fn list_container_instances(&self, page: Option<String>) -> Result<Page<String>, Error> {
         self.sdk.list_container_instances(page).await
     }
 
     async fn describe_container_instances(
         &self,
         arns: &[String],
-    ) -> Result<Vec<ContainerInstance>, ApiError> {
+    ) -> Result<Vec<ContainerInstance>, Error> {
         self.sdk.describe_container_instances(arns).await
     }
 
@@ -362,43 +360,39 @@ impl Aws for OnLocal {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<Group>, ApiError> {
+    ) -> Result<Page<Group>, Error> {
         self.sdk.describe_groups(names, page).await
     }
 
-    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError> {
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, Error> {
         self.sdk.describe_activities(group).await
     }
 
-    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError> {
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, Error> {
         self.sdk.describe_warm_pool(group).await
     }
 
-    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError> {
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, Error> {
         self.sdk.run_task(count, token).await
     }
 
-    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError> {
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), Error> {
         self.sdk.stop_task(task, reason).await
     }
 
-    async fn set_draining(
-        &self,
-        arns: &[String],
-        draining: bool,
-    ) -> Result<Vec<PartialFailure>, ApiError> {
+    async fn set_draining(&self, arns: &[String], draining: bool) -> Result<Vec<Error>, Error> {
         self.sdk.set_draining(arns, draining).await
     }
 
-    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError> {
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), Error> {
         self.sdk.set_desired_capacity(group, desired).await
     }
 
-    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError> {
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), Error> {
         self.sdk.terminate_instance(id, decrement).await
     }
 
-    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError> {
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), Error> {
         self.sdk.tag_group(group, key, value).await
     }
 }

@@ -14,12 +14,9 @@ use planner::observation::{
     Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus, Group,
     GroupInstance, Lifecycle, Queue, Task, TaskStatus,
 };
-use platform::Failure;
+use platform::aws::Error;
 use platform::env::Reader;
-use scaler::aws::{
-    ApiError, Aws, DESCRIBE_MAX, Metrics, Page, PartialFailure, RunTaskAnswer, TaskFilter,
-    UPDATE_STATE_MAX,
-};
+use scaler::aws::{Aws, DESCRIBE_MAX, Metrics, Page, RunTaskAnswer, TaskFilter, UPDATE_STATE_MAX};
 use scaler::config::Config;
 
 /// ECS's page size.
@@ -189,7 +186,7 @@ impl FakeAws {
     }
 
     /// Counts the call and answers an error that was planned for it.
-    fn call(&self, operation: &'static str, what: String) -> Result<(), ApiError> {
+    fn call(&self, operation: &'static str, what: String) -> Result<(), Error> {
         self.with(|state| {
             state.calls.push(format!("{operation} {what}"));
             let planned = state
@@ -210,18 +207,8 @@ impl FakeAws {
     }
 }
 
-pub fn error(operation: &'static str, code: &str) -> ApiError {
-    let permanent = ["ValidationError", "InvalidParameterException"].contains(&code);
-    ApiError {
-        operation,
-        code: code.to_owned(),
-        message: "as the test wants it".to_owned(),
-        failure: if permanent {
-            Failure::Permanent
-        } else {
-            Failure::Transient
-        },
-    }
+pub fn error(operation: &'static str, code: &str) -> Error {
+    Error::of_code(operation, code, "as the test wants it")
 }
 
 fn page_of(all: Vec<String>, page: Option<String>) -> Page<String> {
@@ -235,7 +222,7 @@ fn page_of(all: Vec<String>, page: Option<String>) -> Page<String> {
 
 #[async_trait]
 impl Aws for FakeAws {
-    async fn queue(&self) -> Result<Queue, ApiError> {
+    async fn queue(&self) -> Result<Queue, Error> {
         self.call("GetQueueAttributes", String::new())?;
         Ok(self.with(|state| {
             if state.stale_counts.is_empty() {
@@ -249,7 +236,7 @@ impl Aws for FakeAws {
         }))
     }
 
-    async fn metrics(&self, _now: i64) -> Result<Metrics, ApiError> {
+    async fn metrics(&self, _now: i64) -> Result<Metrics, Error> {
         self.call("GetMetricData", String::new())?;
         Ok(self.with(|state| state.metrics.unwrap_or_default()))
     }
@@ -258,7 +245,7 @@ impl Aws for FakeAws {
         &self,
         filter: &TaskFilter,
         page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    ) -> Result<Page<String>, Error> {
         self.call("ListTasks", format!("{filter:?}"))?;
         Ok(self.with(|state| {
             let arns = state
@@ -277,7 +264,7 @@ impl Aws for FakeAws {
         }))
     }
 
-    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, ApiError> {
+    async fn describe_tasks(&self, arns: &[String]) -> Result<Vec<Task>, Error> {
         self.call("DescribeTasks", arns.len().to_string())?;
         if arns.len() > DESCRIBE_MAX || arns.is_empty() {
             return Err(error("DescribeTasks", "InvalidParameterException"));
@@ -292,10 +279,7 @@ impl Aws for FakeAws {
         }))
     }
 
-    async fn list_container_instances(
-        &self,
-        page: Option<String>,
-    ) -> Result<Page<String>, ApiError> {
+    async fn list_container_instances(&self, page: Option<String>) -> Result<Page<String>, Error> {
         self.call("ListContainerInstances", String::new())?;
         let arns = self.with(|state| {
             state
@@ -310,7 +294,7 @@ impl Aws for FakeAws {
     async fn describe_container_instances(
         &self,
         arns: &[String],
-    ) -> Result<Vec<ContainerInstance>, ApiError> {
+    ) -> Result<Vec<ContainerInstance>, Error> {
         self.call("DescribeContainerInstances", arns.len().to_string())?;
         if arns.len() > DESCRIBE_MAX || arns.is_empty() {
             return Err(error(
@@ -332,7 +316,7 @@ impl Aws for FakeAws {
         &self,
         names: &[String],
         page: Option<String>,
-    ) -> Result<Page<Group>, ApiError> {
+    ) -> Result<Page<Group>, Error> {
         self.call("DescribeAutoScalingGroups", String::new())?;
         // A page a group: the caller must walk them.
         let from: usize = page.and_then(|token| token.parse().ok()).unwrap_or(0);
@@ -350,17 +334,17 @@ impl Aws for FakeAws {
         }))
     }
 
-    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, ApiError> {
+    async fn describe_activities(&self, group: &str) -> Result<Vec<Activity>, Error> {
         self.call("DescribeScalingActivities", group.to_owned())?;
         Ok(self.with(|state| state.activities.get(group).cloned().unwrap_or_default()))
     }
 
-    async fn describe_warm_pool(&self, group: &str) -> Result<u32, ApiError> {
+    async fn describe_warm_pool(&self, group: &str) -> Result<u32, Error> {
         self.call("DescribeWarmPool", group.to_owned())?;
         Ok(0)
     }
 
-    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, ApiError> {
+    async fn run_task(&self, count: u32, token: &str) -> Result<RunTaskAnswer, Error> {
         self.call("RunTask", format!("{count} {token}"))?;
         if count == 0 || count > 10 || token.len() > 64 {
             return Err(error("RunTask", "InvalidParameterException"));
@@ -389,10 +373,7 @@ impl Aws for FakeAws {
                         let arn = state.add_task(&id, TaskStatus::Pending, 0);
                         answer.started.push(arn);
                     }
-                    None => answer.failures.push(PartialFailure {
-                        arn: None,
-                        reason: "RESOURCE:GPU".to_owned(),
-                    }),
+                    None => answer.failures.push(error("RunTask", "RESOURCE:GPU")),
                 }
             }
             state
@@ -402,7 +383,7 @@ impl Aws for FakeAws {
         })
     }
 
-    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), ApiError> {
+    async fn stop_task(&self, task: &str, reason: &str) -> Result<(), Error> {
         self.call("StopTask", format!("{task} {reason}"))?;
         self.with(|state| {
             for known in state.tasks.iter_mut().filter(|known| known.arn == task) {
@@ -416,11 +397,7 @@ impl Aws for FakeAws {
         Ok(())
     }
 
-    async fn set_draining(
-        &self,
-        arns: &[String],
-        draining: bool,
-    ) -> Result<Vec<PartialFailure>, ApiError> {
+    async fn set_draining(&self, arns: &[String], draining: bool) -> Result<Vec<Error>, Error> {
         self.call(
             "UpdateContainerInstancesState",
             format!("{draining} {arns:?}"),
@@ -436,10 +413,8 @@ impl Aws for FakeAws {
             for arn in arns {
                 let Some(position) = state.instances.iter().position(|known| known.arn == *arn)
                 else {
-                    failures.push(PartialFailure {
-                        arn: Some(arn.clone()),
-                        reason: "MISSING".to_owned(),
-                    });
+                    failures
+                        .push(error("UpdateContainerInstancesState", "MISSING").of(arn.clone()));
                     continue;
                 };
                 if state.place_before_drain && draining {
@@ -456,7 +431,7 @@ impl Aws for FakeAws {
         }))
     }
 
-    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), ApiError> {
+    async fn set_desired_capacity(&self, group: &str, desired: u32) -> Result<(), Error> {
         self.call("SetDesiredCapacity", format!("{group} {desired}"))?;
         self.with(|state| {
             let group = state.group(group);
@@ -468,7 +443,7 @@ impl Aws for FakeAws {
         })
     }
 
-    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), ApiError> {
+    async fn terminate_instance(&self, id: &str, decrement: bool) -> Result<(), Error> {
         self.call(
             "TerminateInstanceInAutoScalingGroup",
             format!("{id} {decrement}"),
@@ -503,7 +478,7 @@ impl Aws for FakeAws {
         })
     }
 
-    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), ApiError> {
+    async fn tag_group(&self, group: &str, key: &str, value: &str) -> Result<(), Error> {
         self.call("CreateOrUpdateTags", format!("{group} {key} {value}"))?;
         self.with(|state| {
             state
