@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use lambda_runtime::{LambdaEvent, service_fn};
+use lambda_runtime::{Error, LambdaEvent, service_fn};
 use planner::explain::{read_record, render};
 use planner::{Policy, plan};
 use platform::env::Reader;
@@ -58,11 +58,12 @@ async fn main() -> ExitCode {
         ["explain", file, "--json"] | ["explain", "--json", file] => explain(file, true),
         ["observe"] => observe_only().await,
         [] if std::env::var_os("AWS_LAMBDA_RUNTIME_API").is_some() => serve().await,
-        [] => Err("no AWS_LAMBDA_RUNTIME_API: this is a Lambda; try `scaler --help`".to_owned()),
+        [] => Err("no AWS_LAMBDA_RUNTIME_API: this is a Lambda; try `scaler --help`".into()),
         _ => Err(format!(
             "unknown arguments: {}; try `scaler --help`",
             words.join(" ")
-        )),
+        )
+        .into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,9 +74,9 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn serve() -> Result<(), String> {
+async fn serve() -> Result<(), Error> {
     platform::init_logs("scaler");
-    let config = Config::read(&Reader::process()).map_err(|error| error.to_string())?;
+    let config = Config::read(&Reader::process())?;
     let aws = SdkAws::new(&platform::aws_config().await, &config);
     let handle = service_fn(|event: LambdaEvent<Value>| {
         let (aws, config) = (&aws, &config);
@@ -97,25 +98,21 @@ async fn serve() -> Result<(), String> {
                     blind_line(&error, config).emit();
                     tracing::error!(cause = cause.text(), %error, "nothing was done");
                     // An error, so that Lambda counts it and tries again.
-                    Err(lambda_runtime::Error::from(error.to_string()))
+                    Err(Error::from(error))
                 }
             }
         }
     });
-    lambda_runtime::run(handle)
-        .await
-        .map_err(|error| error.to_string())
+    lambda_runtime::run(handle).await
 }
 
-async fn observe_only() -> Result<(), String> {
-    let config = Config::read(&Reader::process()).map_err(|error| error.to_string())?;
+async fn observe_only() -> Result<(), Error> {
+    let config = Config::read(&Reader::process())?;
     let aws = SdkAws::new(&platform::aws_config().await, &config);
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_secs() as i64);
-    let observation = scaler::observe::observe(&aws, &config.policy, now)
-        .await
-        .map_err(|error| error.to_string())?;
+    let observation = scaler::observe::observe(&aws, &config.policy, now).await?;
     println!(
         "{}",
         json!({"observation": observation, "policy": config.policy})
@@ -123,7 +120,7 @@ async fn observe_only() -> Result<(), String> {
     Ok(())
 }
 
-fn explain(file: &str, as_json: bool) -> Result<(), String> {
+fn explain(file: &str, as_json: bool) -> Result<(), Error> {
     let text = if file == "-" {
         std::io::read_to_string(std::io::stdin())
     } else {
@@ -133,14 +130,12 @@ fn explain(file: &str, as_json: bool) -> Result<(), String> {
     let record = read_record(&text).map_err(|error| format!("{file}: {error}"))?;
     let policy = match record.policy {
         Some(policy) => policy,
-        None if std::env::var_os("CAPACITY_OPTIONS").is_some() => {
-            read_policy(&Reader::process()).map_err(|error| error.to_string())?
-        }
+        None if std::env::var_os("CAPACITY_OPTIONS").is_some() => read_policy(&Reader::process())?,
         None => default_policy(&record.observation),
     };
     let plan = plan(&record.observation, &policy);
     if as_json {
-        let json = serde_json::to_string_pretty(&plan).map_err(|error| error.to_string())?;
+        let json = serde_json::to_string_pretty(&plan)?;
         println!("{json}");
     } else {
         print!("{}", render(&record.observation, &policy, &plan));

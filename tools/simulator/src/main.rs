@@ -13,6 +13,8 @@ use simulator::plot;
 use simulator::table;
 use simulator::trace::Trace;
 
+type Error = Box<dyn std::error::Error>;
+
 /// Simulates the queue, the Auto Scaling groups, ECS and the tasks, with the
 /// scaler's real planner and with what users would have instead.
 #[derive(Parser)]
@@ -75,9 +77,9 @@ struct Conditions {
 }
 
 impl Conditions {
-    fn setting(&self) -> Result<Setting, String> {
+    fn setting(&self) -> Result<Setting, Error> {
         if !(self.images_per_second > 0.0 && self.boot_seconds > 0 && self.max_instances > 0) {
-            return Err("rate, boot time and maximum must be above zero".to_owned());
+            return Err("rate, boot time and maximum must be above zero".into());
         }
         Ok(Setting::new(Policy {
             images_per_second: self.images_per_second,
@@ -111,7 +113,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(names: &[String], out: &std::path::Path, conditions: &Conditions) -> Result<bool, String> {
+fn run(names: &[String], out: &std::path::Path, conditions: &Conditions) -> Result<bool, Error> {
     let setting = conditions.setting()?;
     let traces = if names.is_empty() {
         Trace::all()
@@ -119,13 +121,12 @@ fn run(names: &[String], out: &std::path::Path, conditions: &Conditions) -> Resu
         names
             .iter()
             .map(|name| Trace::load(name))
-            .collect::<Result<_, _>>()
-            .map_err(|error| error.to_string())?
+            .collect::<Result<_, _>>()?
     };
     for trace in &traces {
         let comparison = compare(&setting, trace);
         println!("{}", table::comparison(&comparison));
-        let path = plot::draw(&comparison, out).map_err(|error| error.to_string())?;
+        let path = plot::draw(&comparison, out)?;
         println!("plot: {}\n", path.display());
     }
     Ok(true)
@@ -177,7 +178,7 @@ fn days(first: u64, count: u64) -> bool {
     faults.is_empty()
 }
 
-fn check(count: u64, conditions: &Conditions) -> Result<bool, String> {
+fn check(count: u64, conditions: &Conditions) -> Result<bool, Error> {
     let setting = conditions.setting()?;
     let mut all = Vec::new();
     for trace in Trace::all() {
