@@ -4,7 +4,6 @@
 //! `rules` decide and touch nothing; `adapters` are AWS, the engine, the
 //! decoders and the disk behind the traits of `services`; `pipeline` is the
 //! flow between them.
-#![allow(missing_docs)] // a program, whose readers have its sources
 
 mod adapters;
 mod app;

@@ -5,7 +5,6 @@
 //! AWS through one trait, [`aws::Aws`].
 
 // A program's own parts, no library: their names say what they are.
-#![allow(missing_docs)]
 
 pub mod act;
 pub mod aws;

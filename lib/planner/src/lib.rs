@@ -3,6 +3,8 @@
 //! read, tested, replayed and simulated without any AWS; the protocol around
 //! it is in `functions/scaler/design.md`.
 
+#![warn(missing_docs)]
+
 pub mod cadence;
 mod decide;
 pub mod explain;

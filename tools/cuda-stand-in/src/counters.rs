@@ -36,7 +36,6 @@ pub(crate) enum Counter {
     Faults,
 }
 
-/// Bytes of the file.
 const FILE_BYTES: usize = 4096;
 
 fn all() -> &'static [AtomicU64] {
@@ -65,12 +64,10 @@ pub(crate) fn add(counter: Counter, amount: u64) -> u64 {
         .wrapping_add(amount)
 }
 
-/// Sets a counter.
 pub(crate) fn set(counter: Counter, value: u64) {
     all()[counter as usize].store(value, Ordering::Relaxed);
 }
 
-/// Raises a counter to `value`.
 pub(crate) fn raise(counter: Counter, value: u64) {
     all()[counter as usize].fetch_max(value, Ordering::Relaxed);
 }

@@ -187,7 +187,6 @@ pub(crate) fn free(pointer: *mut c_void) -> i32 {
     fault::status()
 }
 
-/// Bytes that are free.
 pub(crate) fn free_bytes() -> usize {
     TOTAL_BYTES - device().used()
 }

@@ -49,7 +49,6 @@ pub enum StartError {
     /// It could not be started.
     #[error("cannot start {program}: {source}")]
     Start {
-        /// The program.
         program: PathBuf,
         /// What the system said.
         source: io::Error,
@@ -57,7 +56,6 @@ pub enum StartError {
     /// It started and did not answer.
     #[error("{program} does not answer: {problem}; its output is in {log}")]
     Silent {
-        /// The program.
         program: PathBuf,
         /// In words.
         problem: String,

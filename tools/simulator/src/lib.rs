@@ -3,7 +3,6 @@
 //! instead. `README.md` beside this crate names the models' sources.
 
 // A program's own parts, no library: their names say what they are.
-#![allow(missing_docs)]
 
 pub mod days;
 pub mod evaluate;

@@ -27,7 +27,6 @@ pub struct Bound {
     pub starts: f64,
 }
 
-/// The bound for a trace.
 pub fn bound(trace: &Trace, physics: &Physics, promise_seconds: f64, max: u32) -> Bound {
     let boot = physics.boot_seconds;
     let per_image = 1.0 / physics.images_per_second;

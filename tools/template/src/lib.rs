@@ -39,7 +39,6 @@ pub enum TemplateError {
         name: String,
         /// What was given.
         value: String,
-        /// What it accepts.
         accepted: String,
     },
     /// A reference that leads nowhere.
@@ -47,7 +46,6 @@ pub enum TemplateError {
     UnknownReference {
         /// Path to the reference.
         place: String,
-        /// What it names.
         name: String,
     },
     /// A function that is malformed or not known here.
@@ -96,7 +94,6 @@ pub struct Resource {
     pub kind: String,
     /// Its properties; what was `AWS::NoValue` is absent.
     pub properties: Value,
-    /// Its metadata.
     pub metadata: Value,
 }
 

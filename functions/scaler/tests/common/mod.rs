@@ -490,7 +490,6 @@ impl Aws for FakeAws {
     }
 }
 
-/// A launch activity.
 pub fn launch(id: Option<&str>, ago: i64, status: ActivityStatus, message: &str) -> Activity {
     Activity {
         kind: ActivityKind::Launch,

@@ -23,7 +23,6 @@ pub enum Fate {
     Embedded {
         /// From its upload here to its event.
         after: Option<Duration>,
-        /// The event.
         event: Value,
     },
     /// It has no vector, for this reason.

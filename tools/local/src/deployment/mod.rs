@@ -90,7 +90,6 @@ pub enum WayIn {
 /// The pipeline's own programs.
 #[derive(Debug, Clone)]
 pub struct Programs {
-    /// The task.
     pub gpu_task: PathBuf,
     /// Where the functions' programs lie, by the names that the template builds.
     pub functions: PathBuf,
@@ -114,7 +113,6 @@ pub struct DeploymentOptions {
     pub ministack: PathBuf,
     /// The pipeline's own programs.
     pub programs: Programs,
-    /// The template.
     pub template: PathBuf,
     /// Values for its parameters, over [`local_parameters`].
     pub parameters: Parameters,
@@ -206,13 +204,9 @@ pub struct Deployment {
     pub sdk: SdkConfig,
     /// S3, path style.
     pub s3: aws_sdk_s3::Client,
-    /// SQS.
     pub sqs: aws_sdk_sqs::Client,
-    /// SNS.
     pub sns: aws_sdk_sns::Client,
-    /// Lambda.
     pub lambda: aws_sdk_lambda::Client,
-    /// EventBridge.
     pub events: aws_sdk_eventbridge::Client,
     /// The resolved template.
     pub stack: Stack,

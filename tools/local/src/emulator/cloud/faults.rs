@@ -18,7 +18,6 @@ pub enum ApiFaultKind {
     Refused {
         /// The error code.
         code: String,
-        /// The message.
         message: String,
     },
 }

@@ -9,7 +9,6 @@ pub struct InstanceType {
     pub vcpus: u64,
     /// Memory in MiB, as EC2 lists it.
     pub memory_mib: u64,
-    /// GPUs.
     pub gpus: usize,
 }
 

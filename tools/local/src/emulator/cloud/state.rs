@@ -335,7 +335,6 @@ pub(crate) struct StopOrder {
     pub graceful: bool,
 }
 
-/// A task.
 pub(crate) struct Task {
     pub id: String,
     pub arn: String,
