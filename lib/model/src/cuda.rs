@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use libloading::{Library, Symbol};
+use thiserror::Error;
 
 /// The driver's library, which comes with the machine.
 const DRIVER: &str = "libcuda.so.1";
@@ -57,19 +58,34 @@ impl<T> Drop for Held<T> {
     }
 }
 
+/// Why NVIDIA's driver gives no device.
+#[derive(Clone, Debug, Error)]
+pub(crate) enum DriverError {
+    #[error("cannot load {DRIVER}, NVIDIA's driver: {0}")]
+    Missing(String),
+    #[error("{DRIVER} is none of CUDA's: {0}")]
+    Foreign(String),
+    #[error("{call} failed with CUDA error {status}: {text}")]
+    Call {
+        call: &'static str,
+        status: c_int,
+        text: String,
+    },
+}
+
 /// Makes sure of a device, and lets threads sleep while they wait for it. Without a device ONNX
 /// Runtime registers its CUDA provider all the same and fails later, in other words.
-pub(crate) fn prepare() -> Result<(), String> {
-    static PREPARED: OnceLock<Result<(), String>> = OnceLock::new();
+pub(crate) fn prepare() -> Result<(), DriverError> {
+    static PREPARED: OnceLock<Result<(), DriverError>> = OnceLock::new();
     PREPARED.get_or_init(ask_the_driver).clone()
 }
 
-fn ask_the_driver() -> Result<(), String> {
+fn ask_the_driver() -> Result<(), DriverError> {
     // SAFETY: NVIDIA's driver is made to be loaded so. It stays: CUDA will use it.
     let driver = unsafe { Library::new(DRIVER) }.map_err(|error| {
         let cause =
             std::error::Error::source(&error).map_or(String::new(), |why| format!(": {why}"));
-        format!("cannot load {DRIVER}, NVIDIA's driver: {error}{cause}")
+        DriverError::Missing(format!("{error}{cause}"))
     })?;
     let driver: &'static Library = Box::leak(Box::new(driver));
     // SAFETY: the signatures of CUDA's manual.
@@ -98,13 +114,20 @@ fn ask_the_driver() -> Result<(), String> {
 
 /// # Safety
 /// `F` must be the function's signature.
-unsafe fn function<F>(driver: &'static Library, name: &CStr) -> Result<Symbol<'static, F>, String> {
+unsafe fn function<F>(
+    driver: &'static Library,
+    name: &CStr,
+) -> Result<Symbol<'static, F>, DriverError> {
     // SAFETY: the caller's promise.
     unsafe { driver.get(name.to_bytes_with_nul()) }
-        .map_err(|error| format!("{DRIVER} is none of CUDA's: {error}"))
+        .map_err(|error| DriverError::Foreign(error.to_string()))
 }
 
-fn succeeded(driver: &'static Library, call: &str, status: c_int) -> Result<(), String> {
+fn succeeded(
+    driver: &'static Library,
+    call: &'static str,
+    status: c_int,
+) -> Result<(), DriverError> {
     if status == 0 {
         return Ok(());
     }
@@ -120,5 +143,5 @@ fn succeeded(driver: &'static Library, call: &str, status: c_int) -> Result<(), 
         .map(|_| CStr::from_ptr(text).to_string_lossy().into_owned())
     };
     let text = text.unwrap_or_else(|| "unknown to the driver".to_owned());
-    Err(format!("{call} failed with CUDA error {status}: {text}"))
+    Err(DriverError::Call { call, status, text })
 }

@@ -10,7 +10,7 @@ use ort::ep;
 use ort::logging::LogLevel;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
-use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::builder::{BuilderResult, GraphOptimizationLevel, SessionBuilder};
 use ort::value::{Tensor, TensorRef};
 use thiserror::Error;
 
@@ -424,11 +424,14 @@ pub(crate) fn load(
         return Err(unloadable("no such file".to_owned()));
     }
     let builder = Session::builder(environment).map_err(|error| unloadable(error.to_string()))?;
-    let builder = configure(builder, options, placement).map_err(unloadable)?;
+    let builder =
+        configure(builder, options, placement).map_err(|error| unloadable(error.to_string()))?;
     let mut builder = match options.provider {
         ExecutionProvider::Cpu => builder,
         ExecutionProvider::Cuda => {
-            cuda::prepare().map_err(|reason| EngineError::Cuda { reason })?;
+            cuda::prepare().map_err(|error| EngineError::Cuda {
+                reason: error.to_string(),
+            })?;
             builder
                 .with_execution_providers([ep::CUDA::default()
                     // Sums of the fused normalisation in 32 bits, whatever the weights are.
@@ -468,34 +471,24 @@ fn configure(
     builder: SessionBuilder,
     options: &EngineOptions,
     placement: Placement,
-) -> Result<SessionBuilder, String> {
+) -> BuilderResult {
     let threads = options
         .intra_threads
         .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
         .unwrap_or(1);
     let builder = builder
-        .with_optimization_level(GraphOptimizationLevel::All)
-        .map_err(|error| error.to_string())?
-        .with_intra_threads(threads)
-        .map_err(|error| error.to_string())?
-        .with_log_level(LogLevel::Warning)
-        .map_err(|error| error.to_string())?
-        .with_intra_op_spinning(options.spinning)
-        .map_err(|error| error.to_string())?;
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_intra_threads(threads)?
+        .with_log_level(LogLevel::Warning)?
+        .with_intra_op_spinning(options.spinning)?;
     match options.provider {
         // Scalar code on CPUs, five times as slow as the two operators that it would replace.
-        ExecutionProvider::Cpu => builder
-            .with_disabled_optimizers("SkipLayerNormFusion")
-            .map_err(|error| error.to_string()),
+        ExecutionProvider::Cpu => builder.with_disabled_optimizers("SkipLayerNormFusion"),
         ExecutionProvider::Cuda => {
             // A plan of memory would be kept for each size of batch that ever came.
-            let builder = builder
-                .with_memory_pattern(false)
-                .map_err(|error| error.to_string())?;
+            let builder = builder.with_memory_pattern(false)?;
             match placement {
-                Placement::Provider => builder
-                    .with_disable_cpu_fallback()
-                    .map_err(|error| error.to_string()),
+                Placement::Provider => builder.with_disable_cpu_fallback(),
                 Placement::Anywhere => Ok(builder),
             }
         }
