@@ -10,7 +10,7 @@ use ort::ep;
 use ort::logging::LogLevel;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
-use ort::session::builder::{BuilderResult, GraphOptimizationLevel, SessionBuilder};
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{Tensor, TensorRef};
 use thiserror::Error;
 
@@ -471,7 +471,7 @@ fn configure(
     builder: SessionBuilder,
     options: &EngineOptions,
     placement: Placement,
-) -> BuilderResult {
+) -> ort::Result<SessionBuilder> {
     let threads = options
         .intra_threads
         .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
@@ -481,18 +481,18 @@ fn configure(
         .with_intra_threads(threads)?
         .with_log_level(LogLevel::Warning)?
         .with_intra_op_spinning(options.spinning)?;
-    match options.provider {
+    Ok(match options.provider {
         // Scalar code on CPUs, five times as slow as the two operators that it would replace.
-        ExecutionProvider::Cpu => builder.with_disabled_optimizers("SkipLayerNormFusion"),
+        ExecutionProvider::Cpu => builder.with_disabled_optimizers("SkipLayerNormFusion")?,
         ExecutionProvider::Cuda => {
             // A plan of memory would be kept for each size of batch that ever came.
             let builder = builder.with_memory_pattern(false)?;
             match placement {
-                Placement::Provider => builder.with_disable_cpu_fallback(),
-                Placement::Anywhere => Ok(builder),
+                Placement::Provider => builder.with_disable_cpu_fallback()?,
+                Placement::Anywhere => builder,
             }
         }
-    }
+    })
 }
 
 pub(crate) fn failed<R>(error: ort::Error<R>) -> EngineError {
