@@ -45,13 +45,16 @@ enum Command {
         /// Never more instances than this
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
         max_instances: u16,
+        /// The template to deploy, as YAML or as CDK synthesises it [default: infra/template.yaml]
+        #[arg(long, value_name = "FILE", conflicts_with = "max_instances")]
+        template: Option<PathBuf>,
         /// Where models, results and logs lie
         #[arg(long, default_value = ".local")]
         work_dir: PathBuf,
         /// Leave the pipeline up at the end, until Ctrl-C
         #[arg(long)]
         keep: bool,
-        /// Set a parameter of infra/template.yaml, such as Decode=fast; can be repeated
+        /// Set a parameter of the template, such as Decode=fast; can be repeated
         #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = parameter)]
         parameters: Vec<(String, String)>,
     },
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         bundle,
         weights,
         max_instances,
+        template,
         work_dir,
         keep,
         parameters,
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
         bundle,
         weights,
         max_instances: usize::from(max_instances),
+        template,
         work_dir,
         keep,
         parameters: parameters.into_iter().collect::<BTreeMap<_, _>>(),

@@ -70,8 +70,10 @@ pub struct DemoOptions {
     pub bundle: Option<PathBuf>,
     /// The weights of a bundle that is made.
     pub weights: Weights,
-    /// Never more instances than this.
+    /// Never more instances than this; what the template says if one is given.
     pub max_instances: usize,
+    /// The template; `infra/template.yaml` without.
+    pub template: Option<PathBuf>,
     /// Models, results, logs.
     pub work_dir: PathBuf,
     /// Leave the pipeline up at the end, until Ctrl-C.
@@ -168,15 +170,24 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         bundle.precision
     ));
 
-    let mut deployment = DeploymentOptions::new(&bundle.folder, &logs)?
-        .parameter("MaxInstances", options.max_instances)
-        .parameter("ModelName", model_parameter(&bundle, options));
+    let mut deployment = DeploymentOptions::new(&bundle.folder, &logs)?;
+    if let Some(template) = &options.template {
+        deployment.template.clone_from(template);
+    } else {
+        deployment = deployment
+            .parameter("MaxInstances", options.max_instances)
+            .parameter("ModelName", model_parameter(&bundle, options));
+    }
     deployment.parameters.extend(options.parameters.clone());
     deployment.task_environment.insert(
         "METRICS_INTERVAL_SECONDS".to_owned(),
         METRICS_INTERVAL_SECONDS.to_owned(),
     );
-    screen.note("starting an emulated AWS and deploying infra/template.yaml into it");
+    let template = options.template.as_deref();
+    screen.note(&format!(
+        "starting an emulated AWS and deploying {} into it",
+        template.map_or("infra/template.yaml".into(), Path::to_string_lossy)
+    ));
     let pipeline = Deployment::start(&deployment).await?;
     screen.note(&format!(
         "deployed: S3, SQS, SNS, EventBridge and Lambda at {}, ECS and Auto Scaling at {}",

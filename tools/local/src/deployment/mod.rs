@@ -1,4 +1,4 @@
-//! The pipeline, deployed on this machine from `infra/template.yaml`.
+//! The pipeline, deployed on this machine from `infra/template.yaml`, or from that as CDK synthesises it.
 //!
 //! The template's resources that the pipeline's programs touch are created in
 //! MiniStack and in the local cloud; the others (roles, policies, alarms,
@@ -253,6 +253,8 @@ impl Deployment {
         if options.way_in == WayIn::Notification {
             parameters.insert("SourceEvents".to_owned(), "None".to_owned());
         }
+        // A template synthesised by CDK has their values in it.
+        parameters.retain(|name, _| !template.part(&format!("/Parameters/{name}")).is_null());
         parameters.extend(options.parameters.clone());
         let stack = template.resolve(&parameters, &names::Names { endpoint });
         let stack = stack.map_err(wrong)?;

@@ -146,10 +146,16 @@ impl Deployment {
         &self,
         options: &DeploymentOptions,
     ) -> Result<(), DeployError> {
-        let functions: Vec<_> = self.stack.of_type("AWS::Serverless::Function").collect();
-        for (id, function) in &functions {
-            let metadata = &self.stack.resources[*id].metadata;
-            let binary = text_of(&metadata["BuildProperties"]["Binary"]);
+        // CDK's synthesis brings functions of its own, whose programs are not ours.
+        let functions: Vec<_> = ["AWS::Serverless::Function", "AWS::Lambda::Function"]
+            .into_iter()
+            .flat_map(|kind| self.stack.of_type(kind))
+            .filter_map(|(id, function)| {
+                let binary = &self.stack.resources[id].metadata["BuildProperties"]["Binary"];
+                Some((id, function, binary.as_str()?))
+            })
+            .collect();
+        for (id, function, binary) in &functions {
             let code = code_package(&built(options.programs.functions.join(binary))?)?;
             let mut variables = BTreeMap::from(
                 ["AWS_ENDPOINT_URL_ECS", "AWS_ENDPOINT_URL_AUTO_SCALING"]
@@ -181,7 +187,7 @@ impl Deployment {
                 .code(FunctionCode::builder().zip_file(Blob::new(code)).build());
             sent(format!("creating function {id}"), create.send()).await?;
         }
-        for (id, _) in functions {
+        for (id, ..) in functions {
             self.until_ready(&name(id)).await?;
         }
         for (id, config) in self.stack.of_type("AWS::Lambda::EventInvokeConfig") {
