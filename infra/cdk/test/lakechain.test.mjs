@@ -25,7 +25,7 @@ const grants = (template, role) => of(template, 'AWS::IAM::Policy').map(([, { Pr
 
 const cores = [['contract', 'our stand-in for core']];
 if (process.env.LAKECHAIN_CHECKOUT) cores.push([process.env.LAKECHAIN_CHECKOUT, 'the real core']);
-else after(() => console.log('# not checked: the real core (LAKECHAIN_CHECKOUT names no checkout of Lakechain)'));
+else after(() => console.log('not run: infra/cdk on the real core (LAKECHAIN_CHECKOUT names no checkout of Lakechain)'));
 
 for (const [core, called] of cores) {
   describe(`with ${called}`, () => {

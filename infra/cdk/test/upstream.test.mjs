@@ -8,7 +8,7 @@ const { LAKECHAIN_CHECKOUT } = process.env;
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'));
 
 if (!LAKECHAIN_CHECKOUT || !existsSync(join(LAKECHAIN_CHECKOUT, UPSTREAM.upstream, 'dist/index.js'))) {
-  after(() => console.log('# not checked: wiring against upstream’s own middleware (LAKECHAIN_CHECKOUT names no checkout with it built)'));
+  after(() => console.log('not run: infra/cdk’s wiring against upstream’s middleware (LAKECHAIN_CHECKOUT names no checkout with it built)'));
 } else {
   const { upstream, ours } = scenario(LAKECHAIN_CHECKOUT, 'upstream.ts');
   const resources = ({ Resources }, version) => JSON.parse(JSON.stringify(Resources).replaceAll(version, 'VERSION'));

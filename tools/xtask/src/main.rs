@@ -3,6 +3,7 @@
 //! Every command installs what it needs into `.tools/` of this workspace, once,
 //! and works offline from then on.
 
+mod cdk;
 mod conformance;
 mod dependencies;
 mod test_run;
@@ -33,6 +34,9 @@ enum Task {
     Demo(Rest),
     /// Run every test
     Test {
+        /// Run the tests of infra/cdk alone, which need Node 20 and npm
+        #[arg(long, conflicts_with = "arguments")]
+        cdk: bool,
         /// Passed on to `cargo test` (`-p events`, a test's name, …); all tests without
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
@@ -82,7 +86,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     let tools = Tools::new(workspace_root()?);
     match task {
-        Task::Test { arguments } => test_run::run_tests(&tools, &arguments),
+        Task::Test { cdk, arguments } => test_run::run_tests(&tools, cdk, &arguments),
         Task::Conformance(arguments) => conformance::run_command(&tools, arguments),
         Task::LintDependencies(arguments) => dependencies::lint(&tools, &arguments),
         Task::Demo(rest) => {

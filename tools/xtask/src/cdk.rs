@@ -1,0 +1,93 @@
+//! `infra/cdk`: what its tests, which Node runs, need on this machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+
+use crate::tools::{Tools, run};
+
+/// The oldest Node that the package says it runs on.
+const OLDEST_NODE: u32 = 20;
+
+/// The package, with its dependencies installed.
+pub struct Package {
+    pub folder: PathBuf,
+}
+
+impl Package {
+    /// Installs the dependencies unless they are there as the lock file says. Without what that
+    /// takes, answers what this machine lacks.
+    pub fn install(tools: &Tools) -> anyhow::Result<Result<Self, String>> {
+        if let Some(lacks) = lacking(version("node").as_deref(), version("npm").is_some()) {
+            return Ok(Err(lacks));
+        }
+        let folder = tools.root.join("infra/cdk");
+        let lock = fs::read_to_string(folder.join("package-lock.json"))
+            .context("infra/cdk/package-lock.json cannot be read")?;
+        // Written last, and `npm ci` begins by removing its folder: an install that was
+        // interrupted is begun anew.
+        let marker = folder.join("node_modules/installed-package-lock.json");
+        if !fs::read_to_string(&marker).is_ok_and(|installed| installed == lock) {
+            eprintln!("installing aws-cdk-lib and TypeScript (about 200 MB) into infra/cdk …");
+            let mut install = npm(&folder);
+            run(install.args(["ci", "--silent", "--no-audit", "--no-fund"]))
+                .context("npm failed: is a package registry in reach?")?;
+            fs::write(&marker, &lock)?;
+        }
+        Ok(Ok(Self { folder }))
+    }
+
+    /// Its tests. Their results are in the form of the Test Anything Protocol.
+    pub fn tests(&self) -> Command {
+        let mut tests = npm(&self.folder);
+        tests.args(["--silent", "test"]);
+        tests.env("NODE_OPTIONS", "--test-reporter=tap");
+        tests
+    }
+}
+
+fn npm(folder: &Path) -> Command {
+    let mut npm = Command::new("npm");
+    npm.current_dir(folder);
+    npm
+}
+
+/// What a program answers to `--version`, if it is there.
+fn version(program: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    output.status.success().then_some(text)
+}
+
+fn lacking(node: Option<&str>, has_npm: bool) -> Option<String> {
+    let Some(node) = node else {
+        return Some("no node".to_owned());
+    };
+    let major = node.trim_start_matches('v').split('.').next();
+    let is_new = major
+        .and_then(|major| major.parse().ok())
+        .is_some_and(|major: u32| major >= OLDEST_NODE);
+    if !is_new {
+        return Some(format!("node {node}, not {OLDEST_NODE} or later"));
+    }
+    (!has_npm).then(|| "no npm".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_said_by_name() {
+        assert_eq!(lacking(Some("v20.20.2"), true), None);
+        assert_eq!(lacking(Some("v24.0.0"), true), None);
+        assert_eq!(lacking(Some("v24.0.0"), false).unwrap(), "no npm");
+        assert_eq!(lacking(None, true).unwrap(), "no node");
+        assert_eq!(
+            lacking(Some("v18.19.1"), true).unwrap(),
+            "node v18.19.1, not 20 or later"
+        );
+    }
+}
