@@ -5,9 +5,11 @@
 //! `cargo xtask test` installs both and sets them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::process::Command;
 
 use local::cloud::TaskStatus;
-use local::deployment::{SOURCE_BUCKET, WayIn};
+use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
 use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
 use serde_json::{Value, json};
 
@@ -68,6 +70,70 @@ async fn images_put_into_s3_come_out_as_events_with_vectors_and_the_cluster_is_b
     );
     assert!(snapshot.tasks.iter().all(|task| task.exit_code == Some(0)));
     pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_goes_through_the_pipeline_that_cdk_synthesises() {
+    let Some(template) = cdk_template() else {
+        return;
+    };
+    let pipeline = Pipeline::start(|mut options| {
+        options.template = template.path().to_owned();
+        options
+    })
+    .await
+    .unwrap();
+    // As CDK writes them, and none of its own.
+    let functions = pipeline.deployment.lambda.list_functions().send();
+    let functions = functions.await.unwrap().functions.unwrap_or_default();
+    assert_eq!(functions.len(), 2, "{functions:?}");
+    let serverless = "AWS::Serverless::Function";
+    assert_eq!(pipeline.deployment.stack.of_type(serverless).count(), 0);
+
+    pipeline
+        .deployment
+        .upload("image.bmp", bmp(1, 300), None)
+        .await
+        .unwrap();
+    let events = pipeline.events_of(1).await.unwrap();
+
+    check_contract(&events[0]).unwrap();
+    let document = &events[0]["data"]["document"]["url"];
+    assert_eq!(*document, format!("{SOURCE}/image.bmp"));
+    assert_eq!(pipeline.vector(&events[0]).await.unwrap().len(), 32);
+    pipeline.back_at_zero().await.unwrap();
+    pipeline.stop().await;
+}
+
+/// The template of a stack with the CDK construct, for one machine; None, and said to
+/// `cargo xtask test`, where the package at `CDK_PACKAGE` is not installed.
+fn cdk_template() -> Option<tempfile::NamedTempFile> {
+    let Some(package) = std::env::var_os("CDK_PACKAGE") else {
+        // Past the test runner, which keeps what a passing test prints to itself.
+        let line = "\nnot run: the pipeline that CDK synthesises (CDK_PACKAGE is not set)\n";
+        std::io::stdout().write_all(line.as_bytes()).unwrap();
+        return None;
+    };
+    let mut parameters = local_parameters();
+    parameters.insert("SourceEvents".to_owned(), "None".to_owned());
+    // The construct takes numbers as such.
+    let parameters: BTreeMap<String, Value> = parameters
+        .into_iter()
+        .map(|(name, value)| match value.parse::<u64>() {
+            Ok(number) => (name, json!(number)),
+            Err(_) => (name, json!(value)),
+        })
+        .collect();
+    let template = tempfile::NamedTempFile::new().unwrap();
+    let synthesis = Command::new("npm")
+        .current_dir(package)
+        .args(["run", "--silent", "synth:example", "--", "pipeline"])
+        .arg(json!(parameters).to_string())
+        .stdout(template.reopen().unwrap())
+        .status()
+        .unwrap();
+    assert!(synthesis.success(), "{synthesis}");
+    Some(template)
 }
 
 #[tokio::test(flavor = "multi_thread")]
