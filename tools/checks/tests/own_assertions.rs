@@ -168,6 +168,11 @@ fn instances_that_survive_or_take_connections() {
         "",
         "does not set ECS_ENABLE_GPU_SUPPORT=true",
     );
+    template_mistake(
+        "            ECS_WARM_POOLS_CHECK=true\n",
+        "",
+        "does not set ECS_WARM_POOLS_CHECK=true",
+    );
 }
 
 #[test]
@@ -182,6 +187,24 @@ fn a_stop_timeout_outside_of_what_ecs_allows() {
         "StopTimeout: 120",
         "StopTimeout: 60",
         "must be StopTimeout 60",
+    );
+}
+
+#[test]
+fn a_family_that_changes_with_every_update() {
+    template_mistake(
+        "      Family: !Sub \"${AWS::StackName}-gpu-task\"\n",
+        "",
+        "Family is not set",
+    );
+}
+
+#[test]
+fn a_minimum_above_the_maximum() {
+    template_mistake(
+        "!Contains [[\"0\", \"1\"], !Ref",
+        "!Contains [[\"0\", \"1\", \"2\"], !Ref",
+        "any MinInstances for MaxInstances 1",
     );
 }
 
@@ -382,6 +405,11 @@ fn an_arn_or_host_of_one_partition() {
         ".amazonaws.com/${ImageRepository}",
         "a host name of one partition",
     );
+    template_mistake(
+        "https://${Console}/",
+        "https://console.aws.amazon.com/",
+        "a host name of one partition",
+    );
 }
 
 #[test]
@@ -466,7 +494,12 @@ fn functions_that_lose_events_or_cannot_be_called() {
     template_mistake(
         "!If [ReservesConcurrency, 1,",
         "!If [ReservesConcurrency, 2,",
-        "must be 1",
+        "must be Some(1.0)",
+    );
+    template_mistake(
+        "!If [ReservesConcurrency, 1, !Ref AWS::NoValue]",
+        "1",
+        "a new account can reserve none",
     );
     template_mistake(
         "      Timeout: 60\n",

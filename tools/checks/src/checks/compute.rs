@@ -118,6 +118,7 @@ pub fn instances(project: &Project) -> Vec<Finding> {
                 "ECS_CLUSTER=${Cluster}",
                 "ECS_ENABLE_GPU_SUPPORT=true",
                 "ECS_ENABLE_SPOT_INSTANCE_DRAINING=true",
+                "ECS_WARM_POOLS_CHECK=true",
             ] {
                 if !user_data.contains(setting) {
                     fail(&format!("the user data does not set {setting}"));
@@ -154,6 +155,12 @@ fn task_findings(stack: &Stack, id: &str, task: &Value) -> Vec<Finding> {
     const CHECK: &str = "task definition";
     let mut findings = Vec::new();
     let mut fail = |problem: String| findings.push(Finding::new(CHECK, id, problem));
+    if task["Family"].is_null() {
+        fail(
+            "Family is not set: every update would make a new one, and the scaler would end tasks of the old"
+                .to_owned(),
+        );
+    }
     if task["NetworkMode"] == "host" {
         fail("host networking shares the instance's network and its metadata".to_owned());
     }

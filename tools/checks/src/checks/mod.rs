@@ -29,6 +29,7 @@ pub const ALL: &[Check] = &[
     operation::functions,
     operation::log_groups,
     operation::parameters,
+    operation::rules,
     container::health_check,
     permissions::api_calls,
     permissions::literals,
@@ -74,6 +75,8 @@ const EVERYTHING: &[(&str, &str)] = &[
     ("KmsKeyArn", "arn:aws:kms:eu-west-1:123456789012:key/own"),
     ("AlarmTopicArn", "arn:aws:sns:eu-west-1:123456789012:alarms"),
     ("Purchase1", "spot"),
+    ("InstanceType3", "g5.xlarge"),
+    ("ReserveScalerConcurrency", "true"),
     ("RetentionDays", "3"),
 ];
 
@@ -81,9 +84,7 @@ const EVERYTHING: &[(&str, &str)] = &[
 const LEAST: &[(&str, &str)] = &[
     ("SourceEvents", "None"),
     ("InstanceType2", ""),
-    ("InstanceType3", ""),
     ("OutputKind", "queue"),
-    ("ReserveScalerConcurrency", "false"),
 ];
 
 /// The template for one choice of parameters.

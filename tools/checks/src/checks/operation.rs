@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Choice, in_each_stack};
 use crate::{Finding, Project};
@@ -201,14 +201,49 @@ fn function_findings(stack: &Choice) -> Vec<Finding> {
         }
     }
     let reserved = number(&stack.properties("ScalerFunction")["ReservedConcurrentExecutions"]);
-    if stack.name == "defaults" && reserved != Some(1.0) {
+    let wanted = (stack.name == "everything on").then_some(1.0);
+    if reserved != wanted {
         findings.push(Finding::new(
             CHECK,
             "ScalerFunction",
-            "ReservedConcurrentExecutions must be 1",
+            format!(
+                "ReservedConcurrentExecutions is {reserved:?} and must be {wanted:?}: a new account can reserve none"
+            ),
         ));
     }
     findings
+}
+
+/// The largest MaxInstances that the template's rules compare with MinInstances.
+const LARGEST_RULED_MAXIMUM: usize = 9;
+
+/// A minimum above the maximum is refused before anything is made.
+pub fn rules(project: &Project) -> Vec<Finding> {
+    let written: BTreeSet<String> = list(
+        project
+            .template
+            .part("/Rules/MinimumWithinMaximum/Assertions"),
+    )
+    .into_iter()
+    .map(|assertion| assertion["Assert"].to_string())
+    .collect();
+    (1..=LARGEST_RULED_MAXIMUM)
+        .filter(|maximum| {
+            let minima: Vec<String> = (0..=*maximum).map(|minimum| minimum.to_string()).collect();
+            let assertion = json!({"Fn::Or": [
+                {"Fn::Not": [{"Fn::Equals": [{"Ref": "MaxInstances"}, maximum.to_string()]}]},
+                {"Fn::Contains": [minima, {"Ref": "MinInstances"}]},
+            ]});
+            !written.contains(&assertion.to_string())
+        })
+        .map(|maximum| {
+            Finding::new(
+                "rules",
+                "MinimumWithinMaximum",
+                format!("takes any MinInstances for MaxInstances {maximum}"),
+            )
+        })
+        .collect()
 }
 
 /// Every parameter is explained in the README and grouped for the console.

@@ -349,11 +349,14 @@ pub fn literals(project: &Project) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (index, line) in project.template.text.lines().enumerate() {
         let code = line.split(" #").next().unwrap_or_default();
+        // The mapping of partitions to consoles.
+        let is_mapped = code.contains("{ Domain: console.");
         let is_service_principal = code.contains("Service:") || code.contains("PassedToService");
         let problem = if code.contains("arn:aws:") || code.contains("arn:aws-") {
             "an ARN of one partition: write arn:${AWS::Partition}:"
         } else if (code.contains(".amazonaws.com") || code.contains(".aws.amazon.com"))
             && !is_service_principal
+            && !is_mapped
             && !code.trim_start().starts_with('#')
             && !code.contains("Principal: ")
         {
