@@ -415,9 +415,19 @@ fn an_arn_or_host_of_one_partition() {
 #[test]
 fn lifetimes_that_differ() {
     template_mistake(
-        "            ExpirationInDays: !Ref RetentionDays\n",
-        "            ExpirationInDays: 1\n",
-        "vectors live for 1 days",
+        "!If [HasVectorRetention, !Ref VectorRetentionDays, !Ref RetentionDays]",
+        "1",
+        "vectors live for Some(1.0) days",
+    );
+    template_mistake(
+        "              - !Ref AWS::NoValue\n              - !If [HasVectorRetention",
+        "              - 30\n              - !If [HasVectorRetention",
+        "expire after Some(30.0) days, which is not what was chosen",
+    );
+    template_mistake(
+        "MessageRetentionPeriod: !FindInMap [Retention, !Ref RetentionDays, Seconds]",
+        "MessageRetentionPeriod: 60",
+        "keeps messages for Some(60.0) s",
     );
     template_mistake(
         "\"7\": { Seconds: 604800 }",

@@ -78,6 +78,7 @@ const EVERYTHING: &[(&str, &str)] = &[
     ("InstanceType3", "g5.xlarge"),
     ("ReserveScalerConcurrency", "true"),
     ("RetentionDays", "3"),
+    ("VectorRetentionDays", "0"),
 ];
 
 /// Every option off, on top of [`REQUIRED`].
@@ -85,6 +86,7 @@ const LEAST: &[(&str, &str)] = &[
     ("SourceEvents", "None"),
     ("InstanceType2", ""),
     ("OutputKind", "queue"),
+    ("CacheBucketName", "vectors"),
 ];
 
 /// The template for one choice of parameters.

@@ -73,9 +73,10 @@ pub fn container_variable<'a>(container: &'a Value, name: &str) -> Option<&'a Va
         .map(|entry| &entry["Value"])
 }
 
-/// Vectors and messages live equally long, for every lifetime on offer.
+/// Vectors live at least as long as the messages that point to them, for
+/// every lifetime on offer.
 pub fn lifetime(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "one lifetime";
+    const CHECK: &str = "lifetimes";
     let mut findings = in_each_stack(project, |stack| {
         let mut findings = Vec::new();
         let days = stack
@@ -83,20 +84,25 @@ pub fn lifetime(project: &Project) -> Vec<Finding> {
             .flat_map(|(_, bucket)| list(&bucket["LifecycleConfiguration"]["Rules"]))
             .find(|rule| rule["Status"] == "Enabled" && rule["Prefix"].is_null())
             .and_then(|rule| number(&rule["ExpirationInDays"]));
-        let Some(days) = days else {
-            return vec![Finding::new(
+        let chosen = |name: &str| stack.parameters[name].as_str();
+        let is_own = chosen("CacheBucketName").is_empty();
+        let is_for_ever = chosen("VectorRetentionDays") == "0";
+        if days.is_none() == (is_own && !is_for_ever) {
+            findings.push(Finding::new(
                 CHECK,
                 "CacheBucket",
-                "no lifecycle rule expires the vectors",
-            )];
-        };
+                format!("vectors expire after {days:?} days, which is not what was chosen"),
+            ));
+        }
+        let messages = number(&chosen("RetentionDays").into()).unwrap_or_default();
         for (id, queue) in stack.of_type("AWS::SQS::Queue") {
             let seconds = number(&queue["MessageRetentionPeriod"]);
-            if seconds != Some(days * SECONDS_PER_DAY) {
+            let outlives = days.is_some_and(|days| days < messages);
+            if seconds != Some(messages * SECONDS_PER_DAY) || outlives {
                 findings.push(Finding::new(
                     CHECK,
                     id,
-                    format!("keeps messages for {seconds:?} s, vectors live for {days} days"),
+                    format!("keeps messages for {seconds:?} s of {messages} days, vectors live for {days:?} days"),
                 ));
             }
         }
