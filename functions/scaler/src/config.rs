@@ -50,16 +50,6 @@ impl Config {
             .next()
             .unwrap_or(&self.input_queue_url)
     }
-
-    /// The task definition's family, which ListTasks filters by.
-    pub fn family(&self) -> &str {
-        let name = self
-            .task_definition
-            .rsplit('/')
-            .next()
-            .unwrap_or(&self.task_definition);
-        name.split(':').next().unwrap_or(name)
-    }
 }
 
 /// Reads the policy alone, which is all that `scaler explain` needs.
@@ -74,9 +64,18 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
     let min_instances = env.within(
         "MIN_INSTANCES",
         default.min_instances,
-        0..=max_instances,
-        "instances (not above MAX_INSTANCES)",
+        0..=LARGEST_FLEET,
+        "instances",
     )?;
+    // The template deploys both numbers as they come, and a scaler that
+    // refuses to start would leave the queue alone for ever.
+    if min_instances > max_instances {
+        tracing::warn!(
+            min_instances,
+            max_instances,
+            "MIN_INSTANCES is above MAX_INSTANCES, which counts; set MIN_INSTANCES lower"
+        );
+    }
     let images_per_second = env.within(
         "IMAGES_PER_SECOND",
         default.images_per_second,
@@ -108,7 +107,7 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
     }
     Ok(Policy {
         max_instances,
-        min_instances,
+        min_instances: min_instances.min(max_instances),
         target_drain_seconds: env.within(
             "TARGET_DRAIN_SECONDS",
             default.target_drain_seconds,
@@ -162,12 +161,9 @@ mod tests {
     }
 
     #[test]
-    fn names_come_from_url_and_arn() {
+    fn the_queues_name_comes_from_its_url() {
         let config = read(&[]).expect("a complete environment");
         assert_eq!(config.queue_name(), "clip-input");
-        assert_eq!(config.family(), "gpu-task");
-        let by_family = read(&[("TASK_DEFINITION", "gpu-task")]).expect("a family");
-        assert_eq!(by_family.family(), "gpu-task");
     }
 
     #[test]
@@ -179,10 +175,18 @@ mod tests {
     }
 
     #[test]
+    fn a_minimum_above_the_maximum_is_the_maximum() {
+        let policy = read(&[("MIN_INSTANCES", "6"), ("MAX_INSTANCES", "2")])
+            .expect("an environment to go on with")
+            .policy;
+        assert_eq!((policy.min_instances, policy.max_instances), (2, 2));
+    }
+
+    #[test]
     fn wrong_values_are_refused_by_name() {
         for (name, value, says) in [
             ("MAX_INSTANCES", "0", "MAX_INSTANCES"),
-            ("MIN_INSTANCES", "6", "not above MAX_INSTANCES"),
+            ("MIN_INSTANCES", "-1", "MIN_INSTANCES"),
             ("BOOT_SECONDS", "soon", "1 to 3600 seconds"),
             ("CAPACITY_OPTIONS", "[]", "JSON list"),
             ("CAPACITY_OPTIONS", r#"[{"name":"a"}]"#, "autoScalingGroup"),

@@ -195,5 +195,6 @@ pub(crate) async fn tasks_on<A: Aws>(
     container_instance: &str,
 ) -> Result<Vec<String>, Error> {
     let filter = TaskFilter::WantedOn(container_instance.to_owned());
-    all_pages("ecs:ListTasks", |page| aws.list_tasks(&filter, page)).await
+    let tasks = tasks(aws, filter).await?;
+    Ok(tasks.into_iter().map(|task| task.arn).collect())
 }

@@ -47,7 +47,6 @@ pub struct SdkAws {
     queue_url: String,
     queue_name: String,
     cluster: String,
-    family: String,
     task_definition: String,
     namespace: String,
 }
@@ -73,7 +72,6 @@ impl SdkAws {
             queue_url: config.input_queue_url.clone(),
             queue_name: config.queue_name().to_owned(),
             cluster: config.cluster.clone(),
-            family: config.family().to_owned(),
             task_definition: config.task_definition.clone(),
             namespace: config.metrics_namespace.clone(),
         }
@@ -112,7 +110,15 @@ fn partial(operation: &'static str, failures: &[ecs::types::Failure]) -> Vec<Err
         .collect()
 }
 
+/// `None` for a task of a service, such as a monitoring daemon: it is not ours
+/// to count, and RunTask's tasks have a `family:…` group, whatever the family.
 fn task(task: &ecs::types::Task) -> Option<Task> {
+    if task
+        .group()
+        .is_some_and(|group| group.starts_with("service:"))
+    {
+        return None;
+    }
     let status = TaskStatus::from_ecs(task.last_status()?);
     let container = task
         .containers()
@@ -275,14 +281,9 @@ impl Aws for SdkAws {
             .max_results(100)
             .set_next_token(page);
         request = match filter {
-            TaskFilter::Wanted => request
-                .family(&self.family)
-                .desired_status(DesiredStatus::Running),
-            TaskFilter::Unwanted => request
-                .family(&self.family)
-                .desired_status(DesiredStatus::Stopped),
+            TaskFilter::Wanted => request.desired_status(DesiredStatus::Running),
+            TaskFilter::Unwanted => request.desired_status(DesiredStatus::Stopped),
             TaskFilter::WantedOn(arn) => request
-                .family(&self.family)
                 .container_instance(arn)
                 .desired_status(DesiredStatus::Running),
         };

@@ -31,6 +31,11 @@ const USELESS_AFTER_SECONDS: i64 = 600;
 /// longer than this, and idle, is not waited for.
 const DISCONNECTED_SECONDS: i64 = 180;
 
+/// An instance whose agent registered without a GPU takes no task of ours, ever
+/// (a driver that did not load, or not yet); an agent that starts again within
+/// this time may find it.
+const WITHOUT_GPU_SECONDS: i64 = 60;
+
 /// What is on its way is called back when the queue has been empty, but not
 /// sooner after it was asked for: SQS's counts lag behind the sends that asked
 /// for it.
@@ -349,10 +354,15 @@ impl<'a> Planner<'a> {
                 ))
             }
             (InstanceState::Unusable { idle }, _)
+                if idle >= WITHOUT_GPU_SECONDS && instance.is_without_gpu() =>
+            {
+                Some(format!("registered without a GPU {idle} s ago"))
+            }
+            (InstanceState::Unusable { idle }, _)
                 if idle >= DISCONNECTED_SECONDS && self.figures.backlog > 0 =>
             {
                 Some(format!(
-                    "takes no task (agent away or GPU held) and idle for {idle} s"
+                    "takes no task (its agent is away) and idle for {idle} s"
                 ))
             }
             _ => None,
@@ -435,11 +445,12 @@ impl<'a> Planner<'a> {
     }
 
     fn count_instances(&mut self) {
-        use InstanceState::{Booting, Draining, Gone, Unusable};
+        use InstanceState::{Booting, Draining, Gone, Held, Unusable};
         self.figures.draining =
             self.count(|instance| instance.is_drained() || instance.state == Draining);
         self.figures.terminating = self.count(|instance| instance.state == Gone);
-        self.figures.unusable = self.count(|instance| matches!(instance.state, Unusable { .. }));
+        self.figures.unusable =
+            self.count(|instance| matches!(instance.state, Unusable { .. } | Held { .. }));
         self.figures.booting =
             self.count(|instance| instance.state == Booting && !instance.is_broken);
         self.figures.requested = self.offers.iter().map(|offer| offer.requested).sum();
@@ -506,10 +517,15 @@ impl<'a> Planner<'a> {
         }
         match instance.state {
             // An agent that is away for long is not waited for.
-            InstanceState::Unusable { idle } if idle >= DISCONNECTED_SECONDS => None,
+            InstanceState::Unusable { idle } | InstanceState::Held { idle }
+                if idle >= DISCONNECTED_SECONDS =>
+            {
+                None
+            }
             InstanceState::Ready { .. }
             | InstanceState::Drained { .. }
             | InstanceState::Unusable { .. }
+            | InstanceState::Held { .. }
             | InstanceState::Finishing => Some(self.task_start()),
             InstanceState::Booting => {
                 let left = self.boot() - instance.age.unwrap_or(0) as f64;
@@ -564,6 +580,7 @@ impl<'a> Planner<'a> {
                 let at = (number, index);
                 match instance.state {
                     _ if instance.is_broken => {}
+                    InstanceState::Unusable { .. } if instance.is_without_gpu() => {}
                     _ if self.came_for_nothing(instance, tasks) => unneeded.push(at),
                     InstanceState::Ready { idle } => ready.push((idle, at)),
                     InstanceState::Unusable { idle: seconds }

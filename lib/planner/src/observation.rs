@@ -19,7 +19,8 @@ pub struct Observation {
     /// Images per second of one busy task, as tasks reported lately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_per_second: Option<f64>,
-    /// The tasks of our family, STOPPED ones included as long as ECS shows them.
+    /// The cluster's tasks but for those of services, of whatever definition,
+    /// STOPPED ones included as long as ECS shows them.
     #[serde(default)]
     pub tasks: Vec<Task>,
     /// The cluster's container instances.
@@ -99,7 +100,7 @@ impl Queue {
     }
 }
 
-/// A task of our family.
+/// A task of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Task {
@@ -211,6 +212,13 @@ pub struct ContainerInstance {
     /// GPUs that no task holds.
     #[serde(default)]
     pub free_gpus: u32,
+}
+
+impl ContainerInstance {
+    /// Whether some task holds a GPU, be it one that nobody lists.
+    pub fn holds_gpu(&self) -> bool {
+        self.free_gpus < self.gpus
+    }
 }
 
 /// ECS's container instance states, as far as they matter here.

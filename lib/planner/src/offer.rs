@@ -59,6 +59,9 @@ pub(crate) enum InstanceState {
     Ready { idle: i64 },
     /// Registered, but takes no task.
     Unusable { idle: i64 },
+    /// A GPU is held, and no task is seen that holds it: never given back, for
+    /// it may be at work.
+    Held { idle: i64 },
     /// Holds a task of ours that works or will.
     Busy,
     /// Holds a task of ours that is on its way out.
@@ -180,6 +183,10 @@ impl<'a> Offer<'a> {
 }
 
 impl Instance<'_> {
+    pub(crate) fn is_without_gpu(&self) -> bool {
+        self.registered.is_some_and(|known| known.gpus == 0)
+    }
+
     pub(crate) fn is_drained(&self) -> bool {
         matches!(self.state, InstanceState::Drained { .. })
     }
@@ -196,13 +203,15 @@ fn launch_age(group: &Group, id: &str, now: i64) -> Option<i64> {
 
 fn registered_state(registered: &ContainerInstance, tasks: &[&Task], idle: i64) -> InstanceState {
     let holds_task = tasks.iter().any(|task| task.status != TaskStatus::Stopped);
-    let has_slot = registered.gpus == 0 || registered.free_gpus > 0;
     match registered.status {
-        ContainerInstanceStatus::Draining if holds_task => InstanceState::Draining,
+        ContainerInstanceStatus::Draining if holds_task || registered.holds_gpu() => {
+            InstanceState::Draining
+        }
         ContainerInstanceStatus::Draining => InstanceState::Drained { idle },
         _ if tasks.iter().any(|task| task.gives_capacity()) => InstanceState::Busy,
         _ if holds_task => InstanceState::Finishing,
-        ContainerInstanceStatus::Active if registered.agent_connected && has_slot => {
+        _ if registered.holds_gpu() => InstanceState::Held { idle },
+        ContainerInstanceStatus::Active if registered.agent_connected && registered.gpus > 0 => {
             InstanceState::Ready { idle }
         }
         _ => InstanceState::Unusable { idle },

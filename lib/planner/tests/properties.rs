@@ -18,6 +18,8 @@ struct AnyInstance {
     connected: bool,
     age: i64,
     task: Option<(TaskStatus, i64)>,
+    /// Of those that it registered, without a task on it.
+    gpus: (u32, u32),
     past: Option<(i64, i32)>,
 }
 
@@ -47,18 +49,22 @@ fn any_instance() -> impl Strategy<Value = AnyInstance> {
         prop::bool::weighted(0.9),
         0..2000_i64,
         prop::option::of((task_status, 0..1500_i64)),
+        prop_oneof![8 => Just((1, 1)), 1 => Just((1, 0)), 1 => Just((0, 0))],
         prop::option::weighted(0.3, (0..1500_i64, 0..2_i32)),
     )
         .prop_map(
-            |(group, lifecycle, registered, status, connected, age, task, past)| AnyInstance {
-                group,
-                lifecycle,
-                registered,
-                status,
-                connected,
-                age,
-                task: task.filter(|_| registered),
-                past,
+            |(group, lifecycle, registered, status, connected, age, task, gpus, past)| {
+                AnyInstance {
+                    group,
+                    lifecycle,
+                    registered,
+                    status,
+                    connected,
+                    age,
+                    task: task.filter(|_| registered && gpus == (1, 1)),
+                    gpus,
+                    past,
+                }
             },
         )
 }
@@ -129,8 +135,11 @@ fn observation(
                 agent_connected: instance.connected,
                 registered_at: Some(NOW - instance.age),
                 version: number as i64,
-                gpus: 1,
-                free_gpus: u32::from(instance.task.is_none()),
+                gpus: instance.gpus.0,
+                free_gpus: instance
+                    .gpus
+                    .1
+                    .saturating_sub(u32::from(instance.task.is_some())),
             });
         }
         if let Some((status, age)) = instance.task {
@@ -348,6 +357,8 @@ proptest! {
                 task.status != TaskStatus::Stopped && task.container_instance.as_ref() == Some(arn)
             });
             prop_assert!(!holds, "{arn} holds a task");
+            let held = seen.container_instances.iter().any(|known| known.arn == *arn && known.holds_gpu());
+            prop_assert!(!held, "a GPU of {arn} is held");
         }
     }
 
@@ -434,6 +445,7 @@ fn a_decision_over_a_hundred_tasks_and_instances_takes_no_time() {
             connected: true,
             age: 500,
             task: Some((TaskStatus::Running, 400)),
+            gpus: (1, 1),
             past: Some((450, 0)),
         })
         .collect();
