@@ -29,6 +29,9 @@ pub struct S3Object {
     pub etag: Option<String>,
     /// Version, in a bucket with versioning.
     pub version_id: Option<String>,
+    /// A deletion took this very version away (an old one, the latest, or a
+    /// delete marker), which says nothing of the object that the key names.
+    pub is_version_removal: bool,
 }
 
 impl S3Object {
@@ -231,7 +234,8 @@ fn s3_record_item(record: &Value) -> Result<Item, FormError> {
         etag: object.e_tag,
         version_id: object.version_id,
     };
-    found.item(FORM, bucket, kind)
+    let is_marker = name.ends_with(":DeleteMarkerCreated");
+    found.item(FORM, bucket, kind, is_marker)
 }
 
 /// EventBridge's `Object Created` and `Object Deleted`, whose keys are not
@@ -249,13 +253,16 @@ fn eventbridge_item(event: &Value) -> Result<Item, FormError> {
         other => return Ok(ignored(format!("{other:?} creates and deletes nothing"))),
     };
     let detail = S3Detail::deserialize(event.detail).map_err(malformed(FORM))?;
-    detail.object.item(FORM, detail.bucket, kind)
+    let is_marker = detail.deletion_type.as_deref() == Some("Delete Marker Created");
+    detail.object.item(FORM, detail.bucket, kind, is_marker)
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct S3Detail {
     bucket: S3Bucket,
     object: Found,
+    deletion_type: Option<String>,
 }
 
 /// What is told of an object, in EventBridge's terms.
@@ -275,6 +282,7 @@ impl Found {
         form: &'static str,
         bucket: S3Bucket,
         kind: EventType,
+        is_marker: bool,
     ) -> Result<Item, FormError> {
         let given = |text: Option<String>| {
             let text = text?.trim_matches('"').to_owned();
@@ -294,12 +302,16 @@ impl Found {
                 reason: error.to_string(),
             });
         }
+        let version_id = given(self.version_id);
         Ok(Item::Object(S3Object {
             url,
             kind,
             size: self.size,
             etag: given(self.etag),
-            version_id: given(self.version_id),
+            is_version_removal: kind == EventType::DocumentDeleted
+                && version_id.is_some()
+                && !is_marker,
+            version_id,
         }))
     }
 }
@@ -370,6 +382,7 @@ mod tests {
             size: Some(12),
             etag: Some("abc-3".to_owned()),
             version_id: Some("v1".to_owned()),
+            is_version_removal: false,
         };
         let forms = [
             ("direct", notification.clone()),

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_lambda_events::sqs::SqsBatchResponse;
-use delivery::{PublishError, Rejection};
+use delivery::{Presence, PublishError, Rejection};
 use events::{CloudEvent, Delivery, EventType, ImageType, Item, S3Object, S3Url, deliveries};
 use futures_util::stream::{self, StreamExt};
-use platform::aws;
+use platform::{Failure, aws};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -47,8 +47,12 @@ pub trait Services: Send + Sync {
     async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>>;
     /// Records a rejection in the dead-letter queue.
     async fn reject(&self, body: &str, rejection: &Rejection) -> Result<(), aws::Error>;
-    /// Deletes the vectors of a document and says how many there were.
-    async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error>;
+    /// Looks whether an object is there.
+    async fn presence(&self, url: &S3Url) -> Result<Presence, aws::Error>;
+    /// Finds the vectors of a document.
+    async fn find_vectors(&self, document_url: &str) -> Result<Vec<String>, aws::Error>;
+    /// Deletes vectors.
+    async fn remove_vectors(&self, keys: &[String]) -> Result<(), aws::Error>;
     /// Publishes an event to the outputs.
     async fn publish(&self, event: CloudEvent) -> Result<(), PublishError>;
     /// Invokes the scaler asynchronously.
@@ -117,7 +121,7 @@ pub struct Intake<S> {
 /// What one item of a delivery asks for.
 enum Step {
     Enqueue(Box<CloudEvent>),
-    Delete(Box<CloudEvent>),
+    Deleted,
     Reject(Rejection),
     Unsupported,
     Ignore,
@@ -204,10 +208,7 @@ impl<S: Services> Intake<S> {
         for step in steps {
             match step {
                 Ok(Step::Enqueue(event)) => to_enqueue.push(*event),
-                Ok(Step::Delete(event)) => match self.delete(*event).await {
-                    Ok(()) => counts.deleted += 1,
-                    Err(error) => failure = Some(error),
-                },
+                Ok(Step::Deleted) => counts.deleted += 1,
                 Ok(Step::Reject(rejected)) => {
                     match self.record_rejection(&delivery.body, &rejected).await {
                         Ok(()) => counts.rejected += 1,
@@ -220,9 +221,21 @@ impl<S: Services> Intake<S> {
             }
         }
         if !to_enqueue.is_empty() {
-            for result in self.services.enqueue(to_enqueue).await {
+            let urls: Vec<String> = to_enqueue
+                .iter()
+                .map(|event| event.data.document.url.clone())
+                .collect();
+            let results = self.services.enqueue(to_enqueue).await;
+            for (url, result) in urls.into_iter().zip(results) {
                 match result {
                     Ok(()) => counts.enqueued += 1,
+                    Err(error) if error.failure() == Failure::Permanent => {
+                        let rejected = rejection(Some(url), error.to_string());
+                        match self.record_rejection(&delivery.body, &rejected).await {
+                            Ok(()) => counts.rejected += 1,
+                            Err(error) => failure = Some(error),
+                        }
+                    }
                     Err(error) => failure = Some(error.into()),
                 }
             }
@@ -249,11 +262,11 @@ impl<S: Services> Intake<S> {
                 Ok(Step::Reject(rejection(Some(object.clone()), reason)))
             }
             Item::Event(event) if event.kind == EventType::DocumentDeleted => {
-                Ok(Step::Delete(event.clone()))
+                self.decide_deletion(Deletion::of_event(event)).await
             }
             Item::Event(event) => Ok(decide_event(event)),
             Item::Object(object) if object.kind == EventType::DocumentDeleted => {
-                Ok(Step::Delete(Box::new(deletion_event(object))))
+                self.decide_deletion(Deletion::of_object(object)).await
             }
             Item::Object(object) => self.decide_object(object).await,
         }
@@ -267,6 +280,13 @@ impl<S: Services> Intake<S> {
         let by_name = ImageType::from_name(&object.url.key);
         let head = match self.services.head(object).await {
             Ok(Some(head)) => head,
+            Ok(None) if by_name.is_none() => {
+                info!(
+                    url,
+                    "does not exist (any more), and was no image by its name"
+                );
+                return Ok(Step::Unsupported);
+            }
             Ok(None) => {
                 let reason = "the object does not exist (any more)";
                 return Ok(Step::Reject(rejection(Some(url), reason)));
@@ -315,12 +335,68 @@ impl<S: Services> Intake<S> {
         Ok(Step::Reject(rejection(Some(url), reason)))
     }
 
-    async fn delete(&self, event: CloudEvent) -> Result<(), ServiceError> {
+    /// Believes a deletion only when the object is gone: the table in
+    /// `design.md`. The vectors are deleted last, so that a delivery that comes
+    /// again still finds by them what has to be announced.
+    async fn decide_deletion(&self, deletion: Deletion) -> Result<Step, ServiceError> {
+        let Deletion {
+            event,
+            object,
+            can_restore,
+            is_no_image_by_name,
+        } = deletion;
         let url = event.data.document.url.clone();
-        let vectors = self.services.delete_vectors(&url).await?;
-        self.services.publish(event.passed_here()).await?;
-        info!(url, vectors, "the deletion is passed on");
-        Ok(())
+        let presence = match &object {
+            Some(object) => self.services.presence(&object.url).await?,
+            // Nobody here can look: the middleware that says so is believed.
+            None => Presence::Gone,
+        };
+        let is_version_removal = object.as_ref().is_some_and(|one| one.is_version_removal);
+        if presence == Presence::Marked && is_version_removal {
+            info!(url, "a version went; the delete marker has its own event");
+            return Ok(Step::Ignore);
+        }
+        if presence == Presence::Live && !can_restore {
+            info!(url, "the object exists: its deletion is no longer true");
+            return Ok(Step::Ignore);
+        }
+        let vectors = self.services.find_vectors(&url).await?;
+        if presence == Presence::Live {
+            return match object {
+                Some(object) if vectors.is_empty() => {
+                    info!(url, "the object is back, and has no vector");
+                    self.decide_object(&object).await
+                }
+                _ => {
+                    info!(url, "the object and its vector exist");
+                    Ok(Step::Ignore)
+                }
+            };
+        }
+        // Where versions come and go, more than one event tells of a key that
+        // is empty in the end: the one that finds the vectors announces it.
+        let is_one_of_several = presence == Presence::Gone
+            && object.as_ref().is_some_and(|one| one.version_id.is_some());
+        if vectors.is_empty() && (is_one_of_several || is_no_image_by_name) {
+            info!(url, "nothing was embedded of what is deleted");
+            return Ok(Step::Ignore);
+        }
+        if let Err(error) = self.services.publish(event.passed_here()).await {
+            if error.failure() == Failure::Transient {
+                return Err(error.into());
+            }
+            self.services.remove_vectors(&vectors).await?;
+            return Ok(Step::Reject(rejection(Some(url), error.to_string())));
+        }
+        self.services.remove_vectors(&vectors).await?;
+        info!(url, vectors = vectors.len(), "the deletion is passed on");
+        // An object that came back meanwhile may have lost its new vector.
+        if let Some(object) = object
+            && self.services.presence(&object.url).await? == Presence::Live
+        {
+            return self.decide_object(&object).await;
+        }
+        Ok(Step::Deleted)
     }
 
     async fn record_rejection(&self, body: &str, rejected: &Rejection) -> Result<(), ServiceError> {
@@ -352,15 +428,57 @@ fn creation_event(object: &S3Object, image_type: ImageType) -> CloudEvent {
     event
 }
 
-/// A deletion's event. Only the name is left to tell the type by.
-fn deletion_event(object: &S3Object) -> CloudEvent {
-    let by_name = ImageType::from_name(&object.url.key);
-    let mut event = creation_event(object, by_name.unwrap_or(ImageType::Jpeg));
-    if by_name.is_none() {
-        event.data.document.mime_type = UNKNOWN_TYPE.to_owned();
-        event.data.source.mime_type = UNKNOWN_TYPE.to_owned();
+/// A deletion as somebody tells of it.
+struct Deletion {
+    event: CloudEvent,
+    /// The object to look at, as a creation, if the document is in S3.
+    object: Option<S3Object>,
+    /// An object that is there may be one that came back without an event of
+    /// its own, by the removal of what stood before it.
+    can_restore: bool,
+    /// Only a vector can tell that it was one of the seven types.
+    is_no_image_by_name: bool,
+}
+
+impl Deletion {
+    /// Only the name is left to tell the type by.
+    fn of_object(object: &S3Object) -> Self {
+        let by_name = ImageType::from_name(&object.url.key);
+        let mut event = creation_event(object, by_name.unwrap_or(ImageType::Jpeg));
+        if by_name.is_none() {
+            event.data.document.mime_type = UNKNOWN_TYPE.to_owned();
+            event.data.source.mime_type = UNKNOWN_TYPE.to_owned();
+        }
+        Self {
+            event,
+            object: Some(S3Object {
+                kind: EventType::DocumentCreated,
+                ..object.clone()
+            }),
+            can_restore: object.is_version_removal,
+            is_no_image_by_name: by_name.is_none(),
+        }
     }
-    event
+
+    /// A middleware does not tell whether a version, a marker or the object
+    /// went, so either may be.
+    fn of_event(event: &CloudEvent) -> Self {
+        let document = &event.data.document;
+        let object = document.url.parse().ok().map(|url| S3Object {
+            url,
+            kind: EventType::DocumentCreated,
+            size: None,
+            etag: None,
+            version_id: None,
+            is_version_removal: false,
+        });
+        Self {
+            object,
+            can_restore: true,
+            is_no_image_by_name: document.image_type().is_none(),
+            event: event.clone(),
+        }
+    }
 }
 
 /// A creation from another middleware, whose type is its own business as long
@@ -397,8 +515,15 @@ mod tests {
     /// Services that remember what was asked of them.
     #[derive(Default)]
     struct Fake {
-        objects: HashMap<String, Head>,
+        objects: StdMutex<HashMap<String, Head>>,
+        /// Keys whose latest version is a delete marker.
+        marked: Vec<&'static str>,
+        /// Documents that have a vector, by their keys.
+        vectors: StdMutex<Vec<String>>,
+        /// A key that is created anew while its vectors are deleted.
+        back_meanwhile: StdMutex<Option<(&'static str, Head)>>,
         head_fails: bool,
+        is_too_large: bool,
         enqueue_fails: bool,
         reject_fails: bool,
         log: StdMutex<Vec<String>>,
@@ -430,14 +555,19 @@ mod tests {
             if self.head_fails {
                 return Err(failure("s3:GetObject"));
             }
-            Ok(self.objects.get(&object.url.key).cloned())
+            Ok(self.objects.lock().unwrap().get(&object.url.key).cloned())
         }
 
         async fn enqueue(&self, events: Vec<CloudEvent>) -> Vec<Result<(), PublishError>> {
             let results = events
                 .iter()
                 .map(|_| {
-                    if self.enqueue_fails {
+                    if self.is_too_large {
+                        Err(PublishError::TooLarge {
+                            output: "queue".to_owned(),
+                            bytes: 300_000,
+                        })
+                    } else if self.enqueue_fails {
                         Err(PublishError::Unavailable {
                             output: "queue".to_owned(),
                             error: failure("sqs:SendMessageBatch"),
@@ -447,7 +577,7 @@ mod tests {
                     }
                 })
                 .collect();
-            if !self.enqueue_fails {
+            if !self.enqueue_fails && !self.is_too_large {
                 self.enqueued.lock().unwrap().extend(events);
             }
             results
@@ -461,9 +591,34 @@ mod tests {
             Ok(())
         }
 
-        async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error> {
-            self.note(format!("vectors deleted: {document_url}"));
-            Ok(1)
+        async fn presence(&self, url: &S3Url) -> Result<Presence, aws::Error> {
+            if self.head_fails {
+                return Err(failure("s3:HeadObject"));
+            }
+            Ok(if self.objects.lock().unwrap().contains_key(&url.key) {
+                Presence::Live
+            } else if self.marked.contains(&url.key.as_str()) {
+                Presence::Marked
+            } else {
+                Presence::Gone
+            })
+        }
+
+        async fn find_vectors(&self, document_url: &str) -> Result<Vec<String>, aws::Error> {
+            let vectors = self.vectors.lock().unwrap();
+            let found = vectors.iter().filter(|url| url.as_str() == document_url);
+            Ok(found.cloned().collect())
+        }
+
+        async fn remove_vectors(&self, keys: &[String]) -> Result<(), aws::Error> {
+            self.vectors
+                .lock()
+                .unwrap()
+                .retain(|url| !keys.contains(url));
+            if let Some((key, head)) = self.back_meanwhile.lock().unwrap().take() {
+                self.objects.lock().unwrap().insert(key.to_owned(), head);
+            }
+            Ok(())
         }
 
         async fn publish(&self, event: CloudEvent) -> Result<(), PublishError> {
@@ -491,7 +646,15 @@ mod tests {
             .iter()
             .map(|(key, head)| ((*key).to_owned(), head.clone()));
         Fake {
-            objects: owned.collect(),
+            objects: StdMutex::new(owned.collect()),
+            ..Fake::default()
+        }
+    }
+
+    fn with_vectors(keys: &[&str]) -> Fake {
+        let urls = keys.iter().map(|key| format!("s3://src/{key}"));
+        Fake {
+            vectors: StdMutex::new(urls.collect()),
             ..Fake::default()
         }
     }
@@ -623,7 +786,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_deletion_goes_to_the_output_and_takes_its_vectors_along() {
-        let intake = intake(Fake::default());
+        let intake = intake(with_vectors(&["ab.png"]));
         let mut payload = created(&["ab.png"]);
         payload["Records"][0]["eventName"] = json!("ObjectRemoved:Delete");
         let (_, counts) = intake.handle(&payload).await.unwrap();
@@ -634,16 +797,248 @@ mod tests {
                 ..Counts::default()
             }
         );
-        assert_eq!(
-            intake.services.noted("vectors"),
-            ["vectors deleted: s3://src/ab.png"]
-        );
+        assert!(intake.services.vectors.lock().unwrap().is_empty());
         let published = intake.services.published.lock().unwrap();
         assert_eq!(published[0].kind, EventType::DocumentDeleted);
         assert_eq!(
             published[0].data.call_stack,
             ["clip-image-processor", "s3-event-trigger"]
         );
+    }
+
+    /// A deletion of a key in every form in which S3 tells of it.
+    fn told(key: &str, how: How) -> Vec<Value> {
+        let (names, deletion_type, version) = match how {
+            How::Plain => (
+                &["ObjectRemoved:Delete", "LifecycleExpiration:Delete"],
+                "Permanently Deleted",
+                None,
+            ),
+            How::Marker => (
+                &[
+                    "ObjectRemoved:DeleteMarkerCreated",
+                    "LifecycleExpiration:DeleteMarkerCreated",
+                ],
+                "Delete Marker Created",
+                Some("m1"),
+            ),
+            How::Version => (
+                &["ObjectRemoved:Delete", "LifecycleExpiration:Delete"],
+                "Permanently Deleted",
+                Some("v1"),
+            ),
+        };
+        let mut direct: Vec<Value> = names
+            .iter()
+            .map(|name| {
+                let mut payload = created(&[key]);
+                payload["Records"][0]["eventName"] = json!(name);
+                if let Some(version) = version {
+                    payload["Records"][0]["s3"]["object"]["versionId"] = json!(version);
+                }
+                payload
+            })
+            .collect();
+        let mut event = json!({"source": "aws.s3", "detail-type": "Object Deleted", "detail": {
+            "bucket": {"name": "src"}, "object": {"key": key, "sequencer": "0055"},
+            "deletion-type": deletion_type,
+        }});
+        if let Some(version) = version {
+            event["detail"]["object"]["version-id"] = json!(version);
+        }
+        direct.push(event);
+        let queued: Vec<Value> = direct
+            .iter()
+            .map(|one| batch(std::slice::from_ref(one)))
+            .collect();
+        direct.extend(queued);
+        direct
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum How {
+        Plain,
+        Marker,
+        Version,
+    }
+
+    #[derive(Debug, PartialEq)]
+    enum Then {
+        Ignored,
+        Announced,
+        Enqueued,
+    }
+
+    /// A bucket in which `key` is as it is told, with or without a vector.
+    fn bucket(key: &'static str, presence: Presence, has_vector: bool) -> Fake {
+        let mut fake = match presence {
+            Presence::Live => with_objects(&[(key, png())]),
+            _ => Fake::default(),
+        };
+        if presence == Presence::Marked {
+            fake.marked.push(key);
+        }
+        if has_vector {
+            fake.vectors = with_vectors(&[key]).vectors;
+        }
+        fake
+    }
+
+    async fn then(intake: &Intake<Fake>, payload: &Value) -> Then {
+        match intake.handle(payload).await.unwrap().1 {
+            Counts { deleted: 1, .. } => Then::Announced,
+            Counts { enqueued: 1, .. } => Then::Enqueued,
+            Counts { ignored: 1, .. } => Then::Ignored,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The table of `design.md`, line by line.
+    #[tokio::test]
+    async fn a_deletion_is_believed_only_when_the_object_is_gone() {
+        use Presence::{Gone, Live, Marked};
+        for (key, how, presence, had_vector, expected, has_vector) in [
+            ("ab.png", How::Plain, Live, true, Then::Ignored, true),
+            ("ab.png", How::Plain, Live, false, Then::Ignored, false),
+            ("ab.png", How::Plain, Gone, true, Then::Announced, false),
+            ("ab.png", How::Plain, Gone, false, Then::Announced, false),
+            ("ab.png", How::Marker, Live, true, Then::Ignored, true),
+            ("ab.png", How::Marker, Marked, true, Then::Announced, false),
+            ("ab.png", How::Marker, Marked, false, Then::Announced, false),
+            ("ab.png", How::Marker, Gone, true, Then::Announced, false),
+            ("ab.png", How::Marker, Gone, false, Then::Ignored, false),
+            ("ab.png", How::Version, Live, true, Then::Ignored, true),
+            ("ab.png", How::Version, Live, false, Then::Enqueued, false),
+            ("ab.png", How::Version, Marked, true, Then::Ignored, true),
+            ("ab.png", How::Version, Marked, false, Then::Ignored, false),
+            ("ab.png", How::Version, Gone, true, Then::Announced, false),
+            ("ab.png", How::Version, Gone, false, Then::Ignored, false),
+            ("gone.txt", How::Plain, Gone, false, Then::Ignored, false),
+            ("nameless", How::Plain, Gone, true, Then::Announced, false),
+        ] {
+            for payload in told(key, how) {
+                let intake = intake(bucket(key, presence, had_vector));
+                let case = format!("{key} {how:?} {presence:?} {had_vector} {payload}");
+                assert_eq!(then(&intake, &payload).await, expected, "{case}");
+                let vectors = intake.services.vectors.lock().unwrap().len();
+                assert_eq!(vectors, usize::from(has_vector), "{case}");
+                let published = intake.services.published.lock().unwrap().len();
+                assert_eq!(
+                    published,
+                    usize::from(expected == Then::Announced),
+                    "{case}"
+                );
+            }
+        }
+    }
+
+    /// A marker is set, the version under it expires, the marker expires: in
+    /// whatever order that is told, consumers hear of it once.
+    #[tokio::test]
+    async fn the_end_of_a_versioned_object_is_announced_once_in_every_order() {
+        let events = [
+            told("ab.png", How::Marker),
+            told("ab.png", How::Version),
+            told("ab.png", How::Version),
+        ];
+        for order in [[0, 1, 2], [1, 0, 2], [2, 1, 0], [1, 2, 0]] {
+            for presence in [Presence::Marked, Presence::Gone] {
+                for form in 0..events[0].len() {
+                    let intake = intake(bucket("ab.png", presence, true));
+                    for event in order {
+                        intake.handle(&events[event][form]).await.unwrap();
+                    }
+                    assert_eq!(intake.services.published.lock().unwrap().len(), 1);
+                    assert!(intake.services.vectors.lock().unwrap().is_empty());
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_deletion_that_cannot_be_checked_comes_again_and_changes_nothing() {
+        for how in [How::Plain, How::Marker, How::Version] {
+            for payload in told("ab.png", how) {
+                let fake = Fake {
+                    head_fails: true,
+                    ..with_vectors(&["ab.png"])
+                };
+                let intake = intake(fake);
+                match intake.handle(&payload).await {
+                    Err(error) => assert!(error.to_string().contains("HeadObject"), "{error}"),
+                    Ok((answer, counts)) => {
+                        assert_eq!(counts.failed, 1);
+                        assert_eq!(answer["batchItemFailures"][0]["itemIdentifier"], "m0");
+                    }
+                }
+                assert_eq!(intake.services.vectors.lock().unwrap().len(), 1);
+                assert!(intake.services.published.lock().unwrap().is_empty());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_object_that_comes_back_while_its_vectors_go_is_embedded_again() {
+        for payload in told("ab.png", How::Plain) {
+            let fake = Fake {
+                back_meanwhile: StdMutex::new(Some(("ab.png", png()))),
+                ..with_vectors(&["ab.png"])
+            };
+            let intake = intake(fake);
+            assert_eq!(then(&intake, &payload).await, Then::Enqueued);
+            let enqueued = intake.services.enqueued.lock().unwrap();
+            assert_eq!(enqueued[0].kind, EventType::DocumentCreated);
+            assert_eq!(enqueued[0].data.document.url, "s3://src/ab.png");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_middlewares_deletion_is_checked_too() {
+        let event = |url: &str, mime: &str| {
+            json!({"type": "document-deleted", "id": "1", "data": {
+                "chainId": "6ebf76e4-f70c-440c-98f9-3e3e7eb34c79",
+                "source": {"url": url, "type": mime}, "document": {"url": url, "type": mime},
+            }})
+        };
+        let image = event("s3://src/ab.png", "image/png");
+        let text = event("s3://src/gone.txt", "text/plain");
+        let web = event("https://example.com/ab.png", "image/png");
+        use Presence::{Gone, Live, Marked};
+        for (presence, has_vector, expected) in [
+            (Live, true, Then::Ignored),
+            (Live, false, Then::Enqueued),
+            (Marked, true, Then::Announced),
+            (Gone, false, Then::Announced),
+        ] {
+            let intake = intake(bucket("ab.png", presence, has_vector));
+            let outcome = then(&intake, &batch(std::slice::from_ref(&image))).await;
+            assert_eq!(outcome, expected, "{presence:?}");
+        }
+        let nothing = intake(Fake::default());
+        assert_eq!(then(&nothing, &text).await, Then::Ignored);
+        assert_eq!(then(&nothing, &web).await, Then::Announced);
+    }
+
+    #[tokio::test]
+    async fn an_event_over_the_queues_limit_is_rejected_with_its_reason() {
+        let mut fake = with_objects(&[("ab.png", png())]);
+        fake.is_too_large = true;
+        let intake = intake(fake);
+        let payload = batch(&[created(&["ab.png"])]);
+        let (answer, counts) = intake.handle(&payload).await.unwrap();
+        assert_eq!(answer, json!({"batchItemFailures": []}));
+        assert_eq!((counts.rejected, counts.failed), (1, 0));
+        let reasons = intake.services.noted("rejected").join("\n");
+        assert!(reasons.contains("300000 bytes"), "{reasons}");
+    }
+
+    #[tokio::test]
+    async fn a_vanished_object_that_was_no_image_by_its_name_is_no_rejection() {
+        let (_, counts) = intake(Fake::default())
+            .handle(&created(&["nameless"]))
+            .await
+            .unwrap();
+        assert_eq!((counts.unsupported, counts.rejected), (1, 0));
     }
 
     #[tokio::test]

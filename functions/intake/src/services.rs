@@ -4,8 +4,8 @@ use async_trait::async_trait;
 use aws_config::SdkConfig;
 use aws_sdk_lambda::primitives::Blob;
 use aws_sdk_lambda::types::InvocationType;
-use delivery::{DeadLetters, Outputs, PublishError, Rejection};
-use events::{CloudEvent, DETECTION_BYTES, S3Object};
+use delivery::{DeadLetters, Outputs, Presence, PublishError, Rejection};
+use events::{CloudEvent, DETECTION_BYTES, S3Object, S3Url};
 use platform::aws;
 
 use crate::config::Config;
@@ -88,8 +88,12 @@ impl Services for AwsServices {
         self.dead_letters.reject(body, rejection).await
     }
 
-    async fn delete_vectors(&self, document_url: &str) -> Result<usize, aws::Error> {
-        delivery::delete_vectors(
+    async fn presence(&self, url: &S3Url) -> Result<Presence, aws::Error> {
+        delivery::presence(&self.s3, url).await
+    }
+
+    async fn find_vectors(&self, document_url: &str) -> Result<Vec<String>, aws::Error> {
+        delivery::find_vectors(
             &self.s3,
             &self.config.cache_bucket,
             &self.config.cache_prefix,
@@ -97,6 +101,10 @@ impl Services for AwsServices {
             self.config.model_name.as_deref(),
         )
         .await
+    }
+
+    async fn remove_vectors(&self, keys: &[String]) -> Result<(), aws::Error> {
+        delivery::remove_vectors(&self.s3, &self.config.cache_bucket, keys).await
     }
 
     async fn publish(&self, event: CloudEvent) -> Result<(), PublishError> {

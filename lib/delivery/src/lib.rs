@@ -13,6 +13,7 @@ mod batch;
 mod dead_letters;
 mod destinations;
 mod outputs;
+mod presence;
 mod vectors;
 
 pub use backoff::Backoff;
@@ -20,7 +21,8 @@ pub use batch::{Answer, PUBLISH_MAX_BYTES, send_all, sqs_answer};
 pub use dead_letters::{DeadLetters, Rejection, attribute};
 pub use destinations::{Destination, Entry};
 pub use outputs::{OutputConfig, Outputs, PublishError};
-pub use vectors::{delete_vectors, put_vector};
+pub use presence::{Presence, presence};
+pub use vectors::{delete_vectors, find_vectors, put_vector, remove_vectors};
 
 use std::time::Duration;
 

@@ -67,16 +67,15 @@ pub async fn put_vector(
     Ok(())
 }
 
-/// Deletes the vectors of a document: of every version of it, and of every
-/// model or of one. Answers how many. Deleting what is gone already is no
-/// error, so a repeated deletion is harmless.
-pub async fn delete_vectors(
+/// Finds the vectors of a document: of every version of it, and of every
+/// model or of one. Answers their keys.
+pub async fn find_vectors(
     s3: &Client,
     bucket: &str,
     prefix: &str,
     document_url: &str,
     model: Option<&str>,
-) -> Result<usize, aws::Error> {
+) -> Result<Vec<String>, aws::Error> {
     let key_prefix = vector::document_prefix(prefix, document_url);
     let wanted_document = metadata_value(document_url);
     let wanted_model = model.map(metadata_value);
@@ -93,7 +92,7 @@ pub async fn delete_vectors(
             keys.extend(object.key().map(str::to_owned));
         }
     }
-    let mut deleted = 0;
+    let mut found = Vec::new();
     for key in keys {
         let head = s3.head_object().bucket(bucket).key(&key).send().await;
         let head = match head.map_err(failed("s3:HeadObject", bucket, &key)) {
@@ -108,18 +107,39 @@ pub async fn delete_vectors(
             None => true,
             wanted => value(vector::MODEL_METADATA) == wanted.as_ref(),
         };
-        if !is_of_document || !is_of_model {
-            continue;
+        if is_of_document && is_of_model {
+            found.push(key);
         }
+    }
+    Ok(found)
+}
+
+/// Deletes what [`find_vectors`] finds and answers how many there were.
+/// Deleting what is gone already is no error, so a repeated deletion is
+/// harmless.
+pub async fn delete_vectors(
+    s3: &Client,
+    bucket: &str,
+    prefix: &str,
+    document_url: &str,
+    model: Option<&str>,
+) -> Result<usize, aws::Error> {
+    let keys = find_vectors(s3, bucket, prefix, document_url, model).await?;
+    remove_vectors(s3, bucket, &keys).await?;
+    Ok(keys.len())
+}
+
+/// Deletes vectors by their keys.
+pub async fn remove_vectors(s3: &Client, bucket: &str, keys: &[String]) -> Result<(), aws::Error> {
+    for key in keys {
         s3.delete_object()
             .bucket(bucket)
-            .key(&key)
+            .key(key)
             .send()
             .await
-            .map_err(failed("s3:DeleteObject", bucket, &key))?;
-        deleted += 1;
+            .map_err(failed("s3:DeleteObject", bucket, key))?;
     }
-    Ok(deleted)
+    Ok(())
 }
 
 #[cfg(test)]

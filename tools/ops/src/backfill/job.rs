@@ -130,6 +130,7 @@ impl Job {
             size: object.size,
             etag: Some(object.etag.clone()),
             version_id: None,
+            is_version_removal: false,
         };
         let id = event_id(EVENT_NAMESPACE, &url_text, &object.etag, &self.model);
         let mut event = s3_object.to_event(image_type);
