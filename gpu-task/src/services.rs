@@ -49,19 +49,10 @@ pub enum LeaseError {
     /// The visibility has ended, or a newer delivery holds the message: it is
     /// not ours any more.
     #[error("the lease is lost: {0}")]
-    Lost(String),
+    Lost(aws::Error),
     /// The service or the network failed; the lease may still be ours.
     #[error("{0}")]
-    Failed(String),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct ReceiveError {
-    /// The queue is missing or refuses us: waiting does not help, unless a
-    /// person does something.
-    pub is_refusal: bool,
-    pub message: String,
+    Failed(aws::Error),
 }
 
 #[async_trait]
@@ -73,7 +64,7 @@ pub trait Queue: Send + Sync {
         max: usize,
         wait: Duration,
         visibility: Duration,
-    ) -> Result<Vec<Received>, ReceiveError>;
+    ) -> Result<Vec<Received>, aws::Error>;
 
     /// Changes the visibility of up to [`BATCH_MAX`] messages; one result
     /// each.

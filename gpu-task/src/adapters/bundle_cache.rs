@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_s3::Client;
-use aws_smithy_types::error::display::DisplayErrorContext;
 use clip_model::bundle::{Bundle, BundleError, MANIFEST, Manifest};
+use events::S3Url;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use platform::aws;
 use sha2::{Digest, Sha256};
 
 /// Bytes of one request: large files are fetched in parts, since one
@@ -37,12 +38,8 @@ const MAX_MANIFEST_BYTES: usize = 4 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    #[error("cannot get s3://{bucket}/{key} (from MODEL_URI): {reason}")]
-    Get {
-        bucket: String,
-        key: String,
-        reason: String,
-    },
+    #[error("cannot get the bundle (from MODEL_URI): {0}")]
+    Get(#[from] aws::Error),
     #[error("s3://{bucket}/{key} (from MODEL_URI) is no bundle's manifest: {reason}")]
     Manifest {
         bucket: String,
@@ -169,13 +166,10 @@ impl Source {
         format!("{}/{name}", self.prefix)
     }
 
-    async fn get(&self, name: &str, range: Option<String>) -> Result<bytes::Bytes, FetchError> {
+    async fn get(&self, name: &str, range: Option<String>) -> Result<bytes::Bytes, aws::Error> {
+        const OPERATION: &str = "s3:GetObject";
         let key = self.key(name);
-        let failed = |reason: String| FetchError::Get {
-            bucket: self.bucket.clone(),
-            key: key.clone(),
-            reason,
-        };
+        let about = |error: aws::Error| error.of(S3Url::new(&self.bucket, &key).to_string());
         let response = self
             .s3
             .get_object()
@@ -184,10 +178,10 @@ impl Source {
             .set_range(range)
             .send()
             .await
-            .map_err(|error| failed(DisplayErrorContext(&error).to_string()))?;
+            .map_err(|error| about(aws::Error::from_sdk(OPERATION, &error)))?;
         let body = response.body.collect().await;
         body.map(|body| body.into_bytes())
-            .map_err(|error| failed(error.to_string()))
+            .map_err(|error| about(aws::Error::network(OPERATION, "BrokenBody", &error)))
     }
 
     async fn manifest(&self) -> Result<bytes::Bytes, FetchError> {

@@ -8,7 +8,6 @@ use aws_config::SdkConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::error::display::DisplayErrorContext;
-use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use bytes::Bytes;
 use events::S3Url;
 use futures_util::stream::{self, BoxStream, StreamExt};
@@ -20,7 +19,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use platform::Failure;
+use platform::aws;
 
 use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::{Documents, OpenDocument};
@@ -75,21 +74,8 @@ async fn open_s3(s3: &aws_sdk_s3::Client, url: &str) -> Result<OpenDocument, Tas
         .send()
         .await
         .map_err(|error| {
-            let failure = platform::classify(&error);
-            let cause = match error.code() {
-                Some("NoSuchKey" | "NoSuchBucket" | "NoSuchVersion") => Cause::NotFound,
-                Some("AccessDenied") => Cause::AccessDenied,
-                _ if failure == Failure::Permanent => Cause::Refused,
-                _ => Cause::Unavailable,
-            };
-            TaskError {
-                failure,
-                ..TaskError::permanent(
-                    Stage::Download,
-                    cause,
-                    format!("cannot get {url}: {}", DisplayErrorContext(&error)),
-                )
-            }
+            let error = aws::Error::from_sdk("s3:GetObject", &error).of(url);
+            TaskError::of_call(Stage::Download, &error)
         })?;
     Ok(OpenDocument {
         content_type: response.content_type,
@@ -135,7 +121,7 @@ type HttpsClient = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
 struct Https {
     /// Made when the first such document comes: reading the system's
     /// certificates costs start-up time that most tasks never need to pay.
-    client: OnceLock<Result<HttpsClient, String>>,
+    client: OnceLock<HttpsClient>,
     /// Plain HTTP too, for this module's tests.
     accepts_http: bool,
 }
@@ -149,21 +135,23 @@ impl Https {
     }
 
     fn client(&self) -> Result<&HttpsClient, TaskError> {
-        let made = self.client.get_or_init(|| {
-            let builder = HttpsConnectorBuilder::new()
-                .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
-                .map_err(|error| error.to_string())?;
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let builder = HttpsConnectorBuilder::new()
+            .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
+            .map_err(|error| {
+                let message = format!("cannot read the system's certificates: {error}");
+                TaskError::transient(Stage::Download, Cause::Internal, message)
+            })?;
+        Ok(self.client.get_or_init(|| {
             let connector = if self.accepts_http {
                 builder.https_or_http().enable_http1().build()
             } else {
                 builder.https_only().enable_http1().build()
             };
-            Ok(Client::builder(TokioExecutor::new()).build(connector))
-        });
-        made.as_ref().map_err(|error| {
-            let message = format!("cannot read the system's certificates: {error}");
-            TaskError::transient(Stage::Download, Cause::Internal, message)
-        })
+            Client::builder(TokioExecutor::new()).build(connector)
+        }))
     }
 
     async fn open(&self, url: &str) -> Result<OpenDocument, TaskError> {
@@ -299,6 +287,7 @@ fn open_response(response: Response<Incoming>, url: String) -> OpenDocument {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use platform::Failure;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 

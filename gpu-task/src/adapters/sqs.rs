@@ -7,17 +7,15 @@ use aws_config::SdkConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{
-    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry,
-    DeleteMessageBatchRequestEntry, MessageSystemAttributeName, QueueAttributeName,
+    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
+    MessageSystemAttributeName, QueueAttributeName,
 };
-use aws_smithy_types::error::display::DisplayErrorContext;
-use aws_smithy_types::error::metadata::ProvideErrorMetadata;
+use delivery::{Answer, sqs_answer};
+use platform::aws;
 use serde_json::Value;
 
-use crate::rules::failure::{Fatal, is_access_problem};
-use crate::services::{
-    Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, ReceiveError, Received,
-};
+use crate::rules::failure::Fatal;
+use crate::services::{Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, Received};
 
 /// One try of a receive: the long poll and the network around it.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(LONG_POLL_MAX.as_secs() + 10);
@@ -33,9 +31,6 @@ const LOST_CODES: &[&str] = &[
     "MessageNotInflight",
     "ReceiptHandleIsInvalid",
 ];
-
-/// Codes that say that the queue cannot be used at all.
-const REFUSAL_CODES: &[&str] = &["InvalidAddress", "NonExistentQueue", "QueueDoesNotExist"];
 
 #[derive(Clone)]
 pub struct SqsQueue {
@@ -69,22 +64,20 @@ impl SqsQueue {
             .queue_url(&self.url)
             .attribute_names(QueueAttributeName::RedrivePolicy)
             .send()
-            .await;
-        match response {
-            Ok(response) => {
-                let policy = response
-                    .attributes()
-                    .and_then(|all| all.get(&QueueAttributeName::RedrivePolicy));
-                Ok(QueueFacts {
-                    max_receives: policy.and_then(|policy| max_receive_count(policy)),
-                })
-            }
-            Err(error) => Err(Fatal::Access(format!(
-                "cannot read the attributes of INPUT_QUEUE_URL={}: {}",
-                self.url,
-                DisplayErrorContext(&error)
-            ))),
-        }
+            .await
+            .map_err(|error| {
+                let error = aws::Error::from_sdk("sqs:GetQueueAttributes", &error);
+                Fatal::Access(format!(
+                    "cannot read the attributes of INPUT_QUEUE_URL={}: {error}",
+                    self.url
+                ))
+            })?;
+        let policy = response
+            .attributes()
+            .and_then(|all| all.get(&QueueAttributeName::RedrivePolicy));
+        Ok(QueueFacts {
+            max_receives: policy.and_then(|policy| max_receive_count(policy)),
+        })
     }
 }
 
@@ -98,33 +91,24 @@ fn max_receive_count(policy: &str) -> Option<u32> {
     number.and_then(|number| u32::try_from(number).ok())
 }
 
-fn is_refusal(code: Option<&str>, message: &str) -> bool {
-    let names_queue = code.is_some_and(|code| REFUSAL_CODES.iter().any(|one| code.contains(one)));
-    names_queue || is_access_problem(message)
+/// One result per entry of a request. Only an entry's own error can tell that
+/// its lease is lost.
+fn results(count: usize, answer: Answer) -> Vec<Result<(), LeaseError>> {
+    match answer {
+        Err(error) => vec![Err(LeaseError::Failed(error)); count],
+        Ok(entries) => entries
+            .into_iter()
+            .map(|entry| entry.map_err(lease_error))
+            .collect(),
+    }
 }
 
-/// One result per entry from the failed entries of a response, whose ids are
-/// the entries' positions.
-fn results(count: usize, failed: &[BatchResultErrorEntry]) -> Vec<Result<(), LeaseError>> {
-    let mut all = vec![Ok(()); count];
-    for failure in failed {
-        let position = failure.id().parse::<usize>().ok();
-        let Some(result) = position.and_then(|position| all.get_mut(position)) else {
-            continue;
-        };
-        let text = format!(
-            "{}: {}",
-            failure.code(),
-            failure.message().unwrap_or_default()
-        );
-        let is_lost = LOST_CODES.iter().any(|code| failure.code().contains(code));
-        *result = Err(if is_lost {
-            LeaseError::Lost(text)
-        } else {
-            LeaseError::Failed(text)
-        });
+fn lease_error(error: aws::Error) -> LeaseError {
+    if LOST_CODES.contains(&error.code.as_str()) {
+        LeaseError::Lost(error)
+    } else {
+        LeaseError::Failed(error)
     }
-    all
 }
 
 #[async_trait]
@@ -134,7 +118,7 @@ impl Queue for SqsQueue {
         max: usize,
         wait: Duration,
         visibility: Duration,
-    ) -> Result<Vec<Received>, ReceiveError> {
+    ) -> Result<Vec<Received>, aws::Error> {
         let response = self
             .polling
             .receive_message()
@@ -145,13 +129,7 @@ impl Queue for SqsQueue {
             .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount)
             .send()
             .await
-            .map_err(|error| {
-                let message = DisplayErrorContext(&error).to_string();
-                ReceiveError {
-                    is_refusal: is_refusal(error.code(), &message),
-                    message,
-                }
-            })?;
+            .map_err(aws::failed("sqs:ReceiveMessage"))?;
         let mut received = Vec::new();
         for message in response.messages.unwrap_or_default() {
             let count = message
@@ -188,13 +166,9 @@ impl Queue for SqsQueue {
                 .expect("id and receipt are set");
             request = request.entries(entry);
         }
-        match request.send().await {
-            Ok(response) => results(extensions.len(), response.failed()),
-            Err(error) => {
-                let message = DisplayErrorContext(&error).to_string();
-                vec![Err(LeaseError::Failed(message)); extensions.len()]
-            }
-        }
+        let (operation, count) = ("sqs:ChangeMessageVisibilityBatch", extensions.len());
+        let response = request.send().await.map(|response| response.failed);
+        results(count, sqs_answer(operation, &self.url, count, response))
     }
 
     async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>> {
@@ -207,13 +181,9 @@ impl Queue for SqsQueue {
                 .expect("id and receipt are set");
             request = request.entries(entry);
         }
-        match request.send().await {
-            Ok(response) => results(receipts.len(), response.failed()),
-            Err(error) => {
-                let message = DisplayErrorContext(&error).to_string();
-                vec![Err(LeaseError::Failed(message)); receipts.len()]
-            }
-        }
+        let (operation, count) = ("sqs:DeleteMessageBatch", receipts.len());
+        let response = request.send().await.map(|response| response.failed);
+        results(count, sqs_answer(operation, &self.url, count, response))
     }
 }
 
@@ -221,24 +191,20 @@ impl Queue for SqsQueue {
 mod tests {
     use super::*;
 
-    fn failed(id: &str, code: &str) -> BatchResultErrorEntry {
-        BatchResultErrorEntry::builder()
-            .id(id)
-            .code(code)
-            .sender_fault(true)
-            .build()
-            .unwrap()
+    fn error(code: &str) -> aws::Error {
+        aws::Error::of_code("sqs:DeleteMessageBatch", code, "why")
     }
 
     #[test]
     fn a_stale_receipt_is_a_lost_lease_and_anything_else_is_not() {
         let all = results(
             4,
-            &[
-                failed("0", "ReceiptHandleIsInvalid"),
-                failed("2", "AWS.SimpleQueueService.MessageNotInflight"),
-                failed("3", "InternalError"),
-            ],
+            Ok(vec![
+                Err(error("ReceiptHandleIsInvalid")),
+                Ok(()),
+                Err(error("AWS.SimpleQueueService.MessageNotInflight")),
+                Err(error("InternalError")),
+            ]),
         );
         assert!(matches!(all[0], Err(LeaseError::Lost(_))));
         assert_eq!(all[1], Ok(()));
@@ -247,17 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_fails_as_a_whole_says_nothing_of_any_lease() {
+        let problem = error("InvalidParameterValue");
+        let all = results(2, Err(problem.clone()));
+        assert_eq!(all, vec![Err(LeaseError::Failed(problem)); 2]);
+    }
+
+    #[test]
     fn the_redrive_policy_gives_its_count_as_number_or_text() {
         assert_eq!(max_receive_count(r#"{"maxReceiveCount":5}"#), Some(5));
         assert_eq!(max_receive_count(r#"{"maxReceiveCount":"3"}"#), Some(3));
         assert_eq!(max_receive_count("{}"), None);
-    }
-
-    #[test]
-    fn a_missing_queue_and_refused_access_are_refusals() {
-        let missing = Some("AWS.SimpleQueueService.NonExistentQueue");
-        assert!(is_refusal(missing, ""));
-        assert!(is_refusal(Some("AccessDenied"), "AccessDenied: no"));
-        assert!(!is_refusal(Some("ThrottlingException"), "slow down"));
     }
 }

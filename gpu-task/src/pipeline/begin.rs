@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::store::{Deletion, ToStore};
-use super::{Image, Job, Presence, Shared, Subject, Times, cause_of_call};
+use super::{Image, Job, Presence, Shared, Subject, Times};
 use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::rules::ledger::{Ledger, Message, Note, Ticket};
 use crate::rules::suspects::Company;
@@ -78,8 +78,11 @@ impl Beginner {
         };
         let error = result.err()?;
         let message = format!("cannot keep a note of a suspect in the cache bucket: {error}");
-        let cause = cause_of_call(&error.code);
-        Some(TaskError::transient(Stage::Store, cause, message))
+        Some(TaskError::transient(
+            Stage::Store,
+            Cause::from(&error),
+            message,
+        ))
     }
 
     async fn parse(&self, message: Arc<Message>, problem: Option<TaskError>) {

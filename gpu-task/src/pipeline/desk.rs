@@ -187,14 +187,14 @@ async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
                 Ok(()) => shared.held.forget(&message),
                 // Delivered again meanwhile: the new receipt is the one.
                 Err(LeaseError::Lost(_)) if message.receipt() != receipt => failed.push(message),
-                Err(LeaseError::Lost(reason)) => {
+                Err(LeaseError::Lost(error)) => {
                     let (stage, cause) = (Stage::Acknowledge, Cause::LeaseLost);
-                    let error = TaskError::transient(stage, cause, reason);
+                    let error = TaskError::transient(stage, cause, error.to_string());
                     shared.metrics.failed(&error);
                     leave_done(shared, &message, &error.message);
                 }
-                Err(LeaseError::Failed(reason)) => {
-                    tracing::warn!(reason, "deleting a message failed");
+                Err(LeaseError::Failed(error)) => {
+                    tracing::warn!(reason = %error, "deleting a message failed");
                     failed.push(message);
                 }
             }
@@ -300,8 +300,8 @@ async fn change(shared: &Shared, messages: Vec<Arc<Message>>, delays: &[Duration
         let mut failed = Vec::new();
         for ((message, delay), result) in some.into_iter().zip(results) {
             match result {
-                Err(LeaseError::Failed(reason)) => {
-                    tracing::warn!(reason, "returning a message failed");
+                Err(LeaseError::Failed(error)) => {
+                    tracing::warn!(reason = %error, "returning a message failed");
                     failed.push((message, delay));
                 }
                 // A lost lease means that the queue has it already.
@@ -351,15 +351,15 @@ async fn extend(shared: &Shared, messages: Vec<Arc<Message>>) {
     for ((message, extension), result) in messages.iter().zip(&extensions).zip(results) {
         match result {
             Ok(()) => Ledger::extended(message, &extension.receipt, asked_at, visibility),
-            Err(LeaseError::Lost(reason)) => {
+            Err(LeaseError::Lost(error)) => {
                 if Ledger::lost(message, &extension.receipt) {
-                    tracing::warn!(message_id = message.message_id, reason, "lease lost");
+                    tracing::warn!(message_id = message.message_id, reason = %error, "lease lost");
                 }
             }
-            Err(LeaseError::Failed(reason)) => {
+            Err(LeaseError::Failed(error)) => {
                 tracing::warn!(
                     message_id = message.message_id,
-                    reason,
+                    reason = %error,
                     "cannot extend the visibility yet"
                 );
             }

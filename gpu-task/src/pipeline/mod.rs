@@ -29,7 +29,7 @@ use self::held::Held;
 use crate::config::Settings;
 use crate::metrics::Metrics;
 use crate::rules::budget::Budget;
-use crate::rules::failure::{Cause, Fatal, TaskError, is_access_problem};
+use crate::rules::failure::{Fatal, TaskError};
 use crate::rules::ledger::Ticket;
 use crate::services::{Embedder, ModelInfo, QueueFacts, Services};
 
@@ -145,15 +145,6 @@ struct Image {
     subject: Subject,
     times: Times,
     presence: Presence,
-}
-
-/// The cause of a failed call, from its text.
-fn cause_of_call(message: &str) -> Cause {
-    if is_access_problem(message) {
-        Cause::AccessDenied
-    } else {
-        Cause::Unavailable
-    }
 }
 
 fn milliseconds(since: Instant) -> f64 {

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use delivery::Backoff;
+use platform::aws::{self, ErrorKind};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::Shared;
-use crate::rules::failure::{Fatal, Stage, TaskError};
+use crate::rules::failure::{Failure, Fatal, Stage, TaskError};
 use crate::rules::ledger::Taken;
 use crate::services::{LONG_POLL_MAX, Received};
 
@@ -49,6 +50,12 @@ pub(super) fn spawn(shared: &Arc<Shared>) -> Vec<JoinHandle<()>> {
             tokio::spawn(receiver.run())
         })
         .collect()
+}
+
+/// The queue is missing or refuses us: waiting does not help, unless a person
+/// does something.
+fn is_refusal(error: &aws::Error) -> bool {
+    matches!(error.kind, ErrorKind::Access | ErrorKind::NotFound)
 }
 
 struct Receiver {
@@ -107,15 +114,15 @@ impl Receiver {
                 Err(error) => {
                     self.shared.held.gate.release(room);
                     failures += 1;
-                    let reason = error.message;
-                    if error.is_refusal && failures >= MAX_REFUSALS {
-                        let message = format!("cannot receive from the input queue: {reason}");
+                    if is_refusal(&error) && failures >= MAX_REFUSALS {
+                        let message = format!("cannot receive from the input queue: {error}");
                         self.shared.ending.end_with(Fatal::Access(message));
                         return;
                     }
-                    tracing::warn!(failures, reason, "receiving failed, trying again");
-                    let cause = super::cause_of_call(&reason);
-                    let error = TaskError::transient(Stage::Receive, cause, reason);
+                    tracing::warn!(failures, reason = %error, "receiving failed, trying again");
+                    let failure = Failure::Transient;
+                    let error = aws::Error { failure, ..error };
+                    let error = TaskError::of_call(Stage::Receive, &error);
                     self.shared.metrics.failed(&error);
                     tokio::select! {
                         () = tokio::time::sleep(RECEIVE_BACKOFF.wait(failures)) => {}
@@ -176,5 +183,22 @@ impl Receiver {
                 Taken::New(message) => shared.held.enter(message),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_queue_and_refused_access_are_refusals() {
+        let is_refusal =
+            |code, message| is_refusal(&aws::Error::of_code("sqs:ReceiveMessage", code, message));
+        assert!(is_refusal("AWS.SimpleQueueService.NonExistentQueue", ""));
+        assert!(is_refusal("AccessDenied", "no"));
+        assert!(is_refusal("KmsAccessDenied", "no"));
+        assert!(!is_refusal("ThrottlingException", "slow down"));
+        // The message does not decide.
+        assert!(!is_refusal("InternalError", "AccessDenied"));
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use super::decode::About;
-use super::{Image, Job, Shared, Subject, Times, cause_of_call, gather, milliseconds, stage};
+use super::{Image, Job, Shared, Subject, Times, gather, milliseconds, stage};
 use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::{BATCH_MAX, ModelInfo};
 
@@ -139,7 +139,8 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
     image.times.store = milliseconds(started);
     shared.metrics.did(Stage::Store, started.elapsed());
     if let Err(error) = stored {
-        image.job.fail(shared, store_error(error));
+        let error = TaskError::of_call(Stage::Store, &error);
+        image.job.fail(shared, error);
         return None;
     }
     shared.metrics.stored();
@@ -171,14 +172,6 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
             image.job.fail(shared, error);
             None
         }
-    }
-}
-
-fn store_error(error: platform::aws::Error) -> TaskError {
-    let message = error.to_string();
-    TaskError {
-        failure: error.failure,
-        ..TaskError::permanent(Stage::Store, cause_of_call(&error.code), message)
     }
 }
 
@@ -219,7 +212,7 @@ async fn fit(
     vectors
         .put(&key, url, &model.name, body)
         .await
-        .map_err(store_error)?;
+        .map_err(|error| TaskError::of_call(Stage::Store, &error))?;
     let place = S3Url::new(vectors.bucket(), &key).to_string();
     Err(TaskError {
         event: Some(place.clone()),
@@ -246,7 +239,7 @@ async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
     shared.metrics.did(Stage::Store, started.elapsed());
     match deleted {
         Err(error) => {
-            job.fail(shared, store_error(error));
+            job.fail(shared, TaskError::of_call(Stage::Store, &error));
             None
         }
         Ok(vectors) => {
@@ -315,7 +308,7 @@ fn publish_error(error: PublishError) -> TaskError {
     let cause = match &error {
         PublishError::TooLarge { .. } => Cause::EventTooLarge,
         PublishError::Refused { .. } => Cause::Refused,
-        PublishError::Unavailable { error, .. } => cause_of_call(&error.code),
+        PublishError::Unavailable { error, .. } => Cause::from(error),
     };
     TaskError {
         failure: error.failure(),

@@ -4,6 +4,7 @@
 use std::fmt;
 
 pub use platform::Failure;
+use platform::aws::{self, ErrorKind};
 
 /// A stage of the pipeline, in the order in which work passes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,6 +104,17 @@ impl Cause {
     }
 }
 
+impl From<&aws::Error> for Cause {
+    fn from(error: &aws::Error) -> Self {
+        match (error.kind, error.failure) {
+            (ErrorKind::Access, _) => Cause::AccessDenied,
+            (ErrorKind::NotFound, _) => Cause::NotFound,
+            (_, Failure::Permanent) => Cause::Refused,
+            (_, Failure::Transient) => Cause::Unavailable,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskError {
     pub stage: Stage,
@@ -123,6 +135,14 @@ impl TaskError {
             failure: Failure::Permanent,
             message: message.into(),
             event: None,
+        }
+    }
+
+    /// A call of an AWS API failed.
+    pub fn of_call(stage: Stage, error: &aws::Error) -> Self {
+        Self {
+            failure: error.failure,
+            ..Self::permanent(stage, error.into(), error.to_string())
         }
     }
 
@@ -174,24 +194,4 @@ impl Fatal {
             Fatal::Inference(_) => 5,
         }
     }
-}
-
-/// Codes with which AWS refuses access, whatever the service.
-const ACCESS_CODES: &[&str] = &[
-    "AccessDenied",
-    "AccessDeniedException",
-    "AuthorizationError",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidClientTokenId",
-    "KMSAccessDenied",
-    "NotAuthorized",
-    "SignatureDoesNotMatch",
-    "UnrecognizedClientException",
-];
-
-/// Whether an error's text names a refusal of access. Batch APIs and wrapped
-/// errors bring the code as text only.
-pub fn is_access_problem(message: &str) -> bool {
-    ACCESS_CODES.iter().any(|code| message.contains(code))
 }

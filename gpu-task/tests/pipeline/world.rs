@@ -15,7 +15,7 @@ use futures_util::stream;
 use gpu_task::config::Settings;
 use gpu_task::services::{
     Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, Notes, OpenDocument,
-    Preparer, Queue, QueueFacts, ReceiveError, Received, Rejects, Services, Size, Vectors,
+    Preparer, Queue, QueueFacts, Received, Rejects, Services, Size, Vectors,
 };
 use gpu_task::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 use platform::aws;
@@ -153,10 +153,14 @@ impl FakeQueue {
         let (id, delivery) = receipt.split_once('#').expect("a receipt of ours");
         let stored = messages.get_mut(id).expect("a message of ours");
         if stored.is_deleted || delivery.parse() != Ok(stored.deliveries) {
-            return Err(LeaseError::Lost("ReceiptHandleIsInvalid".to_owned()));
+            return Err(lost("ReceiptHandleIsInvalid"));
         }
         Ok(stored)
     }
+}
+
+fn lost(code: &str) -> LeaseError {
+    LeaseError::Lost(aws::Error::of_code("sqs", code, "not yours"))
 }
 
 #[async_trait]
@@ -166,7 +170,7 @@ impl Queue for FakeQueue {
         max: usize,
         wait: Duration,
         visibility: Duration,
-    ) -> Result<Vec<Received>, ReceiveError> {
+    ) -> Result<Vec<Received>, aws::Error> {
         assert!((1..=BATCH_LIMIT).contains(&max), "{max}");
         assert!(wait <= Duration::from_secs(20), "{wait:?}");
         assert!(
@@ -176,10 +180,8 @@ impl Queue for FakeQueue {
         self.death.silences().await;
         self.receives.fetch_add(1, Ordering::Relaxed);
         if self.refuses {
-            return Err(ReceiveError {
-                is_refusal: true,
-                message: "AccessDenied: not you".to_owned(),
-            });
+            let (code, message) = ("AccessDenied", "not you");
+            return Err(aws::Error::of_code("sqs:ReceiveMessage", code, message));
         }
         tokio::time::sleep(self.latency).await;
         let deadline = Instant::now() + wait;
@@ -241,12 +243,12 @@ impl Queue for FakeQueue {
             .map(|extension| {
                 let stored = Self::lease(&mut messages, &extension.receipt)?;
                 if stored.is_visible() {
-                    return Err(LeaseError::Lost("MessageNotInflight".to_owned()));
+                    return Err(lost("MessageNotInflight"));
                 }
                 let first = stored.first_received.expect("it was received");
                 let total = Instant::now() + extension.visibility - first;
                 if total > Duration::from_secs(12 * 3600) {
-                    return Err(LeaseError::Lost("InvalidParameterValue".to_owned()));
+                    return Err(lost("InvalidParameterValue"));
                 }
                 if extension.visibility.is_zero() {
                     stored.hand_backs += 1;

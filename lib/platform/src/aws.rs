@@ -233,14 +233,6 @@ where
     move |error| Error::from_sdk(operation, &error)
 }
 
-/// Whether trying again can help, for those who keep nothing else of an error.
-pub fn classify<E>(error: &SdkError<E, HttpResponse>) -> Failure
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-{
-    Error::from_sdk("", error).failure
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

@@ -10,7 +10,6 @@ mod failure;
 mod logs;
 pub mod metrics;
 
-pub use aws::classify;
 pub use failure::Failure;
 pub use logs::init_logs;
 
