@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clip_image::Options;
 use clip_model::engine::EngineOptions;
 use delivery::{DeadLetters, Outputs};
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,12 +52,7 @@ pub async fn run(config: Config) -> Result<Summary, Fatal> {
         vectors: cache_bucket,
         outputs: Outputs::connect(&outputs, &sdk),
         rejects: Arc::new(DeadLetters::new(&sdk, &config.dead_letter_queue_url)),
-        preparer: Arc::new(Decoders(Options {
-            limits: config.limits(),
-            apply_exif_orientation: config.apply_exif_orientation,
-            decode: config.decode,
-            ..Options::default()
-        })),
+        preparer: Arc::new(Decoders(config.image_options())),
     };
     let metrics = Arc::new(Metrics::new(
         &config.metrics_namespace,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, Resettable, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
-use clip_image::{DecodeMode, Limits};
+use clip_image::{DecodeMode, Limits, Options};
 use clip_model::engine::ExecutionProvider;
 use delivery::{Backoff, OutputConfig};
 use events::{S3Url, vector};
@@ -94,21 +94,31 @@ pub struct Config {
     pub(crate) intra_threads: usize,
     /// How JPEGs are decoded: fast takes large ones at lower resolution, cosine loss at most 6e-6
     #[arg(long, env = "DECODE", default_value = "exact", value_parser = decode_mode())]
-    pub(crate) decode: DecodeMode,
+    decode: DecodeMode,
     /// Whether EXIF's orientation counts; the reference ignores it
     #[arg(long, env = "APPLY_EXIF_ORIENTATION", default_value = "false", value_parser = boolean())]
     #[arg(action = clap::ArgAction::Set)]
-    pub(crate) apply_exif_orientation: bool,
+    apply_exif_orientation: bool,
     /// Whether the bundle's five nearest labels are added to the keywords
     #[arg(long, env = "EXTRACT_LABELS", default_value = "true", value_parser = boolean())]
     #[arg(action = clap::ArgAction::Set)]
     pub(crate) extract_labels: bool,
     /// Pixels of an image: Pillow's limit against decompression bombs
     #[arg(long, env = "MAX_IMAGE_PIXELS", default_value_t = Limits::MAX_PIXELS, value_parser = up_to_2_40())]
-    pub(crate) max_image_pixels: u64,
+    max_image_pixels: u64,
     /// Bytes that decoding one image may take; larger is rejected
     #[arg(long, env = "MAX_IMAGE_MEMORY_BYTES", default_value_t = Limits::MAX_MEMORY, value_parser = up_to_2_40())]
-    pub(crate) max_image_memory_bytes: u64,
+    max_image_memory_bytes: u64,
+    /// Seconds of processor time that decoding one image may take on its thread, waiting for a
+    /// processor not counted; longer is rejected
+    #[arg(
+        long = "decode-timeout-seconds",
+        env = "DECODE_TIMEOUT_SECONDS",
+        value_name = "DECODE_TIMEOUT_SECONDS",
+        default_value = "30"
+    )]
+    #[arg(value_parser = seconds(1..=3600))]
+    decode_timeout: Duration,
     /// CloudWatch namespace of the metrics on standard output
     #[arg(long, env = "METRICS_NAMESPACE", default_value = DEFAULT_NAMESPACE)]
     pub(crate) metrics_namespace: String,
@@ -275,11 +285,18 @@ impl Config {
         }))
     }
 
-    pub(crate) fn limits(&self) -> Limits {
-        Limits {
-            max_pixels: self.max_image_pixels,
-            max_bytes: self.settings.max_image_bytes,
-            max_memory: self.max_image_memory_bytes,
+    /// How images are decoded, but for the model's side.
+    pub(crate) fn image_options(&self) -> Options {
+        Options {
+            limits: Limits {
+                max_pixels: self.max_image_pixels,
+                max_bytes: self.settings.max_image_bytes,
+                max_memory: self.max_image_memory_bytes,
+            },
+            apply_exif_orientation: self.apply_exif_orientation,
+            decode: self.decode,
+            time_limit: self.decode_timeout,
+            ..Options::default()
         }
     }
 
@@ -384,7 +401,25 @@ mod tests {
         assert_eq!(config.settings.batch_size, 8);
         assert_eq!(config.settings.memory_budget, 384 * MIB);
         assert_eq!(config.settings.idle_exit, Duration::from_secs(30));
+        assert_eq!(config.decode_timeout, clip_image::DEFAULT_TIME_LIMIT);
         assert_eq!(config.settings.cache_prefix, "clip-image-processor");
+    }
+
+    #[test]
+    fn what_an_image_may_cost_reaches_its_decoder() {
+        let config = read(&[
+            ("DECODE_TIMEOUT_SECONDS", "7"),
+            ("MAX_IMAGE_PIXELS", "1"),
+            ("MAX_IMAGE_BYTES", "2"),
+            ("MAX_IMAGE_MEMORY_BYTES", "3"),
+        ]);
+        let options = config.unwrap().image_options();
+        assert_eq!(options.time_limit, Duration::from_secs(7));
+        let limits = options.limits;
+        assert_eq!(
+            (limits.max_pixels, limits.max_bytes, limits.max_memory),
+            (1, 2, 3)
+        );
     }
 
     #[test]
@@ -414,6 +449,7 @@ mod tests {
             ("BATCH_SIZE", "0", "1..=512"),
             ("VISIBILITY_TIMEOUT_SECONDS", "43201", "10..=43200"),
             ("STOP_TIMEOUT_SECONDS", "121", "1..=120"),
+            ("DECODE_TIMEOUT_SECONDS", "0", "1..=3600"),
             ("MODEL_URI", "s3://models/b32", "MODEL_PATH"),
             ("DECODE", "slow", "exact, fast"),
             ("EXTRACT_LABELS", "perhaps", "boolean"),
