@@ -30,7 +30,10 @@ pub fn run_tests(
     }
     match &package {
         Ok(package) if arguments.is_empty() => is_good &= run_node_tests(package, &mut tally)?,
-        Err(lacks) if arguments.is_empty() => tally.not_run.push(format!("infra/cdk: {lacks}")),
+        Err(lacks) if arguments.is_empty() => {
+            tally.not_run.push(format!("infra/cdk: {lacks}"));
+            is_good &= !only_cdk;
+        }
         _ => {}
     }
     is_good &= tally.failed == 0;
