@@ -57,15 +57,19 @@ async fn main() -> ExitCode {
         }
     };
     let wake_interval = config.wake_interval;
+    // Tells one stack's metrics from another's, as the scaler's and the tasks' do.
+    let queue_url = config.input_queue_url.clone();
     let sdk = platform::aws_config().await;
     let intake = Arc::new(Intake::new(AwsServices::new(&sdk, config), wake_interval));
     let serve = service_fn(move |event: LambdaEvent<Value>| {
         let intake = Arc::clone(&intake);
         let namespace = namespace.clone();
+        let queue = queue_url.rsplit('/').next().unwrap_or_default().to_owned();
         async move {
             let (answer, counts) = intake.handle(&event.payload).await?;
             MetricLine::new(&namespace)
                 .dimension("Function", "intake")
+                .dimension("QueueName", &queue)
                 .metric("Enqueued", Unit::Count, counts.enqueued as f64)
                 .metric("Deleted", Unit::Count, counts.deleted as f64)
                 .metric("Rejected", Unit::Count, counts.rejected as f64)

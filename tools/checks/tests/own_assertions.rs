@@ -473,6 +473,26 @@ fn alarms_and_metrics_that_do_not_exist() {
         "none tells that tasks crash in a loop",
     );
     template_mistake(
+        "              MetricName: Instances\n",
+        "              MetricName: Standing\n",
+        "none tells that instances stand and nothing is done",
+    );
+    template_mistake(
+        "              MetricName: Instances\n",
+        "              MetricName: Standing\n",
+        "IdleInstancesAlarm: no program emits Standing",
+    );
+    template_mistake(
+        "      InsufficientDataActions:\n",
+        "      Other:\n",
+        "ScalerSilentAlarm: reaches nobody",
+    );
+    template_mistake(
+        "      KmsMasterKeyId: !If [HasKey, !Ref KmsKeyArn, !Ref AWS::NoValue]\n      Subscription",
+        "      KmsMasterKeyId: alias/aws/sns\n      Subscription",
+        "AlarmTopic: is not encrypted",
+    );
+    template_mistake(
         "\"ClipImageProcessor\", \"Images\"",
         "\"ClipImageProcessor\", \"Pictures\"",
         "no program emits Pictures",

@@ -73,6 +73,8 @@ const EVERYTHING: &[(&str, &str)] = &[
     ),
     ("OutputKind", "topic+event-bus+queue"),
     ("KmsKeyArn", "arn:aws:kms:eu-west-1:123456789012:key/own"),
+    ("AlarmEmail", "operator@example.com"),
+    ("InstanceSessions", "true"),
     ("AlarmTopicArn", "arn:aws:sns:eu-west-1:123456789012:alarms"),
     ("Purchase1", "spot"),
     ("InstanceType3", "g5.xlarge"),

@@ -26,6 +26,7 @@ const REQUIRED_ALARMS: &[(&str, &str)] = &[
     ("FailedActions", "what the scaler does fails"),
     ("CrashLoop", "tasks crash in a loop"),
     ("TasksWanted", "the maximum is reached for long"),
+    ("Instances", "instances stand and nothing is done"),
 ];
 
 /// Longest time-out of a Lambda function.
@@ -45,24 +46,37 @@ pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
         let mut findings = Vec::new();
         let mut watched = BTreeSet::new();
         for (id, alarm) in stack.of_type("AWS::CloudWatch::Alarm") {
-            let metric = alarm["MetricName"].as_str().unwrap_or_default();
-            watched.insert(metric);
-            if alarm["Namespace"] == NAMESPACE && !emitted.contains(metric) {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    format!("no program emits {metric}"),
-                ));
-            }
-            for dimension in list(&alarm["Dimensions"]) {
-                let name = dimension["Name"].as_str().unwrap_or_default();
-                if alarm["Namespace"] == NAMESPACE && !emitted.contains(name) {
+            let computed = list(&alarm["Metrics"])
+                .into_iter()
+                .map(|one| &one["MetricStat"]["Metric"])
+                .filter(|metric| !metric.is_null());
+            let simple = Some(alarm).filter(|alarm| !alarm["MetricName"].is_null());
+            for source in computed.chain(simple) {
+                let metric = source["MetricName"].as_str().unwrap_or_default();
+                watched.insert(metric);
+                if source["Namespace"] == NAMESPACE && !emitted.contains(metric) {
                     findings.push(Finding::new(
                         CHECK,
                         id,
-                        format!("no metric has the dimension {name}"),
+                        format!("no program emits {metric}"),
                     ));
                 }
+                for dimension in list(&source["Dimensions"]) {
+                    let name = dimension["Name"].as_str().unwrap_or_default();
+                    if source["Namespace"] == NAMESPACE && !emitted.contains(name) {
+                        findings.push(Finding::new(
+                            CHECK,
+                            id,
+                            format!("no metric has the dimension {name}"),
+                        ));
+                    }
+                }
+            }
+            let is_told = !list(&alarm["AlarmActions"]).is_empty()
+                || alarm["TreatMissingData"] == "missing"
+                    && !list(&alarm["InsufficientDataActions"]).is_empty();
+            if stack.name == "everything on" && !is_told {
+                findings.push(Finding::new(CHECK, id, "reaches nobody"));
             }
             if alarm["TreatMissingData"].is_null() {
                 findings.push(Finding::new(

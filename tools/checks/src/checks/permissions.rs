@@ -162,6 +162,11 @@ const WITHOUT_RESOURCE_LEVEL: &[&str] = &[
     "ecs:DiscoverPollEndpoint",
     // Restricted by the condition ecs:cluster instead.
     "ecs:ListTasks",
+    "ssm:UpdateInstanceInformation",
+    "ssmmessages:CreateControlChannel",
+    "ssmmessages:CreateDataChannel",
+    "ssmmessages:OpenControlChannel",
+    "ssmmessages:OpenDataChannel",
 ];
 
 /// Every API call in the code is allowed by its role, and nothing more.

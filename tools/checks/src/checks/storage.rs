@@ -133,6 +133,10 @@ pub fn encryption(project: &Project) -> Vec<Finding> {
                     properties["SqsManagedSseEnabled"] == true
                         || !properties["KmsMasterKeyId"].is_null()
                 }
+                // CloudWatch may use no key that AWS manages.
+                "AWS::SNS::Topic" if is_for_alarms(stack, id) => {
+                    properties["KmsMasterKeyId"] != "alias/aws/sns"
+                }
                 "AWS::SNS::Topic" => !properties["KmsMasterKeyId"].is_null(),
                 "AWS::S3::Bucket" => !properties["BucketEncryption"].is_null(),
                 "AWS::EFS::FileSystem" => properties["Encrypted"] == true,
@@ -151,6 +155,13 @@ pub fn encryption(project: &Project) -> Vec<Finding> {
         }
         findings
     })
+}
+
+fn is_for_alarms(stack: &Stack, topic: &str) -> bool {
+    stack
+        .of_type("AWS::CloudWatch::Alarm")
+        .flat_map(|(_, alarm)| list(&alarm["AlarmActions"]))
+        .any(|action| referred(action) == Some(topic))
 }
 
 /// Queues, topics, buckets and file systems refuse plain connections.
