@@ -53,6 +53,9 @@ pub trait Aws: Send + Sync {
     /// SQS GetQueueAttributes: the three counts.
     async fn queue(&self) -> Result<Queue, Error>;
     async fn metrics(&self, now: i64) -> Result<Metrics, Error>;
+    /// CloudWatch GetMetricData: full minutes of the last hour in which messages
+    /// of the queue were deleted.
+    async fn working_minutes(&self, now: i64) -> Result<Vec<i64>, Error>;
     async fn list_tasks(
         &self,
         filter: &TaskFilter,

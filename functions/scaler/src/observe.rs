@@ -4,6 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
+use planner::history::needs_metrics;
 use planner::observation::{ContainerInstance, Group, Task};
 use planner::streak::{OPTION_KEY, TASKS_KEY};
 use planner::{Observation, Policy};
@@ -80,6 +81,13 @@ pub async fn observe<A: Aws>(
             seen.arrivals = metrics.arrivals;
         }
         Err(error) => seen.missing.push(format!("CloudWatch metrics ({error})")),
+    }
+    // Rare, so it costs nothing while all is well.
+    if seen.tasks.iter().any(needs_metrics) {
+        match in_time(aws.working_minutes(now)).await {
+            Ok(minutes) => seen.working_minutes = Some(minutes),
+            Err(error) => seen.missing.push(format!("deleted messages ({error})")),
+        }
     }
     for (name, activities) in names.iter().zip(activities) {
         let group = seen.groups.iter_mut().find(|group| group.name == *name);

@@ -8,6 +8,9 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_sdk_autoscaling as autoscaling;
 use aws_sdk_cloudwatch as cloudwatch;
+use aws_sdk_cloudwatch::types::{
+    Dimension, Metric, MetricDataQuery, MetricDataResult, MetricStat, ScanBy,
+};
 use aws_sdk_ecs as ecs;
 use aws_sdk_sqs as sqs;
 use aws_smithy_types::DateTime;
@@ -34,6 +37,9 @@ const AGE_WINDOW_SECONDS: i64 = 600;
 
 /// Metrics come in minutes.
 const PERIOD_SECONDS: i64 = 60;
+
+/// As long as ECS shows a task that has stopped.
+const STOPPED_WINDOW_SECONDS: i64 = 3_600;
 
 /// Throughput: the best minute of the last quarter of an hour is what a busy
 /// task can do.
@@ -75,6 +81,50 @@ impl SdkAws {
             task_definition: config.task_definition.clone(),
             namespace: config.metrics_namespace.clone(),
         }
+    }
+}
+
+/// Namespace of SQS's own metrics.
+const SQS: &str = "AWS/SQS";
+
+impl SdkAws {
+    /// A metric of the queue, by the minute.
+    fn query(&self, id: &str, namespace: &str, name: &str, stat: &str) -> MetricDataQuery {
+        let dimension = Dimension::builder()
+            .name("QueueName")
+            .value(&self.queue_name)
+            .build();
+        let metric = Metric::builder()
+            .namespace(namespace)
+            .metric_name(name)
+            .dimensions(dimension)
+            .build();
+        let stat = MetricStat::builder()
+            .metric(metric)
+            .period(PERIOD_SECONDS as i32)
+            .stat(stat)
+            .build();
+        MetricDataQuery::builder().id(id).metric_stat(stat).build()
+    }
+
+    /// Full minutes only: half a minute's sum is no rate.
+    async fn full_minutes(
+        &self,
+        queries: Vec<MetricDataQuery>,
+        until: i64,
+        seconds: i64,
+    ) -> Result<Vec<MetricDataResult>, Error> {
+        let answer = self
+            .cloudwatch
+            .get_metric_data()
+            .set_metric_data_queries(Some(queries))
+            .start_time(DateTime::from_secs(until - seconds))
+            .end_time(DateTime::from_secs(until))
+            .scan_by(ScanBy::TimestampDescending)
+            .send()
+            .await
+            .map_err(failed("cloudwatch:GetMetricData"))?;
+        Ok(answer.metric_data_results.unwrap_or_default())
     }
 }
 
@@ -150,7 +200,7 @@ fn task(task: &ecs::types::Task) -> Option<Task> {
 
 /// Values of the last full minutes, newest first; a minute that CloudWatch has
 /// nothing of counts as zero.
-fn minutes_back(result: &cloudwatch::types::MetricDataResult, this_minute: i64) -> Vec<f64> {
+fn minutes_back(result: &MetricDataResult, this_minute: i64) -> Vec<f64> {
     let mut minutes = vec![0.0; HIGHEST_MINUTES];
     for (at, value) in result.timestamps().iter().zip(result.values()) {
         let back = (this_minute - at.secs()).div_euclid(PERIOD_SECONDS) - 1;
@@ -200,45 +250,17 @@ impl Aws for SdkAws {
     }
 
     async fn metrics(&self, now: i64) -> Result<Metrics, Error> {
-        use cloudwatch::types::{Dimension, Metric, MetricDataQuery, MetricStat, ScanBy};
         let this_minute = now - now.rem_euclid(PERIOD_SECONDS);
-        let query = |id: &str, namespace: &str, name: &str, stat: &str| {
-            let dimension = Dimension::builder()
-                .name("QueueName")
-                .value(&self.queue_name)
-                .build();
-            let metric = Metric::builder()
-                .namespace(namespace)
-                .metric_name(name)
-                .dimensions(dimension)
-                .build();
-            let stat = MetricStat::builder()
-                .metric(metric)
-                .period(PERIOD_SECONDS as i32)
-                .stat(stat)
-                .build();
-            MetricDataQuery::builder().id(id).metric_stat(stat).build()
-        };
-        let answer = self
-            .cloudwatch
-            .get_metric_data()
-            .metric_data_queries(query(
-                "age",
-                "AWS/SQS",
-                "ApproximateAgeOfOldestMessage",
-                "Maximum",
-            ))
-            .metric_data_queries(query("sent", "AWS/SQS", "NumberOfMessagesSent", "Sum"))
-            .metric_data_queries(query("rate", &self.namespace, "ImagesPerSecond", "Maximum"))
-            // Full minutes only: half a minute's sum is no rate.
-            .start_time(DateTime::from_secs(this_minute - RATE_WINDOW_SECONDS))
-            .end_time(DateTime::from_secs(this_minute))
-            .scan_by(ScanBy::TimestampDescending)
-            .send()
-            .await
-            .map_err(failed("cloudwatch:GetMetricData"))?;
+        let queries = vec![
+            self.query("age", SQS, "ApproximateAgeOfOldestMessage", "Maximum"),
+            self.query("sent", SQS, "NumberOfMessagesSent", "Sum"),
+            self.query("rate", &self.namespace, "ImagesPerSecond", "Maximum"),
+        ];
+        let results = self
+            .full_minutes(queries, this_minute, RATE_WINDOW_SECONDS)
+            .await?;
         let mut metrics = Metrics::default();
-        for result in answer.metric_data_results() {
+        for result in &results {
             match result.id() {
                 Some("age") => {
                     let newest = result.values().first().copied();
@@ -266,6 +288,21 @@ impl Aws for SdkAws {
             }
         }
         Ok(metrics)
+    }
+
+    async fn working_minutes(&self, now: i64) -> Result<Vec<i64>, Error> {
+        let this_minute = now - now.rem_euclid(PERIOD_SECONDS);
+        let deleted = self.query("deleted", SQS, "NumberOfMessagesDeleted", "Sum");
+        let results = self
+            .full_minutes(vec![deleted], this_minute, STOPPED_WINDOW_SECONDS)
+            .await?;
+        let points = results
+            .iter()
+            .flat_map(|result| result.timestamps().iter().zip(result.values()));
+        Ok(points
+            .filter(|(_, count)| **count > 0.0)
+            .map(|(at, _)| at.secs())
+            .collect())
     }
 
     async fn list_tasks(

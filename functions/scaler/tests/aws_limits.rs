@@ -157,6 +157,36 @@ async fn a_run_without_metrics_and_activities_still_decides() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_failure_after_work_is_found_by_the_messages_deleted() {
+    let aws = FakeAws::new(5, &["gpu"]);
+    aws.with(|state| {
+        state.queue = visible(100);
+        state.add_instance("gpu", "i-1", 500);
+    });
+    wake(&aws, 5, 1).await;
+    assert!(aws.with(|state| state.calls_of("GetMetricData deleted").is_empty()));
+    aws.with(|state| {
+        state.tasks.clear();
+        for ran in [120, 240] {
+            state.add_task("i-1", TaskStatus::Stopped, ran);
+            let task = state.tasks.last_mut().expect("just added");
+            task.stopped_at = Some(now() - ran + 100);
+            task.exit_code = Some(5);
+        }
+        state.working_minutes.clear();
+    });
+    let report = wake(&aws, 5, 1).await;
+    assert_eq!(report.plan.figures.crash_loop, 2);
+    aws.with(|state| {
+        let ended = |task: &planner::observation::Task| task.stopped_at;
+        let last = state.tasks.iter().filter_map(ended).max();
+        state.working_minutes = vec![last.expect("a stopped task") - 61];
+    });
+    let report = wake(&aws, 5, 1).await;
+    assert_eq!(report.plan.figures.crash_loop, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_could_not_be_placed_is_reported_and_the_rest_runs() {
     let aws = FakeAws::new(5, &["gpu"]);
     aws.with(|state| {

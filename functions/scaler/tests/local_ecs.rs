@@ -333,6 +333,10 @@ impl Aws for OnLocal {
         Ok(Metrics::default())
     }
 
+    async fn working_minutes(&self, _now: i64) -> Result<Vec<i64>, Error> {
+        Ok(Vec::new())
+    }
+
     async fn list_tasks(
         &self,
         filter: &TaskFilter,

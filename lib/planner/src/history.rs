@@ -12,6 +12,19 @@ pub const WORKING_AFTER_SECONDS: i64 = 600;
 /// of a fleet follow the first ones.
 pub const PROVEN_AFTER_SECONDS: i64 = 60;
 
+/// A task that something killed after this long was not killed by its own start.
+const STARTED_AFTER_SECONDS: i64 = 10;
+
+/// SQS's metrics of a minute are there this long after it: what they do not
+/// tell by then did not happen.
+const METRICS_LATE_SECONDS: i64 = 300;
+
+/// Exit code of a container that SIGKILL ended.
+const KILLED: i32 = 137;
+
+/// How ECS says that the kernel killed it for want of memory.
+const OUT_OF_MEMORY: &str = "OutOfMemory";
+
 /// Tasks tried at once while no launch is known to work (a crash loop
 /// costs at most 5 launches in its first hour).
 pub const UNPROVEN_LAUNCHES: u32 = 5;
@@ -74,8 +87,16 @@ pub enum Ending {
     Taken,
 }
 
+/// Whether the queue's metrics decide what a stopped task says.
+pub fn needs_metrics(task: &Task) -> bool {
+    let unknown = Observation::default();
+    task.status == TaskStatus::Stopped
+        && task.started_at.is_some()
+        && (is_killed(task) || ending(task, &unknown) == Ending::Failed)
+}
+
 /// Judges a stopped task.
-pub fn ending(task: &Task) -> Ending {
+pub fn ending(task: &Task, seen: &Observation) -> Ending {
     if task.exit_code == Some(0) {
         return Ending::Worked;
     }
@@ -87,10 +108,49 @@ pub fn ending(task: &Task) -> Ending {
     if TAKEN_AWAY_CODES.contains(&stop_code) || reason.starts_with("Host EC2") {
         return Ending::Taken;
     }
-    match task.started_at.zip(task.stopped_at) {
-        Some((started, stopped)) if stopped - started >= WORKING_AFTER_SECONDS => Ending::Worked,
-        _ => Ending::Failed,
+    let Some((started, stopped)) = task.started_at.zip(task.stopped_at) else {
+        return Ending::Failed;
+    };
+    let ran = stopped - started;
+    if ran >= WORKING_AFTER_SECONDS || did_work_alone(task, seen) {
+        Ending::Worked
+    } else if is_killed(task) && ran >= STARTED_AFTER_SECONDS && !was_idle(task, seen) {
+        Ending::Taken
+    } else {
+        Ending::Failed
     }
+}
+
+/// SIGKILL from outside: no task does that to itself. One that took all the
+/// memory that it may have is its own fault.
+fn is_killed(task: &Task) -> bool {
+    let reason = task.stop_reason.as_deref().unwrap_or("");
+    task.exit_code == Some(KILLED) && !reason.contains(OUT_OF_MEMORY)
+}
+
+/// Whether the task ran in the minute that begins at `minute`.
+fn ran_in(task: &Task, minute: i64) -> bool {
+    let is_over = task.stopped_at.is_some_and(|stopped| stopped <= minute);
+    !is_over && task.started_at.is_some_and(|started| started < minute + 60)
+}
+
+/// Whether images were done in a minute in which no other task ran: SQS knows
+/// when messages were deleted, not by whom.
+fn did_work_alone(task: &Task, seen: &Observation) -> bool {
+    let minutes = seen.working_minutes.iter().flatten();
+    minutes.copied().any(|minute| {
+        let ran = |other: &&Task| ran_in(other, minute);
+        ran_in(task, minute) && seen.tasks.iter().filter(ran).count() == 1
+    })
+}
+
+/// Whether it is known that nothing was done while the task ran.
+fn was_idle(task: &Task, seen: &Observation) -> bool {
+    let is_known = task
+        .stopped_at
+        .is_some_and(|stopped| seen.at - stopped >= METRICS_LATE_SECONDS);
+    let minutes = seen.working_minutes.as_ref();
+    is_known && minutes.is_some_and(|all| !all.iter().any(|minute| ran_in(task, *minute)))
 }
 
 /// Why a task failed, in one line.
@@ -137,8 +197,8 @@ impl Launches {
             .first()
             .and_then(|group| group.tags.get(TASKS_KEY));
         let stored = FailureStreak::from_tag(tag);
-        let evidence = Evidence::of(&observation.tasks, now);
-        let streak = stored.clone().continued(&observation.tasks, &evidence);
+        let evidence = Evidence::of(observation);
+        let streak = stored.clone().continued(observation, &evidence);
 
         let retry_at = streak.at + minutes_after(&LAUNCH_BACKOFF_MINUTES, streak.failures);
         let at_once = match streak.failures {
@@ -169,23 +229,23 @@ struct Evidence {
 }
 
 impl Evidence {
-    fn of(tasks: &[Task], now: i64) -> Self {
+    fn of(seen: &Observation) -> Self {
         let mut evidence = Self {
             worked_at: i64::MIN,
             proven: false,
             unproven: 0,
         };
-        for task in tasks {
-            let ran = task.started_at.map_or(0, |started| now - started);
+        for task in &seen.tasks {
+            let ran = task.started_at.map_or(0, |started| seen.at - started);
             match task.status {
-                TaskStatus::Stopped if ending(task) == Ending::Worked => {
+                TaskStatus::Stopped if ending(task, seen) == Ending::Worked => {
                     let stopped_at = task.stopped_at.unwrap_or(i64::MIN);
                     evidence.worked_at = evidence.worked_at.max(stopped_at);
                     evidence.proven = true;
                 }
                 TaskStatus::Running => {
                     if ran >= WORKING_AFTER_SECONDS {
-                        evidence.worked_at = now;
+                        evidence.worked_at = seen.at;
                     }
                     evidence.proven |= ran >= PROVEN_AFTER_SECONDS;
                 }
@@ -201,18 +261,22 @@ impl Evidence {
 impl FailureStreak {
     /// The streak after what the tasks show: ended by a launch that worked,
     /// longer by each newer one that failed.
-    fn continued(self, tasks: &[Task], evidence: &Evidence) -> Self {
+    fn continued(self, seen: &Observation, evidence: &Evidence) -> Self {
         let counted_until = match self.failures {
             0 => i64::MIN,
             _ => self.at,
         };
-        let mut streak = match self.at < evidence.worked_at && self.failures > 0 {
+        // The metrics may tell later of the very task that was counted that it worked.
+        let mut streak = match self.at <= evidence.worked_at && self.failures > 0 {
             true => Self::default(),
             false => self,
         };
-        let mut failed: Vec<(i64, &Task)> = tasks
+        let mut failed: Vec<(i64, &Task)> = seen
+            .tasks
             .iter()
-            .filter(|task| task.status == TaskStatus::Stopped && ending(task) == Ending::Failed)
+            .filter(|task| {
+                task.status == TaskStatus::Stopped && ending(task, seen) == Ending::Failed
+            })
             .filter_map(|task| Some((task.stopped_at?, task)))
             .filter(|(at, _)| *at > evidence.worked_at && *at > counted_until)
             .collect();
@@ -401,6 +465,7 @@ mod tests {
 
     #[test]
     fn what_was_taken_away_is_no_failure() {
+        let ending = |task: &Task| ending(task, &Observation::default());
         let mut lost = stopped(10, 5, 137);
         lost.stop_reason = Some("Host EC2 (instance i-1) terminated.".to_owned());
         assert_eq!(ending(&lost), Ending::Taken);
@@ -415,6 +480,66 @@ mod tests {
         stuck.stop_reason = Some("scaler: recalled, the queue is empty".to_owned());
         assert_eq!(ending(&stuck), Ending::Taken);
         assert_eq!(ending(&stopped(1000, 900, 1)), Ending::Worked);
+    }
+
+    #[test]
+    fn kills_in_mid_work_hold_nothing_back() {
+        let kills: Vec<Task> = (1..=8)
+            .map(|number| stopped(number * 27, 25, KILLED))
+            .collect();
+        let mut seen = seen(8 * 27 + 1, kills, None);
+        for minutes in [None, Some(vec![0, 60, 120, 180])] {
+            seen.working_minutes = minutes;
+            let launches = Launches::from_observation(&seen);
+            assert_eq!((launches.failures, launches.held(seen.at)), (0, false));
+        }
+    }
+
+    #[test]
+    fn kills_that_left_nothing_done_are_failures_once_that_is_known() {
+        let kills: Vec<Task> = (1..=3)
+            .map(|number| stopped(number * 27, 25, KILLED))
+            .collect();
+        let mut seen = seen(3 * 27 + METRICS_LATE_SECONDS, kills, None);
+        seen.working_minutes = Some(vec![180]);
+        assert_eq!(Launches::from_observation(&seen).failures, 3);
+        seen.working_minutes = None;
+        assert_eq!(Launches::from_observation(&seen).failures, 0);
+        let at_start = stopped(10, STARTED_AFTER_SECONDS - 1, KILLED);
+        assert_eq!(ending(&at_start, &seen), Ending::Failed);
+    }
+
+    #[test]
+    fn a_task_that_did_images_before_it_failed_was_no_failed_launch() {
+        let mut starved = stopped(200, 100, KILLED);
+        starved.stop_reason = Some("OutOfMemoryError: Container killed".to_owned());
+        for task in [stopped(200, 100, 5), starved] {
+            assert!(needs_metrics(&task));
+            // The metrics come a minute or two after the first verdict.
+            let mut seen = seen(210, vec![task], None);
+            let first = Launches::from_observation(&seen);
+            assert_eq!(first.failures, 1);
+            let tag = first.remember.map(|streak| streak.to_string());
+            seen.groups[0]
+                .tags
+                .insert(TASKS_KEY.to_owned(), tag.expect("a tag"));
+            seen.working_minutes = Some(vec![120]);
+            let second = Launches::from_observation(&seen);
+            assert_eq!((second.failures, second.allowed), (0, None));
+            assert_eq!(second.remember, Some(FailureStreak::default()));
+        }
+    }
+
+    #[test]
+    fn what_others_did_excuses_no_crash_at_start() {
+        let mut crashed = stopped(200, 30, 3);
+        let mut worker = stopped(900, 800, 0);
+        worker.status = TaskStatus::Running;
+        (worker.stopped_at, worker.exit_code, worker.stopping) = (None, None, false);
+        crashed.arn = "task/new".to_owned();
+        let mut seen = seen(260, vec![crashed, worker], None);
+        seen.working_minutes = Some(vec![120, 180]);
+        assert_eq!(ending(&seen.tasks[0], &seen), Ending::Failed);
     }
 
     #[test]

@@ -19,6 +19,11 @@ pub struct Observation {
     /// Images per second of one busy task, as tasks reported lately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_per_second: Option<f64>,
+    /// Full minutes of the last hour, by their beginning, in which messages were
+    /// deleted, which is what a task does with an image that is done. Read only
+    /// when a task's end has to be judged by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_minutes: Option<Vec<i64>>,
     /// The cluster's tasks but for those of services, of whatever definition,
     /// STOPPED ones included as long as ECS shows them.
     #[serde(default)]

@@ -53,6 +53,7 @@ pub struct State {
     /// Counts that the next reads answer instead, in order.
     pub stale_counts: Vec<u64>,
     pub metrics: Option<Metrics>,
+    pub working_minutes: Vec<i64>,
     pub tasks: Vec<Task>,
     pub instances: Vec<ContainerInstance>,
     pub groups: Vec<Group>,
@@ -239,6 +240,11 @@ impl Aws for FakeAws {
     async fn metrics(&self, _now: i64) -> Result<Metrics, Error> {
         self.call("GetMetricData", String::new())?;
         Ok(self.with(|state| state.metrics.unwrap_or_default()))
+    }
+
+    async fn working_minutes(&self, _now: i64) -> Result<Vec<i64>, Error> {
+        self.call("GetMetricData", "deleted".to_owned())?;
+        Ok(self.with(|state| state.working_minutes.clone()))
     }
 
     async fn list_tasks(
