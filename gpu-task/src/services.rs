@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use delivery::{Outputs, Rejection};
-use events::ImageType;
+use delivery::{Outputs, Presence, Rejection};
+use events::{ImageType, S3Url};
 use futures_util::stream::BoxStream;
 use platform::aws;
 
@@ -115,6 +115,9 @@ pub trait Vectors: Send + Sync {
 
     /// Deletes the vectors of a document that one model made.
     async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, aws::Error>;
+
+    /// Looks whether a document in S3 is there.
+    async fn presence(&self, document: &S3Url) -> Result<Presence, aws::Error>;
 }
 
 /// Where messages go that can never succeed.

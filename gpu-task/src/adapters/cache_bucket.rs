@@ -1,7 +1,8 @@
 //! `delivery`'s clients as the pipeline's services.
 
 use async_trait::async_trait;
-use delivery::{DeadLetters, Rejection};
+use delivery::{DeadLetters, Presence, Rejection};
+use events::S3Url;
 use platform::aws;
 
 use crate::services::{Notes, Rejects, Vectors};
@@ -32,6 +33,10 @@ impl Vectors for CacheBucket {
     async fn delete_document(&self, document_url: &str, model: &str) -> Result<usize, aws::Error> {
         let (bucket, prefix) = (&self.bucket, &self.prefix);
         delivery::delete_vectors(&self.s3, bucket, prefix, document_url, Some(model)).await
+    }
+
+    async fn presence(&self, document: &S3Url) -> Result<Presence, aws::Error> {
+        delivery::presence(&self.s3, document).await
     }
 }
 

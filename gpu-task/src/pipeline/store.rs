@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use delivery::PublishError;
+use delivery::{Presence, PublishError};
 use events::{CloudEvent, Embedding, S3Url, vector};
 use serde_json::Map;
 use sha2::{Digest, Sha256};
@@ -143,6 +143,28 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
         image.job.fail(shared, error);
         return None;
     }
+    // A deletion that came before the vector was there did not find it.
+    let checked = match is_gone(shared, &image.job.object).await {
+        Ok(Some(true)) => vectors
+            .delete_document(&image.job.object, &model.name)
+            .await
+            .map(|_| true),
+        checked => checked.map(|_| false),
+    };
+    match checked {
+        Ok(false) => {}
+        Ok(true) => {
+            tracing::info!(object = image.job.object, "deleted while it was in work");
+            image.job.ticket.finish();
+            return None;
+        }
+        Err(error) => {
+            image
+                .job
+                .fail(shared, TaskError::of_call(Stage::Store, &error));
+            return None;
+        }
+    }
     shared.metrics.stored();
     let labels = model
         .labels
@@ -173,6 +195,15 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
             None
         }
     }
+}
+
+/// Whether a document in S3 is gone; `None` of any other.
+async fn is_gone(shared: &Shared, url: &str) -> Result<Option<bool>, platform::aws::Error> {
+    let Ok(url) = url.parse::<S3Url>() else {
+        return Ok(None);
+    };
+    let presence = shared.services.vectors.presence(&url).await?;
+    Ok(Some(presence != Presence::Live))
 }
 
 /// The event, in a form that every output takes: with the labels if it fits,
@@ -231,6 +262,22 @@ async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
     }
     let model = shared.model().await?;
     let started = Instant::now();
+    match is_gone(shared, &job.object).await {
+        Ok(Some(false)) => {
+            tracing::info!(
+                object = job.object,
+                "the object exists: its deletion is no longer true"
+            );
+            job.ticket.finish();
+            return None;
+        }
+        // Of what is not in S3 the sender's word is taken.
+        Ok(_) => {}
+        Err(error) => {
+            job.fail(shared, store_error(error));
+            return None;
+        }
+    }
     let deleted = shared
         .services
         .vectors

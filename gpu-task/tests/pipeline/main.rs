@@ -546,12 +546,29 @@ async fn a_deleted_document_takes_its_vectors_with_it_and_is_passed_on() {
     let deleted = CloudEvent::new(EventType::DocumentDeleted, document);
     world.queue.send(&deleted.to_json());
     world.run_until_empty(LONG).await;
+    assert_eq!(world.vectors.keys().len(), 2, "the object still exists");
+    assert_eq!(world.output.events().len(), 2);
+    world.vectors.gone.lock().unwrap().insert(url.clone());
+    world.queue.send(&deleted.to_json());
+    world.run_until_empty(LONG).await;
     assert_eq!(world.vectors.keys().len(), 1);
     let events = world.output.events();
     let passed_on = events.last().unwrap();
     assert_eq!(passed_on.kind, EventType::DocumentDeleted);
     assert_eq!(passed_on.id, deleted.id);
     assert_eq!(passed_on.data.call_stack, ["clip-image-processor"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_deleted_while_it_is_in_work_leaves_no_vector_and_no_event() {
+    let world = World::new();
+    let url = world.put("a.png", image("id:1"));
+    world.vectors.gone.lock().unwrap().insert(url.clone());
+    world.send(&url);
+    world.run_until_empty(LONG).await;
+    assert_eq!(world.vectors.puts.load(Ordering::Relaxed), 1);
+    assert!(world.vectors.keys().is_empty());
+    assert!(world.output.events().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

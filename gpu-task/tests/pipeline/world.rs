@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use delivery::{Answer, Backoff, Destination, Entry, Outputs, Rejection};
-use events::{CloudEvent, Document, EventType, ImageType};
+use delivery::{Answer, Backoff, Destination, Entry, Outputs, Presence, Rejection};
+use events::{CloudEvent, Document, EventType, ImageType, S3Url};
 use futures_util::StreamExt;
 use futures_util::stream;
 use gpu_task::config::Settings;
@@ -296,6 +296,9 @@ fn check_order(body: &str, output: &FakeOutput, vectors: &FakeVectors) {
         return;
     }
     let url = &event.data.document.url;
+    if vectors.gone.lock().unwrap().contains(url) {
+        return;
+    }
     let delivered = output.delivered.lock().unwrap();
     let published = delivered
         .iter()
@@ -392,6 +395,8 @@ pub struct FakeVectors {
     /// How many puts still fail, and with what.
     pub failures: Mutex<(u32, &'static str)>,
     pub notes: Mutex<HashSet<String>>,
+    /// Documents that have been deleted.
+    pub gone: Mutex<HashSet<String>>,
     death: Death,
     latency: Duration,
 }
@@ -445,6 +450,16 @@ impl Vectors for FakeVectors {
         let before = stored.len();
         stored.retain(|key, _| owners.get(key).map(String::as_str) != Some(document_url));
         Ok(before - stored.len())
+    }
+
+    async fn presence(&self, document: &S3Url) -> Result<Presence, aws::Error> {
+        Ok(
+            if self.gone.lock().unwrap().contains(&document.to_string()) {
+                Presence::Gone
+            } else {
+                Presence::Live
+            },
+        )
     }
 }
 
