@@ -11,6 +11,8 @@ use gpu_task::config::Config;
 const SHUTDOWN: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { clip_model::engine::disable_telemetry() };
     let started = Instant::now();
     let config = match Config::read(std::env::args_os()) {
         Ok(config) => config,

@@ -23,6 +23,9 @@ use crate::towers::{OUTPUT, TEXT_INPUT, VISION_INPUT};
 /// The environment variable that names ONNX Runtime's library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 
+/// Turns ONNX Runtime's telemetry off when it is 1.
+const TELEMETRY_VARIABLE: &str = "ORT_DISABLE_TELEMETRY";
+
 /// Why a model cannot be loaded or run.
 #[derive(Debug, Error)]
 pub enum EngineError {
@@ -365,6 +368,20 @@ impl TextEngine {
             embeddings.extend_from_slice(values);
         }
         Ok(embeddings)
+    }
+}
+
+/// Turns ONNX Runtime's telemetry off, unless the user has set the variable.
+/// Loading the library starts it already, with a file beside the temporary ones
+/// and a thread that uploads, so [`environment`]'s own setting comes too late.
+///
+/// # Safety
+///
+/// To be called before the process has a second thread.
+pub unsafe fn disable_telemetry() {
+    if std::env::var_os(TELEMETRY_VARIABLE).is_none() {
+        // SAFETY: the caller's: no other thread reads the environment.
+        unsafe { std::env::set_var(TELEMETRY_VARIABLE, "1") };
     }
 }
 

@@ -137,6 +137,8 @@ const SHOWN_LABELS: usize = 5;
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { clip_model::engine::disable_telemetry() };
     let outcome = match Arguments::parse().command {
         Command::Fetch { name, output } => run_fetch(&name, output),
         Command::Synthesize { name, seed, output } => run_synthesize(&name, seed, output),
