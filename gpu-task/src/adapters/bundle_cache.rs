@@ -73,8 +73,7 @@ pub async fn fetch(
         prefix: prefix.to_owned(),
     };
     let manifest_json = source.manifest().await?;
-    let digest = Sha256::digest(&manifest_json);
-    let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = hex::encode(Sha256::digest(&manifest_json));
     let folder = cache.join(&name);
     if Bundle::open(&folder).is_ok() {
         return Ok(folder);

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_config::SdkConfig;
-use aws_config::timeout::TimeoutConfig;
 use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::error::display::DisplayErrorContext;
 use bytes::Bytes;
@@ -40,13 +39,8 @@ pub struct RemoteDocuments {
 
 impl RemoteDocuments {
     pub fn new(sdk: &SdkConfig) -> Self {
-        let timeouts = TimeoutConfig::builder()
-            .connect_timeout(Duration::from_secs(3))
-            .operation_attempt_timeout(HEAD_TIMEOUT)
-            .build();
-        let sdk = sdk.to_builder().timeout_config(timeouts).build();
         Self {
-            s3: platform::s3_client(&sdk),
+            s3: platform::s3_client(&delivery::with_timeout(sdk, HEAD_TIMEOUT)),
             https: Https::new(false),
         }
     }

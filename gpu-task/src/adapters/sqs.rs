@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_config::SdkConfig;
-use aws_config::timeout::TimeoutConfig;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{
     ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
     MessageSystemAttributeName, QueueAttributeName,
 };
-use delivery::{Answer, sqs_answer};
+use delivery::{Answer, sqs_answer, with_call_timeout, with_timeout};
 use platform::aws;
 use serde_json::Value;
 
@@ -19,9 +18,6 @@ use crate::services::{Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, R
 
 /// One try of a receive: the long poll and the network around it.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(LONG_POLL_MAX.as_secs() + 10);
-
-/// One try of any other call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Codes that say that a receipt no longer holds its message. SQS answers
 /// `InvalidParameterValue` for an expired handle, and for an extension past
@@ -41,16 +37,9 @@ pub struct SqsQueue {
 
 impl SqsQueue {
     pub fn new(sdk: &SdkConfig, url: &str) -> Self {
-        let with_timeout = |timeout: Duration| {
-            let timeouts = TimeoutConfig::builder()
-                .connect_timeout(Duration::from_secs(3))
-                .operation_attempt_timeout(timeout)
-                .build();
-            Client::new(&sdk.to_builder().timeout_config(timeouts).build())
-        };
         Self {
-            client: with_timeout(CALL_TIMEOUT),
-            polling: with_timeout(RECEIVE_TIMEOUT),
+            client: Client::new(&with_call_timeout(sdk)),
+            polling: Client::new(&with_timeout(sdk, RECEIVE_TIMEOUT)),
             url: url.to_owned(),
         }
     }

@@ -184,8 +184,7 @@ async fn read(shared: &Shared, url: &str, memory: Reserved) -> Result<Read, Task
 }
 
 fn content_digest(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(Sha256::digest(bytes))
 }
 
 /// The type that counts, and what said otherwise.

@@ -233,11 +233,7 @@ async fn fit(
     let vectors = &shared.services.vectors;
     let url = &full.data.document.url;
     let body = full.to_json().into_bytes();
-    let digest = Sha256::digest(&body);
-    let name: String = digest[..8]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let name = hex::encode(&Sha256::digest(&body)[..8]);
     let prefix = shared.settings.cache_prefix.trim_matches('/');
     let key = format!("{prefix}/{OVERSIZE_FOLDER}/{name}.json");
     vectors

@@ -33,12 +33,17 @@ use aws_config::timeout::TimeoutConfig;
 /// needs, far below what would leave a message's visibility to expire.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// [`with_timeout`] of such a call.
+pub fn with_call_timeout(config: &SdkConfig) -> SdkConfig {
+    with_timeout(config, CALL_TIMEOUT)
+}
+
 /// The same configuration with a limit on the time of each try, so that a
 /// connection that went silent costs one retry and not the message's lease.
-pub fn with_call_timeout(config: &SdkConfig) -> SdkConfig {
+pub fn with_timeout(config: &SdkConfig, timeout: Duration) -> SdkConfig {
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
-        .operation_attempt_timeout(CALL_TIMEOUT)
+        .operation_attempt_timeout(timeout)
         .build();
     config.to_builder().timeout_config(timeouts).build()
 }
