@@ -270,7 +270,7 @@ async fn delete(shared: &Arc<Shared>, deletion: Deletion) -> Option<Outgoing> {
         // Of what is not in S3 the sender's word is taken.
         Ok(_) => {}
         Err(error) => {
-            job.fail(shared, store_error(error));
+            job.fail(shared, TaskError::of_call(Stage::Store, &error));
             return None;
         }
     }
