@@ -37,7 +37,7 @@ for (const [core, called] of cores) {
         const task = one(template, 'AWS::ECS::TaskDefinition', /TaskDefinition/);
         assert.match(JSON.stringify(environment(task).MODEL_URI), new RegExp(`clip-models/${model}`));
         const groups = of(template, 'AWS::AutoScaling::AutoScalingGroup');
-        assert.deepEqual(groups.map(([, { Properties }]) => Properties.MaxSize), [instances, instances, instances]);
+        assert.deepEqual(groups.map(([, { Properties }]) => Properties.MaxSize), [instances, instances]);
         const scaler = one(template, 'AWS::Lambda::Function', /ScalerFunction/);
         assert.equal(scaler.Properties.Environment.Variables.MAX_INSTANCES, instances);
       }

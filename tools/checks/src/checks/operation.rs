@@ -73,8 +73,8 @@ pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
                 }
             }
             let is_told = !list(&alarm["AlarmActions"]).is_empty()
-                || alarm["TreatMissingData"] == "missing"
-                    && !list(&alarm["InsufficientDataActions"]).is_empty();
+                && (alarm["TreatMissingData"] != "missing"
+                    || !list(&alarm["InsufficientDataActions"]).is_empty());
             if stack.name == "everything on" && !is_told {
                 findings.push(Finding::new(CHECK, id, "reaches nobody"));
             }
