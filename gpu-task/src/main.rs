@@ -1,11 +1,13 @@
-//! The worker's program: reads the configuration and runs the task.
+//! The worker on a GPU instance: reads the configuration and runs the task.
+
+mod app;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use gpu_task::Fatal;
-use gpu_task::config::Config;
+use worker::Fatal;
+use worker::config::Config;
 
 /// Decoders that still run when the task ends are not waited for.
 const SHUTDOWN: Duration = Duration::from_millis(100);
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
             return ExitCode::from(fatal.exit_code());
         }
     };
-    let result = runtime.block_on(gpu_task::run(config));
+    let result = runtime.block_on(app::run(config));
     runtime.shutdown_timeout(SHUTDOWN);
     let code = match result {
         Ok(summary) => {

@@ -41,6 +41,7 @@ pub const PROGRAMS: &[Program] = &[
         name: "gpu-task",
         own: &["gpu-task/src"],
         shared: &[
+            "lib/worker/src",
             "lib/delivery/src",
             "events/src",
             "lib/platform/src",

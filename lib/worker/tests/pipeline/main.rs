@@ -8,11 +8,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use events::{CloudEvent, Document, Embedding, EventType};
-use gpu_task::services::QueueFacts;
-use gpu_task::{Ended, Fatal};
 use proptest::prelude::*;
 use serde_json::json;
 use tokio::time::Instant;
+use worker::services::QueueFacts;
+use worker::{Ended, Fatal};
 use world::{Content, World, created, image, vector_key};
 
 const LONG: Duration = Duration::from_secs(20);

@@ -247,6 +247,9 @@ pub struct Settings {
     /// When a message that failed for a passing reason comes back.
     #[arg(skip = RETRY)]
     pub retry: Backoff,
+    /// Who works, in rejections.
+    #[arg(skip = "gpu-task")]
+    pub program: &'static str,
 }
 
 impl Config {
@@ -485,7 +488,7 @@ mod tests {
             .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
             .collect();
         read.extend(["ORT_DYLIB_PATH", "RUST_LOG", "LOG_FORMAT"].map(str::to_owned));
-        let rows: BTreeSet<String> = include_str!("../README.md")
+        let rows: BTreeSet<String> = include_str!("../../../gpu-task/README.md")
             .lines()
             .filter_map(|line| Some(line.strip_prefix("| `")?.split_once('`')?.0.to_owned()))
             .collect();

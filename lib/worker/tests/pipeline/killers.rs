@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::time::Duration;
 
-use gpu_task::config::{Config, Settings};
-use gpu_task::services::QueueFacts;
+use worker::config::{Config, Settings};
+use worker::services::QueueFacts;
 
 use crate::world::{World, image};
 

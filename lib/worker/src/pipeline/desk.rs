@@ -30,9 +30,6 @@ const BACKOFF: Backoff = Backoff {
     cap: Duration::from_secs(2),
 };
 
-/// The name in `RejectedBy`.
-const PROGRAM: &str = "gpu-task";
-
 pub(super) async fn run(shared: Arc<Shared>, mut arrivals: mpsc::UnboundedReceiver<Arc<Message>>) {
     let slots = Arc::new(Semaphore::new(CONCURRENT));
     loop {
@@ -145,7 +142,7 @@ async fn reject(
             let rejection = Rejection {
                 stage: failure.error.stage.name().to_owned(),
                 reason: failure.error.message.clone(),
-                by: PROGRAM.to_owned(),
+                by: shared.settings.program.to_owned(),
                 object: failure.object.clone(),
                 event: failure.error.event.clone(),
             };

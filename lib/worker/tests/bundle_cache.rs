@@ -10,9 +10,9 @@ use clip_model::build::{BuildOptions, build};
 use clip_model::bundle::{Bundle, VISION_DATA};
 use clip_model::checkpoint::Checkpoint;
 use clip_model::synthesize::SynthesizedWeights;
-use gpu_task::bundle_cache::{FetchError, fetch};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use worker::bundle_cache::{FetchError, fetch};
 
 /// A bundle of the tiny model, without what needs ONNX Runtime.
 fn tiny(folder: &Path) -> PathBuf {

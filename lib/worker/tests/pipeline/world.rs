@@ -12,16 +12,16 @@ use delivery::{Answer, Backoff, Destination, Entry, Outputs, Presence, Rejection
 use events::{CloudEvent, Document, EventType, ImageType, S3Url};
 use futures_util::StreamExt;
 use futures_util::stream;
-use gpu_task::config::Settings;
-use gpu_task::services::{
-    Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, Notes, OpenDocument,
-    Preparer, Queue, QueueFacts, Received, Rejects, Services, Size, Vectors,
-};
-use gpu_task::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 use platform::aws;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use worker::config::Settings;
+use worker::services::{
+    Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, Notes, OpenDocument,
+    Preparer, Queue, QueueFacts, Received, Rejects, Services, Size, Vectors,
+};
+use worker::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 
 pub const MODEL: &str = "ViT-T/1";
 pub const SIDE: u32 = 4;
@@ -877,6 +877,7 @@ fn settings() -> Settings {
         metrics_interval: Duration::from_secs(3600),
         cache_prefix: "clip-image-processor".to_owned(),
         image_lines_per_second: 0,
+        program: "gpu-task",
         retry: Backoff {
             base: Duration::from_millis(10),
             cap: Duration::from_millis(50),
