@@ -37,6 +37,7 @@ pub struct Metrics {
     pub oldest_age: Option<u64>,
     pub images_per_second: Option<f64>,
     pub arrivals: Option<Arrivals>,
+    pub first_vector_seconds: Option<f64>,
 }
 
 #[derive(Clone, Debug, Default)]

@@ -35,7 +35,8 @@ Environment:
   IDLE_GRACE_SECONDS    an instance without work for this long goes        30
   IDLE_EXIT_SECONDS     how long a task waits for work before it exits
                         with 0; the same value as the task's               30
-  BOOT_SECONDS          from asking for an instance to its first vector    180
+  BOOT_SECONDS          from asking for an instance to its first vector,
+                        until a start was seen                             180
   IMAGES_PER_SECOND     of one task, until tasks report their own          60
   METRICS_NAMESPACE     CloudWatch namespace                               ClipImageProcessor
 ";

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
+use planner::boot::BOOT_KEY;
 use planner::history::needs_metrics;
 use planner::observation::{ContainerInstance, Group, Task};
 use planner::streak::{OPTION_KEY, TASKS_KEY};
@@ -79,6 +80,7 @@ pub async fn observe<A: Aws>(
             seen.queue.oldest_age = metrics.oldest_age;
             seen.images_per_second = metrics.images_per_second;
             seen.arrivals = metrics.arrivals;
+            seen.first_vector_seconds = metrics.first_vector_seconds;
         }
         Err(error) => seen.missing.push(format!("CloudWatch metrics ({error})")),
     }
@@ -192,7 +194,7 @@ async fn groups<A: Aws>(aws: &A, names: &[String]) -> Result<Vec<Group>, Error> 
     for group in &mut groups {
         group
             .tags
-            .retain(|key, _| key == TASKS_KEY || key == OPTION_KEY);
+            .retain(|key, _| [TASKS_KEY, OPTION_KEY, BOOT_KEY].contains(&key.as_str()));
     }
     Ok(groups)
 }

@@ -255,6 +255,8 @@ impl Aws for SdkAws {
             self.query("age", SQS, "ApproximateAgeOfOldestMessage", "Maximum"),
             self.query("sent", SQS, "NumberOfMessagesSent", "Sum"),
             self.query("rate", &self.namespace, "ImagesPerSecond", "Maximum"),
+            // The fastest of late: a task that found no work waited for it.
+            self.query("first", &self.namespace, "StartToFirstVector", "Minimum"),
         ];
         let results = self
             .full_minutes(queries, this_minute, RATE_WINDOW_SECONDS)
@@ -283,6 +285,10 @@ impl Aws for SdkAws {
                         .copied()
                         .filter(|rate| rate.is_finite() && *rate > 0.0)
                         .reduce(f64::max);
+                }
+                Some("first") => {
+                    let milliseconds = result.values().iter().copied().reduce(f64::min);
+                    metrics.first_vector_seconds = milliseconds.map(|value| value / 1e3);
                 }
                 _ => {}
             }

@@ -3,6 +3,7 @@
 
 use std::cmp::Reverse;
 
+use crate::boot::{BOOT_KEY, Boot};
 use crate::history::{
     Launches, RECALLED_REASON, RETIRED_REASON, STUCK_REASON, STUCK_TASK_SECONDS, UNPROVEN_LAUNCHES,
 };
@@ -79,6 +80,7 @@ struct Planner<'a> {
     policy: &'a Policy,
     now: i64,
     launches: Launches,
+    boot: Boot,
     /// Failed launches in a row keep everything waiting.
     is_held: bool,
     /// Images that one task does within the policy's promise.
@@ -134,6 +136,7 @@ impl<'a> Planner<'a> {
     fn new(seen: &'a Observation, policy: &'a Policy) -> Self {
         let launches = Launches::from_observation(seen);
         let rate = policy.rate(seen.images_per_second);
+        let boot = Boot::of(seen, policy);
         Self {
             seen,
             policy,
@@ -143,10 +146,13 @@ impl<'a> Planner<'a> {
             figures: Figures {
                 backlog: seen.queue.backlog(),
                 images_per_second: rate,
+                boot_seconds: boot.seconds,
+                boot_is_learned: boot.is_learned,
                 crash_loop: launches.failures,
                 ..Figures::default()
             },
             launches,
+            boot,
             offers: Offer::all(seen, policy),
             decisions: Vec::new(),
             notes: Vec::new(),
@@ -163,7 +169,7 @@ impl<'a> Planner<'a> {
     }
 
     fn boot(&self) -> f64 {
-        f64::from(self.policy.boot_seconds)
+        self.boot.seconds
     }
 
     fn task_start(&self) -> f64 {
@@ -193,8 +199,19 @@ impl<'a> Planner<'a> {
     }
 
     fn remember_launches(&mut self) {
-        let (Some(streak), Some(group)) = (&self.launches.remember, self.seen.groups.first())
-        else {
+        let Some(group) = self.seen.groups.first() else {
+            return;
+        };
+        if let Some(value) = self.boot.remember.clone() {
+            let why = format!("a start takes {:.0} s", self.boot());
+            let action = Action::Remember {
+                group: group.name.clone(),
+                key: BOOT_KEY.to_owned(),
+                value,
+            };
+            self.decide(action, why);
+        }
+        let Some(streak) = &self.launches.remember else {
             return;
         };
         let why = match streak.failures {
@@ -338,7 +355,7 @@ impl<'a> Planner<'a> {
     }
 
     fn why_broken(&self, instance: &Instance<'a>) -> Option<String> {
-        let register_limit = (2 * i64::from(self.policy.boot_seconds)).max(REGISTER_SECONDS);
+        let register_limit = ((2.0 * self.boot()) as i64).max(REGISTER_SECONDS);
         let oldest_age = self.seen.queue.oldest_age;
         let work_waits = oldest_age.is_some_and(|age| age >= USELESS_AFTER_SECONDS as u64);
         let may_launch = self.launches.allowed != Some(0);

@@ -63,10 +63,14 @@ pub fn render(observation: &Observation, policy: &Policy, plan: &Plan) -> String
         Some(_) => "reported",
         None => "configured",
     };
+    let boot_source = match figures.boot_is_learned {
+        true => "learned",
+        false => "configured",
+    };
     let _ = writeln!(
         text,
-        "\nrate       {:.1} images/s a task ({source}); drain within {} s, boot {} s",
-        figures.images_per_second, policy.target_drain_seconds, policy.boot_seconds
+        "\nrate       {:.1} images/s a task ({source}); drain within {} s, boot {:.0} s ({boot_source})",
+        figures.images_per_second, policy.target_drain_seconds, figures.boot_seconds
     );
     let _ = writeln!(
         text,

@@ -5,6 +5,7 @@
 
 #![warn(missing_docs)]
 
+pub mod boot;
 pub mod cadence;
 mod decide;
 pub mod explain;

@@ -19,6 +19,9 @@ pub struct Observation {
     /// Images per second of one busy task, as tasks reported lately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_per_second: Option<f64>,
+    /// Seconds from a task's start to its first vector, as tasks reported lately.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_vector_seconds: Option<f64>,
     /// Full minutes of the last hour, by their beginning, in which messages were
     /// deleted, which is what a task does with an image that is done. Read only
     /// when a task's end has to be judged by it.

@@ -117,6 +117,12 @@ pub struct Figures {
     pub backlog: u64,
     /// Images per second of one task, as planned with.
     pub images_per_second: f64,
+    /// Seconds from asking for an instance to its first vector, as planned with.
+    #[serde(default)]
+    pub boot_seconds: f64,
+    /// Whether that was learned from a start that was seen.
+    #[serde(default)]
+    pub boot_is_learned: bool,
     /// Backlog left when an instance asked for now would begin.
     pub backlog_after_boot: u64,
     /// Tasks that the backlog wants.

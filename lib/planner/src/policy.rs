@@ -18,7 +18,8 @@ pub struct Policy {
     /// How long a task waits for work before it exits with 0: this time counts
     /// as idle time of its instance.
     pub idle_exit_seconds: u32,
-    /// From asking for an instance to the first vector on it.
+    /// From asking for an instance to the first vector on it, until a start was
+    /// seen: then that counts ([`crate::boot`]).
     pub boot_seconds: u32,
     /// Images per second of one task, until tasks report their own.
     pub images_per_second: f64,
