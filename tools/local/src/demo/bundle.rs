@@ -30,86 +30,50 @@ pub enum Weights {
     Synthesised,
 }
 
-/// Why there is no bundle.
 #[derive(Debug, Error)]
 pub enum BundleProblem {
-    /// It is there and cannot be used.
     #[error("{path} is no usable model bundle: {problem}")]
-    Unusable {
-        /// Its folder.
-        path: PathBuf,
-        /// Why.
-        problem: String,
-    },
-    /// It is another model's.
+    Unusable { path: PathBuf, problem: String },
     #[error("{path} is a bundle of {found}, not of {wanted}: choose it with --model {found}")]
     OtherModel {
-        /// Its folder.
         path: PathBuf,
-        /// What it is of.
         found: String,
-        /// What was asked for.
         wanted: String,
     },
-    /// It could not be made.
     #[error("clip-model {step} failed ({status}): {output}")]
     Maker {
         /// `fetch`, `synthesize` or `build`.
         step: String,
-        /// How it ended.
         status: ExitStatus,
-        /// What it said.
         output: String,
     },
-    /// The model hub does not answer.
     #[error(
         "OpenAI's weights of {model} are not here, and the model hub cannot be reached: {source}"
     )]
-    Hub {
-        /// What was asked for.
-        model: String,
-        /// What the network said.
-        source: FetchError,
-    },
-    /// OpenAI published no such model.
+    Hub { model: String, source: FetchError },
     #[error("OpenAI published no weights of {model}: use --weights synthesised")]
-    NotPublished {
-        /// What was asked for.
-        model: String,
-    },
-    /// A program or folder.
+    NotPublished { model: String },
     #[error("{what}: {source}")]
     System {
-        /// What was being done.
         what: String,
-        /// What the system said.
         source: std::io::Error,
     },
 }
 
-/// A bundle and what to say of it.
 pub struct ReadyBundle {
-    /// Its folder.
     pub folder: PathBuf,
-    /// The model's name.
     pub model: String,
-    /// Its vectors mean nothing.
     pub synthesized: bool,
     /// Its arithmetic, such as `fp32`.
     pub precision: String,
 }
 
-/// A model's name as a folder's.
-#[must_use]
 pub fn folder_name(model: &str) -> String {
     model.replace('/', "-")
 }
 
 /// Opens the bundle at `given`, or the one of these weights in the work folder,
 /// which is made first if there is none.
-///
-/// # Errors
-/// When it cannot be opened or made.
 pub async fn ready(
     given: Option<&Path>,
     model: &str,

@@ -9,36 +9,24 @@ use std::{
 use events::ImageType;
 use thiserror::Error;
 
-/// A file to upload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputFile {
-    /// Where it is.
     pub path: PathBuf,
     /// Its key in the source bucket.
     pub key: String,
 }
 
-/// Why there is nothing to upload.
 #[derive(Debug, Error)]
 pub enum FilesError {
     /// A path that is not there or cannot be read.
     #[error("{path}: {source}")]
-    Unreadable {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Nothing in what was given.
+    Unreadable { path: PathBuf, source: io::Error },
     #[error("no files in {0}")]
     Nothing(String),
 }
 
 /// Expands files and folders, the latter recursively; hidden files are left
 /// out. A folder's files keep their path below it, and its name, as their key.
-///
-/// # Errors
-/// When a path is not there, or nothing is found at all.
 pub fn collect(arguments: &[PathBuf]) -> Result<Vec<InputFile>, FilesError> {
     let mut files = Vec::new();
     for argument in arguments {
@@ -74,9 +62,6 @@ pub fn collect(arguments: &[PathBuf]) -> Result<Vec<InputFile>, FilesError> {
 }
 
 /// The sample images that come with the project.
-///
-/// # Errors
-/// When they are not there.
 pub fn samples() -> Result<Vec<InputFile>, FilesError> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples");
     let mut files = Vec::new();

@@ -59,16 +59,13 @@ const ROWS_SHOWN: usize = 40;
 /// The folder in the work folder for one demo's results.
 const RESULTS: &str = "demo";
 
-/// What to show.
 #[derive(Debug, Clone)]
 pub struct DemoOptions {
     /// Files and folders; the samples without any.
     pub paths: Vec<PathBuf>,
-    /// The model's name.
     pub model: String,
     /// Its bundle; one of the work folder without it.
     pub bundle: Option<PathBuf>,
-    /// The weights of a bundle that is made.
     pub weights: Weights,
     /// Never more instances than this; what the template says if one is given.
     pub max_instances: usize,
@@ -78,36 +75,26 @@ pub struct DemoOptions {
     pub work_dir: PathBuf,
     /// Leave the pipeline up at the end, until Ctrl-C.
     pub keep: bool,
-    /// Further parameters of the template.
     pub parameters: BTreeMap<String, String>,
 }
 
-/// Why there was nothing to show.
 #[derive(Debug, Error)]
 pub enum DemoError {
-    /// The files.
     #[error(transparent)]
     Files(#[from] FilesError),
-    /// The bundle.
     #[error(transparent)]
     Bundle(#[from] BundleProblem),
-    /// The emulator.
     #[error(transparent)]
     Emulator(#[from] ministack::StartError),
-    /// The pipeline.
     #[error(transparent)]
     Deploy(#[from] DeployError),
-    /// A result could not be written.
     #[error("{path}: {source}")]
     Write {
-        /// Which file.
         path: PathBuf,
-        /// What the system said.
         source: std::io::Error,
     },
 }
 
-/// How a demo ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DemoEnd {
     /// Every image has its vector, and the cluster is at zero.
@@ -119,9 +106,6 @@ pub enum DemoEnd {
 }
 
 /// Runs the demo. `interrupted` ends it early, with everything it started.
-///
-/// # Errors
-/// When it could not begin, or results could not be written.
 pub async fn run(
     options: &DemoOptions,
     interrupted: impl Future<Output = ()>,
@@ -291,7 +275,6 @@ fn to_megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// The running demo.
 struct Show<'a> {
     pipeline: &'a Deployment,
     screen: &'a Screen,

@@ -8,7 +8,6 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// The display.
 pub struct Screen {
     started: Instant,
     bars: Option<Bars>,
@@ -23,8 +22,6 @@ struct Bars {
 }
 
 impl Screen {
-    /// A display for this process's standard output.
-    #[must_use]
     pub fn new() -> Self {
         let terminal = std::io::stdout().is_terminal();
         let colour = terminal && std::env::var_os("NO_COLOR").is_none();
@@ -47,7 +44,6 @@ impl Screen {
         }
     }
 
-    /// A line from the demo itself.
     pub fn note(&self, text: &str) {
         self.line("demo", text);
     }
@@ -73,7 +69,6 @@ impl Screen {
         self.print(&format!("{on}{rule}{off}"));
     }
 
-    /// A line as it is.
     pub fn print(&self, text: &str) {
         match &self.bars {
             // Above the bars, which are drawn again below it.
@@ -84,14 +79,12 @@ impl Screen {
         }
     }
 
-    /// Whether progress bars are shown now.
     pub fn has_bars(&self) -> bool {
         self.bars
             .as_ref()
             .is_some_and(|bars| !bars.images.is_finished())
     }
 
-    /// How far it is.
     pub fn progress(&self, settled: usize, total: usize, cluster: &str, stages: &str) {
         if let Some(bars) = &self.bars {
             bars.images.set_length(total as u64);
@@ -111,7 +104,6 @@ impl Screen {
     }
 
     /// Columns of the terminal; none without one.
-    #[must_use]
     pub fn columns(&self) -> Option<usize> {
         self.bars.as_ref()?;
         let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
@@ -153,7 +145,6 @@ impl Bars {
 }
 
 /// Columns, aligned; the last may be cut to the terminal's width.
-#[must_use]
 pub fn table(head: &[&str], rows: &[Vec<String>], columns: Option<usize>) -> Vec<String> {
     let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {

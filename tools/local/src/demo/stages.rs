@@ -55,7 +55,6 @@ struct Stage {
     busy_ms: f64,
 }
 
-/// The stages of all tasks.
 #[derive(Default)]
 pub(super) struct Stages {
     logs: BTreeMap<PathBuf, Log>,

@@ -16,25 +16,18 @@ use crate::deployment::{DeadLetter, DeployError, LogLine, SOURCE_BUCKET};
 /// What intake writes of an object that is no image and does not claim to be one.
 const UNSUPPORTED: &str = "neither is an image nor claims to be";
 
-/// How a file ended.
 #[derive(Debug, Clone)]
 pub enum Fate {
-    /// Its event has arrived at the next middleware.
     Embedded {
         /// From its upload here to its event.
         after: Option<Duration>,
         event: Value,
     },
-    /// It has no vector, for this reason.
     Rejected {
-        /// Who said so.
         by: String,
-        /// Why.
         reason: String,
     },
-    /// It could not be read or uploaded.
     NotUploaded {
-        /// Why.
         reason: String,
     },
     /// The pipeline is at rest and nothing was heard of it.
@@ -43,26 +36,19 @@ pub enum Fate {
 
 impl Fate {
     /// Whether the file has its vector.
-    #[must_use]
     pub fn is_good(&self) -> bool {
         matches!(self, Self::Embedded { .. })
     }
 }
 
-/// A file and what became of it.
 #[derive(Debug, Clone)]
 pub struct TrackedFile {
-    /// What was given.
     pub input: InputFile,
-    /// Its URL in events.
     pub url: String,
-    /// When it was uploaded.
     pub uploaded: Option<Instant>,
-    /// How it ended.
     pub fate: Option<Fate>,
 }
 
-/// All files.
 #[derive(Debug)]
 pub struct Tally {
     /// In the order in which they were given.
@@ -74,8 +60,6 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// A tally of files that are not uploaded yet.
-    #[must_use]
     pub fn new(inputs: Vec<InputFile>) -> Self {
         let files: Vec<TrackedFile> = inputs
             .into_iter()
@@ -123,7 +107,6 @@ impl Tally {
         })
     }
 
-    /// A file was uploaded, or could not be.
     pub fn uploaded(&mut self, index: usize, at: Instant, result: Result<(), DeployError>) {
         let Some(file) = self.files.get_mut(index) else {
             return;
@@ -202,14 +185,10 @@ impl Tally {
         }
     }
 
-    /// Files whose end is known.
-    #[must_use]
     pub fn settled(&self) -> usize {
         self.files.iter().filter(|file| file.fate.is_some()).count()
     }
 
-    /// Files with their vector.
-    #[must_use]
     pub fn embedded(&self) -> usize {
         self.files
             .iter()
@@ -217,8 +196,6 @@ impl Tally {
             .count()
     }
 
-    /// Files that are in the source bucket.
-    #[must_use]
     pub fn uploads(&self) -> usize {
         self.files
             .iter()

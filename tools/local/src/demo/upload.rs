@@ -21,7 +21,6 @@ const PARALLEL_UPLOADS: usize = 8;
 /// A file's place in the tally, when it was uploaded, and why not.
 pub(super) type Uploaded = (usize, Instant, Result<(), DeployError>);
 
-/// Uploads all files in the background.
 pub(super) fn start(pipeline: &Deployment, tally: &Tally) -> mpsc::UnboundedReceiver<Uploaded> {
     let (sender, receiver) = mpsc::unbounded_channel();
     let files = tally.files.iter().map(|file| file.input.clone());

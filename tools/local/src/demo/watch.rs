@@ -56,7 +56,6 @@ impl Tail {
     }
 }
 
-/// What was seen so far.
 pub(super) struct Watch<'a> {
     pipeline: &'a Deployment,
     tasks: BTreeMap<String, TaskStatus>,

@@ -30,40 +30,26 @@ use crate::{
     sdk::{self, CallFailed, failed},
 };
 
-/// The bucket that images are uploaded to.
 pub const SOURCE_BUCKET: &str = "clip-source";
 /// The queue that stands for the next middleware.
 const NEXT_QUEUE: &str = "clip-next-middleware";
 
-/// Why the pipeline is not up.
 #[derive(Debug, Error)]
 pub enum DeployError {
-    /// The emulator.
     #[error(transparent)]
     Emulator(#[from] StartError),
-    /// The template.
     #[error("{path}: {source}")]
     Template {
-        /// The template's file.
         path: PathBuf,
-        /// What is wrong.
         source: TemplateError,
     },
-    /// A file.
     #[error("{path}: {source}")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A program is not built.
+    File { path: PathBuf, source: io::Error },
     #[error("{0} is not there: build it first (cargo build -p gpu-task -p intake -p scaler)")]
     NotBuilt(PathBuf),
     /// A resource could not be created, or a call failed.
     #[error(transparent)]
     Call(#[from] CallFailed),
-    /// The template lacks something that the pipeline needs.
     #[error("the template has no {0}")]
     Lacks(&'static str),
 }
@@ -87,7 +73,6 @@ pub enum WayIn {
     EventBridge,
 }
 
-/// The pipeline's own programs.
 #[derive(Debug, Clone)]
 pub struct Programs {
     pub gpu_task: PathBuf,
@@ -97,7 +82,6 @@ pub struct Programs {
 
 impl Programs {
     /// Those built beside the running program (`target/debug`).
-    #[must_use]
     pub fn beside_this_one() -> Self {
         Self {
             gpu_task: process::sibling("gpu-task"),
@@ -106,23 +90,17 @@ impl Programs {
     }
 }
 
-/// What to deploy, and how.
 #[derive(Debug, Clone)]
 pub struct DeploymentOptions {
-    /// The `ministack` program.
     pub ministack: PathBuf,
-    /// The pipeline's own programs.
     pub programs: Programs,
     pub template: PathBuf,
     /// Values for its parameters, over [`local_parameters`].
     pub parameters: Parameters,
-    /// The model bundle that tasks load.
     pub bundle: PathBuf,
-    /// Where logs go.
     pub work_dir: PathBuf,
     /// How images reach intake.
     pub way_in: WayIn,
-    /// How long instances and tasks take to start.
     pub timings: Timings,
     /// Variables of every task, over the template's.
     pub task_environment: BTreeMap<String, String>,
@@ -133,9 +111,6 @@ pub struct DeploymentOptions {
 impl DeploymentOptions {
     /// The workspace's template and programs, a bundle, and a folder for logs;
     /// the emulator is the one that `LOCAL_MINISTACK` names.
-    ///
-    /// # Errors
-    /// When `LOCAL_MINISTACK` is not set.
     pub fn new(bundle: &Path, work_dir: &Path) -> Result<Self, StartError> {
         Ok(Self {
             ministack: ministack::program_from_env()?,
@@ -151,8 +126,6 @@ impl DeploymentOptions {
         })
     }
 
-    /// Sets a parameter of the template.
-    #[must_use]
     pub fn parameter(mut self, name: &str, value: impl ToString) -> Self {
         self.parameters.insert(name.to_owned(), value.to_string());
         self
@@ -161,7 +134,6 @@ impl DeploymentOptions {
 
 /// The template's parameters as one machine needs them: names of what stands
 /// around the stack, and times that fit instances which boot in seconds.
-#[must_use]
 pub fn local_parameters() -> Parameters {
     owned([
         ("VpcId", "vpc-00000000"),
@@ -208,11 +180,9 @@ pub struct Deployment {
     pub sns: aws_sdk_sns::Client,
     pub lambda: aws_sdk_lambda::Client,
     pub events: aws_sdk_eventbridge::Client,
-    /// The resolved template.
     pub stack: Stack,
     /// Where the emulated ECS and Auto Scaling are served.
     pub cloud_endpoint: String,
-    /// The queue that stands for the next middleware.
     pub next_queue_url: String,
     router: JoinHandle<()>,
     started_ms: i64,
@@ -227,9 +197,6 @@ impl Drop for Deployment {
 
 impl Deployment {
     /// Starts the emulators and deploys the template into them.
-    ///
-    /// # Errors
-    /// When anything that the pipeline needs is missing or refused.
     pub async fn start(options: &DeploymentOptions) -> Result<Self, DeployError> {
         let absolute = |path: &Path| std::path::absolute(path).map_err(DeployError::file(path));
         let work_dir = absolute(&options.work_dir)?;

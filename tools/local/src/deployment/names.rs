@@ -7,13 +7,10 @@ use template::Surroundings;
 /// The stack's name, the beginning of every physical name.
 const STACK: &str = "clip";
 
-/// A resource's physical name.
-#[must_use]
 pub fn name(logical_id: &str) -> String {
     format!("{STACK}-{logical_id}")
 }
 
-/// A bucket's physical name.
 pub(super) fn bucket(logical_id: &str) -> String {
     name(logical_id).to_lowercase()
 }
@@ -26,7 +23,6 @@ pub(super) fn queue_url(endpoint: &str, name: &str) -> String {
     format!("{endpoint}/{ACCOUNT}/{name}")
 }
 
-/// The template's resources as they are here.
 pub(super) struct Names<'a> {
     pub endpoint: &'a str,
 }

@@ -80,9 +80,6 @@ impl Deployment {
     }
 
     /// Creates a queue with the attributes of a template's `AWS::SQS::Queue`.
-    ///
-    /// # Errors
-    /// When the emulator refuses it.
     pub async fn create_queue(
         &self,
         name: &str,
@@ -109,9 +106,6 @@ impl Deployment {
     }
 
     /// Subscribes as a template's `AWS::SNS::Subscription` does.
-    ///
-    /// # Errors
-    /// When the emulator refuses it.
     pub async fn subscribe(&self, subscription: &Value) -> Result<(), DeployError> {
         let field = |name: &str| text_of(&subscription[name]);
         let mut request = self

@@ -12,50 +12,39 @@ use crate::sdk::{CallFailed, failed, sent};
 /// Messages of one receive call (SQS ReceiveMessage API).
 const RECEIVE_MAX: i32 = 10;
 
-/// A message in the dead-letter queue.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     /// What was rejected, as it was received.
     pub body: String,
     /// `RejectionReason`; none when SQS gave the message up after too many receives.
     pub reason: Option<String>,
-    /// `RejectionStage`.
     pub stage: Option<String>,
-    /// `RejectedBy`.
     pub by: Option<String>,
     /// `RejectedObject`, or the document in the body.
     pub object: Option<String>,
 }
 
-/// Messages of a queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueueCounts {
-    /// Waiting.
     pub visible: usize,
-    /// Received and not yet deleted.
     pub in_flight: usize,
 }
 
 impl QueueCounts {
     /// All of them.
-    #[must_use]
     pub fn total(self) -> usize {
         self.visible + self.in_flight
     }
 }
 
-/// A line that a Lambda function wrote.
 #[derive(Debug, Clone)]
 pub struct LogLine {
-    /// Milliseconds since 1970.
     pub timestamp: i64,
-    /// The line.
     pub message: String,
 }
 
 impl LogLine {
     /// The line as a JSON object, where it is one.
-    #[must_use]
     pub fn json(&self) -> Option<Value> {
         serde_json::from_str(&self.message)
             .ok()
@@ -68,28 +57,19 @@ impl Deployment {
         text_of(&self.stack.properties("IntakeFunction")["Environment"]["Variables"][name])
     }
 
-    /// The input queue.
-    #[must_use]
     pub fn input_queue_url(&self) -> String {
         self.variable("INPUT_QUEUE_URL")
     }
 
-    /// The dead-letter queue.
-    #[must_use]
     pub fn dead_letter_queue_url(&self) -> String {
         self.variable("DEAD_LETTER_QUEUE_URL")
     }
 
-    /// The bucket with the vectors.
-    #[must_use]
     pub fn cache_bucket(&self) -> String {
         self.variable("CACHE_BUCKET")
     }
 
     /// Uploads an object into the source bucket.
-    ///
-    /// # Errors
-    /// When the emulator refuses it.
     pub async fn upload(
         &self,
         key: &str,
@@ -108,9 +88,6 @@ impl Deployment {
     }
 
     /// Takes what has arrived at the next middleware: CloudEvents, oldest first.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn take_events(&self) -> Result<Vec<Value>, DeployError> {
         let messages = self.take(&self.next_queue_url).await?;
         let events = messages.iter().map(|message| json_of(message.body()));
@@ -118,9 +95,6 @@ impl Deployment {
     }
 
     /// Takes what has arrived in the dead-letter queue.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn take_rejections(&self) -> Result<Vec<DeadLetter>, DeployError> {
         let messages = self.take(&self.dead_letter_queue_url()).await?;
         Ok(messages.iter().map(dead_letter).collect())
@@ -161,9 +135,6 @@ impl Deployment {
     }
 
     /// How many messages a queue holds.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn queue_counts(&self, queue_url: &str) -> Result<QueueCounts, DeployError> {
         let (visible, hidden) = (
             QueueAttributeName::ApproximateNumberOfMessages,
@@ -185,9 +156,6 @@ impl Deployment {
     }
 
     /// Reads an object; none when there is none.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn object(&self, bucket: &str, key: &str) -> Result<Option<Vec<u8>>, DeployError> {
         let what = format!("reading s3://{bucket}/{key}");
         let found = match self.s3.get_object().bucket(bucket).key(key).send().await {
@@ -205,9 +173,6 @@ impl Deployment {
     }
 
     /// Invokes a function by its logical id and answers its payload.
-    ///
-    /// # Errors
-    /// When it cannot be invoked or fails.
     pub async fn invoke(&self, logical_id: &str, payload: &Value) -> Result<Value, DeployError> {
         let what = format!("invoking {logical_id}");
         let invoke = self
@@ -228,18 +193,12 @@ impl Deployment {
     }
 
     /// The log lines of a function since the deployment, by its logical id.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn function_logs(&self, logical_id: &str) -> Result<Vec<LogLine>, DeployError> {
         self.function_logs_since(logical_id, self.started_ms).await
     }
 
     /// The log lines of a function from an instant on (milliseconds since
     /// 1970), oldest first. They appear when an invocation ends.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn function_logs_since(
         &self,
         logical_id: &str,
@@ -289,9 +248,6 @@ impl Deployment {
 
     /// Waits until no message, task or instance is left. False when that took
     /// longer than `limit`.
-    ///
-    /// # Errors
-    /// When the emulator does not answer.
     pub async fn until_idle(&self, limit: Duration) -> Result<bool, DeployError> {
         let started = Instant::now();
         loop {
