@@ -20,7 +20,6 @@ const CEILING_LOOPS: usize = 4;
 /// Bytes of the vectors written meanwhile: those of 512 numbers as JSON.
 const CEILING_VECTOR_BYTES: usize = 6_000;
 
-/// The emulator and clients for it.
 pub struct Cloud {
     _emulator: MiniStack,
     pub port: u16,
@@ -54,7 +53,6 @@ pub struct Published {
 }
 
 impl Cloud {
-    /// Starts MiniStack on a free port.
     pub async fn start(ministack: &Path, logs: &Path) -> Result<Self> {
         let emulator = MiniStack::start(ministack, &logs.join("ministack.log"))?;
         let (port, endpoint) = (emulator.port(), emulator.endpoint().to_owned());

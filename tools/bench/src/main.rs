@@ -86,7 +86,6 @@ struct Arguments {
     no_reference: bool,
 }
 
-/// The figures of one run.
 #[derive(Clone, Debug, Serialize)]
 struct Figures {
     set: String,
@@ -242,7 +241,6 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// Everything that was measured.
 #[derive(Default, Serialize)]
 struct Results {
     end_to_end: Vec<Figures>,

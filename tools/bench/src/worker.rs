@@ -19,7 +19,6 @@ const POLL: Duration = Duration::from_millis(100);
 /// Between looks for the first vector.
 const FIRST_POLL: Duration = Duration::from_millis(20);
 
-/// Which worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `gpu-task`.
@@ -29,7 +28,6 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The name in the table.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Task => "gpu-task",

@@ -21,19 +21,14 @@ use anyhow::Context;
 use source::Programs;
 use template::Template;
 
-/// Something that must not be deployed like this.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding {
-    /// The check that found it.
     pub check: &'static str,
-    /// The resource, file or parameter.
     pub place: String,
-    /// What is wrong, and what would be right.
     pub problem: String,
 }
 
 impl Finding {
-    /// A finding of `check` at `place`.
     pub fn new(check: &'static str, place: impl Into<String>, problem: impl Into<String>) -> Self {
         Self {
             check,
@@ -53,7 +48,6 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Everything that the project's own assertions look at.
 #[derive(Clone)]
 pub struct Project {
     /// `infra/template.yaml`.
@@ -73,7 +67,6 @@ pub struct Project {
 }
 
 impl Project {
-    /// Reads the project below `root`.
     pub fn read(root: &Path) -> anyhow::Result<Self> {
         let text = |path: &str| {
             std::fs::read_to_string(root.join(path))
@@ -94,7 +87,6 @@ impl Project {
         })
     }
 
-    /// The findings of every own assertion, without repetitions.
     pub fn findings(&self) -> Vec<Finding> {
         let mut findings: Vec<Finding> = checks::ALL.iter().flat_map(|check| check(self)).collect();
         findings.sort();

@@ -20,7 +20,6 @@ use template::read_yaml;
 /// Region that the linters assume; the template itself names none.
 const REGION: &str = "us-east-1";
 
-/// The linters, where they are installed.
 pub struct Linters {
     root: PathBuf,
     tools: PathBuf,

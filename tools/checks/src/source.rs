@@ -11,9 +11,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// A program that the template deploys.
 pub struct Program {
-    /// Name of its package.
     pub name: &'static str,
     /// Folders with its own sources.
     own: &'static [&'static str],
@@ -23,7 +21,6 @@ pub struct Program {
     never_run: &'static [&'static str],
 }
 
-/// The three programs.
 pub const PROGRAMS: &[Program] = &[
     Program {
         name: "intake",
@@ -54,7 +51,6 @@ pub const PROGRAMS: &[Program] = &[
     },
 ];
 
-/// What one program does, as its sources say.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// Environment variables that it reads.
@@ -67,12 +63,10 @@ pub struct Facts {
     pub literals: BTreeSet<String>,
 }
 
-/// The facts of all programs, by name.
 #[derive(Clone, Default)]
 pub struct Programs(pub BTreeMap<&'static str, Facts>);
 
 impl Programs {
-    /// Reads the sources below `root`.
     pub fn read(root: &Path) -> anyhow::Result<Self> {
         let mut programs = BTreeMap::new();
         for program in PROGRAMS {
@@ -83,7 +77,6 @@ impl Programs {
         Ok(Self(programs))
     }
 
-    /// The facts of one program.
     pub fn of(&self, name: &str) -> Facts {
         self.0.get(name).cloned().unwrap_or_default()
     }

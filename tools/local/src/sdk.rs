@@ -13,7 +13,6 @@ use thiserror::Error;
 
 /// A client configuration for one endpoint, with plain HTTP, fixed credentials
 /// and nothing taken from the surrounding shell.
-#[must_use]
 pub fn config(endpoint: &str) -> SdkConfig {
     let credentials = Credentials::new(CREDENTIALS, CREDENTIALS, None, None, "local");
     SdkConfig::builder()
@@ -26,13 +25,10 @@ pub fn config(endpoint: &str) -> SdkConfig {
         .build()
 }
 
-/// A call to the emulated AWS that failed.
 #[derive(Debug, Error)]
 #[error("{what}: {problem}")]
 pub struct CallFailed {
-    /// What was being done.
     pub what: String,
-    /// What the service said.
     pub problem: String,
 }
 

@@ -38,59 +38,36 @@ const GUARD: &str = r#"read -r _
 for _ in 1 2 3 4 5 6 7 8 9 10; do kill -9 -- "-$1" 2>/dev/null || break; sleep 0.1; done
 rm -rf "$2""#;
 
-/// Why the emulator is not there.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// No program was named.
     #[error(
         "{PROGRAM_VARIABLE} is not set: it names the ministack program, which `cargo xtask` installs into .tools/venv (run `cargo xtask demo` or `cargo xtask test`)"
     )]
     NotNamed,
-    /// It could not be started.
     #[error("cannot start {program}: {source}")]
-    Start {
-        program: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// It started and did not answer.
+    Start { program: PathBuf, source: io::Error },
     #[error("{program} does not answer: {problem}; its output is in {log}")]
     Silent {
         program: PathBuf,
-        /// In words.
         problem: String,
-        /// Its log file.
         log: PathBuf,
     },
 }
 
-/// A call that was not answered with success.
 #[derive(Debug, Error)]
 pub enum CallError {
-    /// The connection.
     #[error("the emulator does not answer {call}: {source}")]
-    Connection {
-        /// Method and path.
-        call: String,
-        /// What the system said.
-        source: io::Error,
-    },
+    Connection { call: String, source: io::Error },
     /// Another status than 2xx.
     #[error("{call}: {status}: {body}")]
     Status {
-        /// Method and path.
         call: String,
-        /// As answered.
         status: u16,
-        /// What was answered.
         body: String,
     },
 }
 
 /// The program that `LOCAL_MINISTACK` names.
-///
-/// # Errors
-/// When the variable is not set.
 pub fn program_from_env() -> Result<PathBuf, StartError> {
     std::env::var_os(PROGRAM_VARIABLE)
         .filter(|path| !path.is_empty())
@@ -112,17 +89,11 @@ pub struct MiniStack {
 
 impl MiniStack {
     /// Starts the emulator, with its output in `log`, and waits until it answers.
-    ///
-    /// # Errors
-    /// When it cannot be started or does not answer.
     pub fn start(program: &Path, log: &Path) -> Result<Self, StartError> {
         Self::start_with(program, log, &[])
     }
 
     /// As [`Self::start`], with further settings as environment variables.
-    ///
-    /// # Errors
-    /// When it cannot be started or does not answer.
     pub fn start_with(
         program: &Path,
         log: &Path,
@@ -216,22 +187,15 @@ impl MiniStack {
         })
     }
 
-    /// Its port on 127.0.0.1.
-    #[must_use]
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where it is served.
-    #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }
 
     /// One plain HTTP call, for what needs no SDK crate.
-    ///
-    /// # Errors
-    /// When it is not answered, or with another status than 2xx.
     pub fn request(
         &self,
         method: &str,
@@ -266,9 +230,6 @@ fn guard(group: u32, folder: &Path) -> io::Result<Child> {
 }
 
 /// One plain HTTP call to the emulator on a port; see [`MiniStack::request`].
-///
-/// # Errors
-/// When it is not answered, or with another status than 2xx.
 pub fn request(
     port: u16,
     method: &str,

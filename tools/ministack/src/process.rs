@@ -82,7 +82,6 @@ fn pid_of(pid: u32) -> Option<Pid> {
 /// the surrounding shell are not among them, so that nothing reaches real AWS.
 /// ONNX Runtime asks the environment alone whether it may send telemetry when
 /// it is loaded, and leaves files of it behind.
-#[must_use]
 pub fn base_environment() -> BTreeMap<String, OsString> {
     const PASSED_ON: [&str; 10] = [
         "PATH",
@@ -105,7 +104,6 @@ pub fn base_environment() -> BTreeMap<String, OsString> {
 
 /// The path of a program beside the running one: `target/debug/local` finds
 /// `target/debug/gpu-task`; a test in `target/debug/deps` finds it one up.
-#[must_use]
 pub fn sibling(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let mut folder = own.parent().unwrap_or(Path::new(".")).to_owned();

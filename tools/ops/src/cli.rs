@@ -21,12 +21,10 @@ pub const KNOWN_MODELS: [&str; 4] = ["ViT-B/32", "ViT-B/16", "ViT-L/14", "tiny"]
 #[derive(Debug, Parser)]
 #[command(name = "clip-ops", version)]
 pub struct Cli {
-    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Put the images that lie in a bucket already onto the input queue.
@@ -65,7 +63,6 @@ Examples:
 
 Exit status: 0 done, 1 failed (run it again to go on), 2 wrong options, 130 and 143 stopped by a signal.";
 
-/// Options of `backfill`.
 #[derive(Debug, Args)]
 #[command(after_long_help = BACKFILL_EXAMPLES, after_help = "Examples: --help")]
 pub struct BackfillArgs {
@@ -167,7 +164,6 @@ most after a kill), and count one more receive.
 
 Exit status: 0 done, 1 failed, 2 wrong options, 130 and 143 stopped by a signal.";
 
-/// Options of `redrive`.
 #[derive(Debug, Args)]
 #[command(after_long_help = REDRIVE_EXAMPLES, after_help = "Examples: --help")]
 pub struct RedriveArgs {

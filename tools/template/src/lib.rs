@@ -17,45 +17,26 @@ pub use yaml::read_yaml;
 /// Values of parameters, by name.
 pub type Parameters = BTreeMap<String, String>;
 
-/// What is wrong with a template or its parameters.
 #[derive(Debug, Error, PartialEq)]
 pub enum TemplateError {
-    /// It cannot be read.
     #[error("the template is not valid YAML: {0}")]
     Yaml(String),
-    /// There is nothing to deploy in it.
     #[error("the template has no Resources")]
     NoResources,
-    /// A parameter without a default was not given.
     #[error("parameter {0} has no default and was not given")]
     MissingParameter(String),
-    /// A parameter that the template does not have.
     #[error("the template has no parameter {0}")]
     UnknownParameter(String),
-    /// A value outside of what the parameter accepts.
     #[error("parameter {name} is {value:?}: {accepted}")]
     ParameterValue {
-        /// The parameter.
         name: String,
-        /// What was given.
         value: String,
         accepted: String,
     },
-    /// A reference that leads nowhere.
     #[error("{place}: {name} is neither a parameter nor a resource")]
-    UnknownReference {
-        /// Path to the reference.
-        place: String,
-        name: String,
-    },
-    /// A function that is malformed or not known here.
+    UnknownReference { place: String, name: String },
     #[error("{place}: cannot resolve {function}")]
-    Function {
-        /// Path to the function.
-        place: String,
-        /// As it is written.
-        function: String,
-    },
+    Function { place: String, function: String },
 }
 
 /// What CloudFormation knows once the resources exist.
@@ -122,7 +103,6 @@ impl Stack {
     }
 
     /// A resource's properties; null when there is none of that id.
-    #[must_use]
     pub fn properties(&self, id: &str) -> &Value {
         let resource = self.resources.get(id);
         resource.map_or(&Value::Null, |resource| &resource.properties)
@@ -131,9 +111,6 @@ impl Stack {
 
 impl Template {
     /// Reads a template's text.
-    ///
-    /// # Errors
-    /// When it is not YAML or has no resources.
     pub fn parse(text: &str) -> Result<Self, TemplateError> {
         let root = read_yaml(text)?;
         if !root["Resources"].is_object() {
@@ -146,16 +123,11 @@ impl Template {
     }
 
     /// A part of the template as it was written, by JSON pointer.
-    #[must_use]
     pub fn part(&self, pointer: &str) -> &Value {
         self.root.pointer(pointer).unwrap_or(&Value::Null)
     }
 
     /// Resolves the template for `parameters` over their defaults.
-    ///
-    /// # Errors
-    /// When a parameter is missing, unknown or not accepted, a reference leads
-    /// nowhere, or a function is malformed.
     pub fn resolve(
         &self,
         parameters: &Parameters,
@@ -261,7 +233,6 @@ fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
 }
 
 /// A scalar as CloudFormation hands it on: everything becomes text.
-#[must_use]
 pub fn text_of(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -271,7 +242,6 @@ pub fn text_of(value: &Value) -> String {
 }
 
 /// A number that may be written as a string.
-#[must_use]
 pub fn number(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
@@ -281,7 +251,6 @@ pub fn number(value: &Value) -> Option<f64> {
 }
 
 /// A value or a list of values, as a list.
-#[must_use]
 pub fn list(value: &Value) -> Vec<&Value> {
     match value {
         Value::Null => Vec::new(),
@@ -292,7 +261,6 @@ pub fn list(value: &Value) -> Vec<&Value> {
 
 /// The logical id that a value refers to (`Ref`, `Fn::GetAtt`, or a
 /// `Fn::Sub` that is nothing else).
-#[must_use]
 pub fn referred(value: &Value) -> Option<&str> {
     if let Some(id) = value["Ref"].as_str().or(value["Fn::GetAtt"][0].as_str()) {
         return Some(id);

@@ -19,10 +19,6 @@ enum Content {
 }
 
 /// Reads one document.
-///
-/// # Errors
-/// When it is not YAML, is empty, repeats a key or uses aliases, which
-/// CloudFormation does not take.
 pub fn read_yaml(text: &str) -> Result<Value, TemplateError> {
     let mut open: Vec<Open> = Vec::new();
     let mut root = None;

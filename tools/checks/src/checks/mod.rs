@@ -17,7 +17,6 @@ use crate::{Finding, Project};
 /// A check, from the project to what is wrong with it.
 pub type Check = fn(&Project) -> Vec<Finding>;
 
-/// Every check.
 pub const ALL: &[Check] = &[
     compute::auto_scaling_groups,
     compute::instances,

@@ -36,9 +36,7 @@ const LEFT_OUT: &[&str] = &[
 /// The user of the task definition and of distroless's `nonroot` images.
 pub(super) const USER: u32 = 65532;
 
-/// An assembled image.
 pub(super) struct Image {
-    /// The merged root filesystem.
     pub root: PathBuf,
     /// The layers, from the one that changes least.
     pub layers: Vec<(&'static str, PathBuf)>,

@@ -32,10 +32,8 @@ const SEARCH_PATH: &[&str] = &[
 /// What starts or is loaded by name.
 const ROOTS: &[&str] = &["usr/local/bin", "opt/clip"];
 
-/// What was found.
 #[derive(Debug, Default)]
 pub struct Summary {
-    /// Programs and libraries that were followed.
     pub objects: usize,
     /// Needed libraries that the driver brings.
     pub left_to_the_driver: Vec<String>,
@@ -43,7 +41,6 @@ pub struct Summary {
     pub problems: Vec<String>,
 }
 
-/// What one program or library says of itself.
 #[derive(Default)]
 struct Object {
     needed: Vec<String>,

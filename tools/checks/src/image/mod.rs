@@ -23,7 +23,6 @@ pub use elf::resolve;
 /// Largest image, compressed: what an instance pulls at each cold start.
 const MAX_COMPRESSED_BYTES: u64 = 1_200_000_000;
 
-/// Which image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variant {
     /// For trials without a GPU.
@@ -41,21 +40,16 @@ impl Variant {
     }
 }
 
-/// What to assemble, from what.
 pub struct Request<'a> {
-    /// Which image.
     pub variant: Variant,
-    /// The workspace's root.
     pub root: &'a Path,
     /// The release build of gpu-task.
     pub gpu_task: &'a Path,
-    /// A model bundle for the trial.
     pub model: &'a Path,
     /// Downloads and root filesystems are kept here.
     pub work: &'a Path,
     /// A Python with pip, for the wheels.
     pub python: &'a Path,
-    /// The AWS emulator's program, for the trial.
     pub emulator: &'a Path,
     /// The stand-in for CUDA's libraries, for the rehearsal.
     pub stand_in: &'a Path,
@@ -65,14 +59,12 @@ pub struct Request<'a> {
     pub rehearsal_model: &'a Path,
 }
 
-/// A layer of the image.
 struct Layer {
     name: &'static str,
     bytes: u64,
     compressed: u64,
 }
 
-/// What was assembled and found.
 pub struct Report {
     variant: Variant,
     layers: Vec<Layer>,
@@ -83,7 +75,6 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether the image is as it must be.
     pub fn is_good(&self) -> bool {
         self.problems.is_empty()
     }

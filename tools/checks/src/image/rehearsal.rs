@@ -53,7 +53,6 @@ const SHOWN_LOG: usize = 3000;
 /// No run takes nearly as long.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// What was seen.
 #[derive(Default)]
 pub(super) struct Rehearsal {
     /// Libraries of the image that were opened, linked or not.

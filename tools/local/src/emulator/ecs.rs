@@ -39,11 +39,9 @@ const DEFAULT_STOP_TIMEOUT_S: u64 = 30;
 #[derive(Debug, Clone, Error)]
 #[error("{code}: {message}")]
 pub struct Refusal {
-    /// The HTTP status.
     pub status: u16,
     /// The error's type, such as `InvalidParameterException`.
     pub code: String,
-    /// In words.
     pub message: String,
     /// Further members of the error's shape.
     pub extra: Map<String, Value>,
@@ -66,7 +64,6 @@ impl Refusal {
 
 type Answer = Result<Value, Refusal>;
 
-/// Carries out one call.
 pub(crate) fn call(cloud: &Cloud, operation: &str, request: &Value) -> Answer {
     match operation {
         "RunTask" => run_task(cloud, request),

@@ -75,7 +75,6 @@ pub enum CheckpointError {
     InUse { path: PathBuf },
 }
 
-/// The file that holds the checkpoint.
 #[derive(Debug)]
 pub struct CheckpointFile {
     path: PathBuf,

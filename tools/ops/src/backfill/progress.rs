@@ -15,7 +15,6 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two movements of the bar's spinner.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Shows counts and rate.
 pub struct Display {
     bar: ProgressBar,
     first: Mutex<Option<(Instant, u64)>>,
@@ -41,7 +40,6 @@ impl Display {
         self.bar.set_message(what);
     }
 
-    /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

@@ -6,7 +6,6 @@ use aws_sdk_lambda::primitives::Blob;
 use aws_sdk_lambda::types::InvocationType;
 use platform::aws;
 
-/// Someone who starts tasks.
 #[async_trait]
 pub trait Waker: Send + Sync {
     async fn wake(&self) -> Result<(), aws::Error>;

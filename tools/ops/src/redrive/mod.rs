@@ -95,7 +95,6 @@ pub struct Counts {
     pub seen: u64,
     pub chosen: u64,
     pub sent: u64,
-    /// Messages deleted from the dead-letter queue.
     pub deleted: u64,
     /// Chosen messages that stay: their body was cut when they were rejected,
     /// or the record lacks what intake was invoked with.
@@ -104,7 +103,6 @@ pub struct Counts {
     pub failed: u64,
 }
 
-/// What a run brought.
 #[derive(Debug, Default)]
 pub struct Report {
     pub counts: Counts,

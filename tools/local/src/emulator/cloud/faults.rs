@@ -2,7 +2,6 @@
 
 use std::{sync::Mutex, time::Duration};
 
-/// How a call fails.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ApiFaultKind {
     /// `ThrottlingException` (ECS) or `Throttling` (Auto Scaling), "Rate exceeded".
@@ -15,19 +14,13 @@ pub enum ApiFaultKind {
     /// The answer takes this much longer.
     Slow(Duration),
     /// A client error with this code and message, such as `AccessDeniedException`.
-    Refused {
-        /// The error code.
-        code: String,
-        message: String,
-    },
+    Refused { code: String, message: String },
 }
 
-/// A rule for failing calls.
 #[derive(Debug, Clone)]
 pub struct ApiFault {
     /// The operation that fails, such as `RunTask`; none for every operation.
     pub operation: Option<String>,
-    /// How it fails.
     pub kind: ApiFaultKind,
     /// Share of the calls that fail, 0 to 1.
     pub rate: f64,
@@ -37,7 +30,6 @@ pub struct ApiFault {
 
 impl ApiFault {
     /// Every call of `operation` fails this way until the faults are cleared.
-    #[must_use]
     pub fn always(operation: &str, kind: ApiFaultKind) -> Self {
         Self {
             operation: Some(operation.to_owned()),
@@ -48,7 +40,6 @@ impl ApiFault {
     }
 
     /// The next `times` calls of `operation` fail this way.
-    #[must_use]
     pub fn next(operation: &str, times: u32, kind: ApiFaultKind) -> Self {
         Self {
             operation: Some(operation.to_owned()),
@@ -59,7 +50,6 @@ impl ApiFault {
     }
 
     /// This share of all calls fails this way.
-    #[must_use]
     pub fn share(rate: f64, kind: ApiFaultKind) -> Self {
         Self {
             operation: None,
@@ -70,7 +60,6 @@ impl ApiFault {
     }
 }
 
-/// The active faults.
 #[derive(Default)]
 pub(crate) struct Faults {
     active: Mutex<Active>,

@@ -1,11 +1,8 @@
 //! The EC2 instance types that the pipeline can run on.
 
-/// What an instance type has.
 #[derive(Debug, Clone, Copy)]
 pub struct InstanceType {
-    /// Such as `g4dn.xlarge`.
     pub name: &'static str,
-    /// Virtual CPUs.
     pub vcpus: u64,
     /// Memory in MiB, as EC2 lists it.
     pub memory_mib: u64,
@@ -44,7 +41,6 @@ const KNOWN: [InstanceType; 16] = [
 impl InstanceType {
     /// Looks a type up by name. An unknown one is taken for the smallest with a
     /// GPU, since a template may name types newer than this list.
-    #[must_use]
     pub fn named(name: &str) -> InstanceType {
         KNOWN
             .into_iter()
@@ -53,7 +49,6 @@ impl InstanceType {
     }
 
     /// CPU units that ECS registers: 1,024 per virtual CPU.
-    #[must_use]
     pub fn cpu_units(&self) -> u64 {
         self.vcpus * 1024
     }
@@ -61,7 +56,6 @@ impl InstanceType {
     /// Memory that ECS registers. The kernel and the agent keep some: a
     /// g4dn.xlarge with 16,384 MiB registers less than that, which is why a
     /// task definition that asks for all of it is never placed.
-    #[must_use]
     pub fn registered_memory_mib(&self) -> u64 {
         self.memory_mib * 95 / 100
     }

@@ -73,7 +73,6 @@ impl Default for Timings {
 
 impl Timings {
     /// For tests: every step takes a few milliseconds.
-    #[must_use]
     pub fn fast() -> Self {
         Self {
             instance_launch: Duration::from_millis(40),
@@ -86,7 +85,6 @@ impl Timings {
     }
 }
 
-/// What a container image stands for on this machine.
 #[derive(Debug, Clone)]
 pub struct ImageProgram {
     /// The program that the image's entry point runs.
@@ -97,26 +95,18 @@ pub struct ImageProgram {
     pub environment: BTreeMap<String, String>,
 }
 
-/// An Auto Scaling group, as it is created.
 #[derive(Debug, Clone)]
 pub struct GroupConfig {
-    /// The group's name.
     pub name: String,
-    /// The ECS cluster that its instances join.
     pub cluster: String,
-    /// The EC2 instance type, such as `g4dn.xlarge`.
     pub instance_type: String,
     /// Spot instead of On-Demand: only the wording of failures differs.
     pub spot: bool,
-    /// Lower limit of the desired capacity.
     pub min: usize,
-    /// Upper limit of the desired capacity.
     pub max: usize,
-    /// Desired capacity.
     pub desired: usize,
     /// Availability zones, used in turn.
     pub zones: Vec<String>,
-    /// New instances are protected from scale-in.
     pub protect_new_instances: bool,
     /// Scale-in takes the newest instance first (`NewestInstance`), not the oldest.
     pub newest_first: bool,
@@ -124,7 +114,6 @@ pub struct GroupConfig {
 
 impl GroupConfig {
     /// A group from zero with one zone.
-    #[must_use]
     pub fn new(name: &str, cluster: &str, instance_type: &str, max: usize) -> Self {
         Self {
             name: name.to_owned(),
@@ -141,37 +130,27 @@ impl GroupConfig {
     }
 }
 
-/// How the local cloud is set up.
 #[derive(Debug, Clone)]
 pub struct CloudConfig {
-    /// The region in ARNs and events.
     pub region: String,
-    /// Delays of every step.
     pub timings: Timings,
-    /// Container images by name.
     pub images: BTreeMap<String, ImageProgram>,
     /// Where each task's output goes, one file per task.
     pub log_dir: PathBuf,
 }
 
-/// An event as EventBridge delivers it.
 #[derive(Debug, Clone)]
 pub struct AwsEvent {
     /// `aws.ecs` or `aws.autoscaling`.
     pub source: &'static str,
-    /// Such as `ECS Task State Change`.
     pub detail_type: &'static str,
-    /// ARNs that the event is about.
     pub resources: Vec<String>,
-    /// When it happened.
     pub time: DateTime<Utc>,
-    /// The event's content.
     pub detail: Value,
 }
 
 impl AwsEvent {
     /// The whole event, in the form that targets receive.
-    #[must_use]
     pub fn envelope(&self, region: &str) -> Value {
         json!({
             "version": "0",
@@ -187,16 +166,11 @@ impl AwsEvent {
     }
 }
 
-/// One call to the local APIs, kept for tests.
 #[derive(Debug, Clone)]
 pub struct ApiCall {
-    /// When it arrived.
     pub at: DateTime<Utc>,
-    /// Such as `RunTask`.
     pub operation: String,
-    /// Its parameters.
     pub request: Value,
-    /// The error code it was answered with, if any.
     pub error: Option<String>,
 }
 
@@ -205,46 +179,32 @@ pub struct ApiCall {
 pub struct TaskView {
     /// The last segment of its ARN.
     pub id: String,
-    /// Where it is in its life.
     pub status: TaskStatus,
-    /// Its EC2 instance.
     pub instance: String,
-    /// Its process, while there is one.
     pub pid: Option<u32>,
-    /// When RunTask made it.
     pub created_at: DateTime<Utc>,
-    /// When its process started.
     pub started_at: Option<DateTime<Utc>>,
-    /// When it was over.
     pub stopped_at: Option<DateTime<Utc>>,
     /// Such as `EssentialContainerExited`.
     pub stop_code: Option<String>,
-    /// In words.
     pub stopped_reason: Option<String>,
     /// Of its process; 128 + the signal when it was killed.
     pub exit_code: Option<i32>,
-    /// The file with its output.
     pub log: PathBuf,
 }
 
 /// An instance as a test or a display sees it.
 #[derive(Debug, Clone)]
 pub struct InstanceView {
-    /// The EC2 instance id.
     pub id: String,
-    /// Its Auto Scaling group.
     pub group: String,
-    /// Such as `g4dn.xlarge`.
     pub instance_type: String,
-    /// Where it is in its life.
     pub lifecycle: Lifecycle,
-    /// When it was launched.
     pub launched_at: DateTime<Utc>,
     /// Whether its ECS agent has registered, and its status in the cluster.
     pub container_status: Option<ContainerInstanceStatus>,
 }
 
-/// Everything at one instant.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// Every task that is still visible, stopped ones included, oldest first.
@@ -258,8 +218,6 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Tasks that are not over.
-    #[must_use]
     pub fn live_tasks(&self) -> usize {
         self.tasks
             .iter()
@@ -267,8 +225,6 @@ impl Snapshot {
             .count()
     }
 
-    /// Instances that are not gone.
-    #[must_use]
     pub fn live_instances(&self) -> usize {
         self.instances
             .iter()
@@ -312,7 +268,6 @@ impl Drop for Inner {
 
 impl Cloud {
     /// An empty cloud. Must be called inside a Tokio runtime.
-    #[must_use]
     pub fn new(config: CloudConfig) -> Self {
         let (events, _) = broadcast::channel(EVENT_BUFFER);
         let timings = config.timings.clone();
@@ -332,9 +287,6 @@ impl Cloud {
 
     /// Serves ECS and Auto Scaling on a free port of 127.0.0.1 and answers their
     /// common endpoint (`AWS_ENDPOINT_URL_ECS`, `AWS_ENDPOINT_URL_AUTO_SCALING`).
-    ///
-    /// # Errors
-    /// When no port can be bound.
     pub async fn serve(&self) -> std::io::Result<String> {
         if let Some(endpoint) = self.inner.endpoint.get() {
             return Ok(endpoint.clone());
@@ -347,7 +299,6 @@ impl Cloud {
             .clone())
     }
 
-    /// Creates an ECS cluster.
     pub fn create_cluster(&self, name: &str) -> String {
         let arn = self.arn("ecs", &format!("cluster/{name}"));
         let cluster = ClusterState {
@@ -364,21 +315,14 @@ impl Cloud {
     }
 
     /// Registers a task definition, as RegisterTaskDefinition would.
-    ///
-    /// # Errors
-    /// What the API would answer.
     pub fn register_task_definition(&self, definition: &Value) -> Result<String, Refusal> {
         ecs::register_task_definition(self, definition)
     }
 
-    /// Events from now on.
-    #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<AwsEvent> {
         self.inner.events.subscribe()
     }
 
-    /// Tasks and instances as they are now.
-    #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         let mut tasks: Vec<TaskView> = state
@@ -424,12 +368,10 @@ impl Cloud {
     }
 
     /// Every API call so far (the latest 20,000).
-    #[must_use]
     pub fn calls(&self) -> Vec<ApiCall> {
         self.lock().calls.iter().cloned().collect()
     }
 
-    /// Changes the delays from now on.
     pub fn set_timings(&self, timings: Timings) {
         *self
             .inner
@@ -471,7 +413,6 @@ impl Cloud {
         self.inner.faults.add(fault);
     }
 
-    /// Ends all API faults.
     pub fn clear_api_faults(&self) {
         self.inner.faults.clear();
     }

@@ -95,7 +95,6 @@ pub(crate) struct ClientToken {
     pub created_at: DateTime<Utc>,
 }
 
-/// An Auto Scaling group.
 pub(crate) struct Group {
     pub config: GroupConfig,
     pub arn: String,
@@ -111,7 +110,6 @@ pub(crate) struct Group {
     pub retry_scheduled: bool,
 }
 
-/// A tag of an Auto Scaling group.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupTag {
     pub value: String,
@@ -165,18 +163,13 @@ impl ActivityStatus {
 /// TerminateInstanceInAutoScalingGroup or by a fault (`Cloud::kill_instance`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lifecycle {
-    /// EC2 is starting it.
     Pending,
-    /// It runs and is healthy.
     InService,
-    /// It is being shut down.
     Terminating,
-    /// It is gone.
     Terminated,
 }
 
 impl Lifecycle {
-    /// The name in Auto Scaling's answers.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pending => "Pending",
@@ -200,7 +193,6 @@ pub(crate) struct Resources {
     pub gpus: Vec<String>,
 }
 
-/// An EC2 instance of a group.
 pub(crate) struct Instance {
     pub id: String,
     pub group: String,
@@ -228,7 +220,6 @@ pub(crate) struct Registration {
     pub version: u64,
 }
 
-/// A container instance's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContainerInstanceStatus {
     /// It takes new tasks.
@@ -240,7 +231,6 @@ pub enum ContainerInstanceStatus {
 }
 
 impl ContainerInstanceStatus {
-    /// The name in the ECS API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Active => "ACTIVE",
@@ -272,7 +262,6 @@ pub(crate) struct TaskDefinition {
     pub container: Container,
 }
 
-/// The container of a task definition.
 #[derive(Debug, Clone)]
 pub(crate) struct Container {
     pub name: String,
@@ -289,11 +278,8 @@ pub(crate) struct Container {
 /// process and the loss of its instance move it to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TaskStatus {
-    /// Placed; the image is being pulled.
     Pending,
-    /// The container is being started.
     Activating,
-    /// The process runs.
     Running,
     /// The process has been told to stop.
     Stopping,
@@ -302,7 +288,6 @@ pub enum TaskStatus {
 }
 
 impl TaskStatus {
-    /// The name in the ECS API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pending => "PENDING",
