@@ -8,8 +8,6 @@ import * as ecs from 'aws-cdk-lib/aws-ecs';
 import * as iam from 'aws-cdk-lib/aws-iam';
 import * as kms from 'aws-cdk-lib/aws-kms';
 import * as lambda from 'aws-cdk-lib/aws-lambda';
-import * as sns from 'aws-cdk-lib/aws-sns';
-import * as subscriptions from 'aws-cdk-lib/aws-sns-subscriptions';
 import { CfnInclude } from 'aws-cdk-lib/cloudformation-include';
 import { Construct } from 'constructs';
 import { accountBucket, Artifacts, ClipContainerImage } from './artifacts';
@@ -60,7 +58,6 @@ export class Deployment extends Construct {
       ...fill('PrivateSubnet', subnetIds.slice(0, numbered('PrivateSubnet').length)),
       KmsKeyArn: props.kmsKey?.keyArn,
       ...given(toParameters(props)),
-      ...given({ AlarmTopicArn: this.alarmTopicFor(props) }),
       ModelBucket: (props.modelBundle?.bucket ?? accountBucket(this)).bucketName,
       ...('uri' in image ? {} : given({ ImageRepository: image.repository, ImageReference: image.reference })),
       ...given(props.values),
@@ -76,7 +73,10 @@ export class Deployment extends Construct {
     this.scaler = this.function('Scaler', role('ScalerRole'));
     this.provide(artifacts.functionCode.bind(artifacts), image);
     props.modelBundle?.bucket.encryptionKey?.grantDecrypt(this.taskRole);
-    if (props.kmsKey) allowVolumes(props.kmsKey);
+    if (props.kmsKey) {
+      allowVolumes(props.kmsKey);
+      if (this.resourceNames.includes('AlarmTopic')) allowServices(props.kmsKey, 'cloudwatch');
+    }
   }
 
   /** A resource of the template by its name there. */
@@ -89,21 +89,6 @@ export class Deployment extends Construct {
     return Object.fromEntries(this.resourceNames
       .filter((name) => TEMPLATE.Resources[name]!.Type === 'AWS::CloudWatch::Alarm')
       .map((name) => [name, cloudwatch.Alarm.fromAlarmArn(this, name, this.resource<cloudwatch.CfnAlarm>(name).attrArn)]));
-  }
-
-  private alarmTopicFor({ alarmEmail, alarmTopic }: ClipSettings): string | undefined {
-    if (!alarmEmail) return undefined;
-    if (alarmTopic) throw new Error('alarmTopic or alarmEmail, not both: subscribe the address to the topic');
-    const topic = new sns.Topic(this, 'AlarmTopic', { enforceSSL: true });
-    // A topic with a policy of its own has lost the one that lets the account's alarms in.
-    topic.addToResourcePolicy(new iam.PolicyStatement({
-      principals: [new iam.ServicePrincipal('cloudwatch.amazonaws.com')],
-      actions: ['sns:Publish'],
-      resources: [topic.topicArn],
-      conditions: { StringEquals: { 'aws:SourceAccount': Aws.ACCOUNT_ID } },
-    }));
-    topic.addSubscription(new subscriptions.EmailSubscription(alarmEmail));
-    return topic.topicArn;
   }
 
   private function(name: string, role: iam.IRole): lambda.IFunction {
@@ -151,6 +136,15 @@ function include(scope: Construct, template: object, parameters: { [name: string
 /** The properties that have a value, so that the others do not hide what they would replace. */
 function given<T extends object>(values: T): Partial<T> {
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as Partial<T>;
+}
+
+/** Lets services read and write what is encrypted with the key, in their own name. */
+export function allowServices(key: kms.IKey, ...services: string[]): void {
+  key.addToResourcePolicy(new iam.PolicyStatement({
+    principals: services.map((service) => new iam.ServicePrincipal(`${service}.amazonaws.com`)),
+    actions: ['kms:Decrypt', 'kms:GenerateDataKey'],
+    resources: ['*'],
+  }));
 }
 
 /** Auto Scaling launches instances with encrypted volumes in its own name; its role may not exist yet. */

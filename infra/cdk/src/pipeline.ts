@@ -1,4 +1,4 @@
-import { Aws, Duration } from 'aws-cdk-lib';
+import { Aws } from 'aws-cdk-lib';
 import * as cloudwatch from 'aws-cdk-lib/aws-cloudwatch';
 import * as ec2 from 'aws-cdk-lib/aws-ec2';
 import * as iam from 'aws-cdk-lib/aws-iam';
@@ -8,13 +8,13 @@ import * as s3 from 'aws-cdk-lib/aws-s3';
 import * as sns from 'aws-cdk-lib/aws-sns';
 import * as sqs from 'aws-cdk-lib/aws-sqs';
 import { Construct } from 'constructs';
-import { CACHE_PREFIX, Deployment } from './deployment';
-import { ClipSettings, fill } from './settings';
+import { allowServices, CACHE_PREFIX, Deployment } from './deployment';
+import { ClipSettings, fill, Retention, retentionParameters } from './settings';
 
 export { Artifacts, ClipArtifacts, ClipContainerImage, PublishedArtifacts } from './artifacts';
 export { ClipModel } from './model';
 export { TemplateParameters } from './parameters';
-export { CapacityOption, ClipSettings, ModelBundle, OutputKind } from './settings';
+export { CapacityOption, ClipSettings, ModelBundle, OutputKind, Retention } from './settings';
 
 export interface ClipImagePipelineProps extends ClipSettings {
   /** The VPC in which the GPU instances run. */
@@ -27,7 +27,7 @@ export interface ClipImagePipelineProps extends ClipSettings {
    */
   readonly sourcePrefix?: string;
   /**
-   * Where the vectors go, below `clip-image-processor/`.
+   * Where the vectors go, below `clip-image-processor/`. Its lifetimes are its own.
    * @default a bucket of the construct's own, which stays when the stack is deleted
    */
   readonly cacheBucket?: s3.IBucket;
@@ -37,10 +37,10 @@ export interface ClipImagePipelineProps extends ClipSettings {
    */
   readonly kmsKey?: kms.IKey;
   /**
-   * The lifetime of vectors and messages, 1 to 14 days.
+   * The lifetime of vectors in the construct's own bucket, and of messages, which live 14 days at most.
    * @default 14 days
    */
-  readonly vectorRetention?: Duration;
+  readonly vectorRetention?: Retention;
 }
 
 /** CLIP vectors for the images of some buckets, without Lakechain. */
@@ -74,10 +74,11 @@ export class ClipImagePipeline extends Construct {
       values: {
         ...fill('SourceBucket', sources.map(({ bucketName }) => bucketName)),
         SourcePrefix: props.sourcePrefix,
-        RetentionDays: props.vectorRetention?.toDays(),
+        CacheBucketName: cacheBucket?.bucketName,
+        ...retentionParameters(props.vectorRetention),
       },
-      substitutes: cacheBucket ? { CacheBucket: { Ref: cacheBucket.bucketName, Arn: cacheBucket.bucketArn } } : {},
-      leftOut: cacheBucket ? ['CacheBucketPolicy'] : [],
+      substitutes: {},
+      leftOut: [],
     });
     const { taskRole, intake, scaler } = this.deployment;
     this.intake = intake;
@@ -97,7 +98,10 @@ export class ClipImagePipeline extends Construct {
       for (const role of [taskRole, intake.role!]) cacheBucket.encryptionKey.grantEncryptDecrypt(role);
     }
     this.alarms = this.deployment.alarms();
-    if (kmsKey) allowServices(kmsKey);
+    if (kmsKey) {
+      allowLogs(kmsKey);
+      allowServices(kmsKey, 'events', 'sns');
+    }
   }
 
   /** Lets somebody read the vectors. */
@@ -112,8 +116,8 @@ export class ClipImagePipeline extends Construct {
   }
 }
 
-/** The services that use the key in their own name. */
-function allowServices(key: kms.IKey): void {
+/** CloudWatch Logs uses the key for this account's log groups. */
+function allowLogs(key: kms.IKey): void {
   key.addToResourcePolicy(new iam.PolicyStatement({
     principals: [new iam.ServicePrincipal('logs.amazonaws.com')],
     actions: ['kms:Encrypt', 'kms:Decrypt', 'kms:ReEncrypt*', 'kms:GenerateDataKey*', 'kms:DescribeKey'],
@@ -123,10 +127,5 @@ function allowServices(key: kms.IKey): void {
         'kms:EncryptionContext:aws:logs:arn': `arn:${Aws.PARTITION}:logs:${Aws.REGION}:${Aws.ACCOUNT_ID}:log-group:*`,
       },
     },
-  }));
-  key.addToResourcePolicy(new iam.PolicyStatement({
-    principals: ['events', 'sns'].map((service) => new iam.ServicePrincipal(`${service}.amazonaws.com`)),
-    actions: ['kms:Decrypt', 'kms:GenerateDataKey'],
-    resources: ['*'],
   }));
 }

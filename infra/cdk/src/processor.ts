@@ -14,7 +14,7 @@ import { ClipArtifacts, VERSION } from './artifacts';
 import { CACHE_PREFIX, Deployment } from './deployment';
 import { ClipModel } from './model';
 import { TemplateParameters } from './parameters';
-import { CapacityOption, ClipSettings, ModelBundle, numbered, OutputKind, TEMPLATE } from './settings';
+import { CapacityOption, ClipSettings, days, ModelBundle, numbered, OutputKind, Retention, TEMPLATE } from './settings';
 import { Substitutes } from './template';
 
 const description: ServiceDescription = {
@@ -35,7 +35,7 @@ export interface ClipImageProcessorProps extends MiddlewareProps, ClipSettings {
    * Vectors live at least this long: raises the expiration of everything in the cache storage.
    * @default as long as the cache storage keeps anything, 1 day
    */
-  readonly vectorRetention?: Duration;
+  readonly vectorRetention?: Retention;
 }
 
 type Own = Omit<ClipImageProcessorProps, keyof MiddlewareProps>;
@@ -92,7 +92,7 @@ class ClipImageProcessorBuilder extends MiddlewareBuilder {
   /** @see ClipSettings.alarmEmail */
   public withAlarmEmail(address: string): this { return this.set('alarmEmail', address); }
   /** @see ClipImageProcessorProps.vectorRetention */
-  public withVectorRetention(time: Duration): this { return this.set('vectorRetention', time); }
+  public withVectorRetention(time: Retention): this { return this.set('vectorRetention', time); }
   /** @see ClipImageProcessorProps.deletedDocuments */
   public withDeletedDocuments(take = true): this { return this.set('deletedDocuments', take); }
   /** @see ClipSettings.artifacts */
@@ -150,6 +150,7 @@ export class ClipImageProcessor extends Middleware {
         // Documents come from the sources, which grant their own buckets, or lie in the cache.
         SourceEvents: 'None',
         [firstSource!]: cache.bucketName,
+        CacheBucketName: cache.bucketName,
         ...Object.fromEntries(otherSources.map((name) => [name, ''])),
         VisibilityTimeoutSeconds: visibility.toSeconds(),
         TaskMemoryMiB: settings.maxMemorySize,
@@ -159,11 +160,10 @@ export class ClipImageProcessor extends Middleware {
         InputQueue: queue(this.eventQueue),
         DeadLetterQueue: queue(this.deadLetterQueue),
         OutputTopic: { Ref: this.eventBus.topicArn, TopicName: this.eventBus.topicName },
-        CacheBucket: { Ref: cache.bucketName, Arn: cache.bucketArn },
         ...this.oneLogGroup(),
       },
       // Their policies are Lakechain's; S3 does not invoke intake for objects in the cache.
-      leftOut: ['InputQueuePolicy', 'DeadLetterQueuePolicy', 'OutputTopicPolicy', 'CacheBucketPolicy', `${firstSource}Permission`],
+      leftOut: ['InputQueuePolicy', 'DeadLetterQueuePolicy', 'OutputTopicPolicy', `${firstSource}Permission`],
     });
     this.intake = this.deployment.intake;
     this.scaler = this.deployment.scaler;
@@ -224,10 +224,12 @@ function queue({ queueUrl, queueArn, queueName }: sqs.IQueue): Substitutes[strin
 const kept = new WeakMap<s3.CfnBucket, number>();
 
 /** Of two rules S3 takes the shorter one, so the cache's own has to give way; of several wishes the longest counts. */
-function keepFor(cache: s3.IBucket, time: Duration): void {
+function keepFor(cache: s3.IBucket, time: Retention): void {
   const bucket = cache.node.defaultChild;
   if (!(bucket instanceof s3.CfnBucket)) throw new Error('withVectorRetention() needs a cache storage of this app');
-  const days = Math.max(time.toDays(), kept.get(bucket) ?? 1);
-  kept.set(bucket, days);
-  bucket.addPropertyOverride('LifecycleConfiguration.Rules.0.ExpirationInDays', days);
+  const longest = Math.max(days(time), kept.get(bucket) ?? 1);
+  kept.set(bucket, longest);
+  const expiration = 'LifecycleConfiguration.Rules.0.ExpirationInDays';
+  if (longest === Infinity) bucket.addPropertyDeletionOverride(expiration);
+  else bucket.addPropertyOverride(expiration, longest);
 }

@@ -33,6 +33,9 @@ export interface ModelBundle {
   readonly prefix?: string;
 }
 
+/** How long vectors live. */
+export type Retention = Duration | 'forever';
+
 /** What both constructs take. A default that is not named here is the template's (see {@link TemplateParameters}). */
 export interface ClipSettings {
   /**
@@ -57,7 +60,7 @@ export interface ClipSettings {
   readonly minInstances?: number;
   /**
    * GPU instance types in order of preference, at most three: the next is tried when there is no capacity of one.
-   * @default g4dn.xlarge, g4dn.2xlarge, g5.xlarge, all On-Demand
+   * @default g4dn.xlarge, g4dn.2xlarge, both On-Demand
    */
   readonly capacity?: CapacityOption[];
   /**
@@ -87,7 +90,7 @@ export interface ClipSettings {
   readonly outputs?: OutputKind[];
   /** Alarms are sent to this topic. */
   readonly alarmTopic?: sns.ITopic;
-  /** Alarms are sent to this address, which has to confirm it once. */
+  /** Alarms are sent to this address too, which has to confirm it once. */
   readonly alarmEmail?: string;
   /**
    * The functions and the container image.
@@ -140,5 +143,19 @@ export function toParameters(settings: ClipSettings): TemplateParameters {
     TargetDrainSeconds: settings.targetDrain?.toSeconds(),
     OutputKind: outputs && (order.filter((kind) => outputs.includes(kind)).join('+') as TemplateParameters['OutputKind']),
     AlarmTopicArn: settings.alarmTopic?.topicArn,
+    AlarmEmail: settings.alarmEmail,
   };
+}
+
+/** Days, of which `forever` has infinitely many. */
+export function days(retention: Retention): number {
+  return retention === 'forever' ? Infinity : retention.toDays();
+}
+
+/** Messages live as long as what they point to, within what SQS allows. */
+export function retentionParameters(vectors?: Retention): TemplateParameters {
+  if (!vectors) return {};
+  const time = days(vectors);
+  if (time < TEMPLATE.Parameters.RetentionDays!.MaxValue!) return { RetentionDays: time };
+  return { VectorRetentionDays: time === Infinity ? '0' : String(time) };
 }

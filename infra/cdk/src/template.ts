@@ -19,6 +19,7 @@ export interface Template {
   Parameters: { [name: string]: Parameter };
   Mappings: { [name: string]: { [key: string]: Fields } };
   Conditions: { [name: string]: Json };
+  Rules?: { [name: string]: { Assertions: { Assert: Json; AssertDescription: string }[] } };
   Resources: { [id: string]: Fields };
 }
 
@@ -94,6 +95,7 @@ export function specialise(
       case 'Fn::And': return all.every(condition);
       case 'Fn::Or': return all.some(condition);
       case 'Fn::Equals': return equal(all);
+      case 'Fn::Contains': return (all[0] as Json[]).some((one) => equal([one, all[1]!]));
       default: throw new Error(`cannot decide the condition ${JSON.stringify(at)}`);
     }
   }
@@ -168,6 +170,9 @@ export function specialise(
     return /\$\{[^!]/.test(written) ? { 'Fn::Sub': written } : written;
   }
 
+  for (const { Assert, AssertDescription } of Object.values(source.Rules ?? {}).flatMap(({ Assertions }) => Assertions)) {
+    if (!condition(Assert)) throw new Error(AssertDescription);
+  }
   const resources = Object.entries(source.Resources)
     .filter(([id, { Condition: test }]) => !gone.has(id) && (test === undefined || condition(test)));
   const kept = new Set(resources.map(([id]) => id));

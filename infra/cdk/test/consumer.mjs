@@ -17,7 +17,7 @@ export function run(program, args, options = {}) {
   }
 }
 
-/** The three examples of the README, wrapped in what they leave out. */
+/** The three examples of the README, wrapped in what they leave out, and the first with what the others say. */
 function pageExamples() {
   const readme = readFileSync(join(ROOT, 'README.md'), 'utf8');
   const blocks = [...readme.matchAll(/<!-- page -->\n```ts\n(.*?)```/gs)].map(([, code]) => code);
@@ -41,17 +41,21 @@ export class Stack${index + 2} extends cdk.Stack {
   }
 }`;
   });
+  const large = whole.replace('ClipImageProcessor }', 'ClipImageProcessor, ClipModel }')
+    .replace('.withSource(source)', '.withSource(source).withModel(ClipModel.VIT_L_14).withMaxInstances(10)');
   const index = `import { App } from 'aws-cdk-lib';
 import { Stack } from './page1';
+import { Stack as Large } from './page1-large';
 import { Stack2 } from './page2';
 import { Stack3 } from './page3';
 export function stacks(app: App): void {
   new Stack(app, 'Page1');
+  new Large(app, 'Page1Large');
   new Stack2(app, 'Page2');
   new Stack3(app, 'Page3');
 }`;
   const source = "export { trigger as imagesOf } from './middlewares';";
-  return { 'page.ts': index, 'page1.ts': whole, 'page2.ts': rest[0], 'page3.ts': rest[1], 'images.ts': source };
+  return { 'page.ts': index, 'page1.ts': whole, 'page1-large.ts': large, 'page2.ts': rest[0], 'page3.ts': rest[1], 'images.ts': source };
 }
 
 /** Upstream's own middleware in a checkout, and what it needs besides core. */

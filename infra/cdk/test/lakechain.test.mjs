@@ -32,7 +32,9 @@ for (const [core, called] of cores) {
     const { templates, facts } = scenario(core, 'lakechain.ts');
 
     test('the page’s three examples synthesise the whole system', () => {
-      for (const [page, model, instances] of [['Page1', 'ViT-B-32', '5'], ['Page2', 'ViT-L-14', '5'], ['Page3', 'ViT-B-32', '10']]) {
+      for (const [page, model, instances] of [
+        ['Page1', 'ViT-B-32', '5'], ['Page2', 'ViT-L-14', '5'], ['Page3', 'ViT-B-32', '10'], ['Page1Large', 'ViT-L-14', '10'],
+      ]) {
         const template = templates[page];
         const task = one(template, 'AWS::ECS::TaskDefinition', /TaskDefinition/);
         assert.match(JSON.stringify(environment(task).MODEL_URI), new RegExp(`clip-models/${model}`));
@@ -158,6 +160,8 @@ for (const [core, called] of cores) {
       const template = templates.Models;
       const tasks = of(template, 'AWS::ECS::TaskDefinition').map(([, task]) => environment(task));
       assert.deepEqual(tasks.map(({ CACHE_BUCKET }) => CACHE_BUCKET), Array(2).fill({ Ref: one(template, 'AWS::S3::Bucket', /^Cache/).id }));
+      const { LifecycleConfiguration: { Rules } } = one(template, 'AWS::S3::Bucket', /^Cache/).Properties;
+      assert.ok(Rules[0].Status === 'Enabled' && !('ExpirationInDays' in Rules[0]), 'and one’s vectors live for ever, which is the longer wish');
       assert.notDeepEqual(tasks[0].INPUT_QUEUE_URL, tasks[1].INPUT_QUEUE_URL);
       assert.deepEqual(of(template, 'AWS::Lambda::Function').filter(([id]) => /Intake/.test(id))
         .map(([, { Properties }]) => Properties.Environment.Variables.MODEL_NAME), ['ViT-B/32', 'ViT-L/14']);
@@ -196,7 +200,7 @@ for (const [core, called] of cores) {
       assert.equal(one(template, 'AWS::Logs::LogGroup', /^ClipLog/).Properties.RetentionInDays, 30);
       assert.equal(one(template, 'AWS::S3::Bucket', /^Cache/).Properties.LifecycleConfiguration.Rules[0].ExpirationInDays, 30);
       for (const [, { Properties }] of of(template, 'AWS::CloudWatch::Alarm')) {
-        assert.deepEqual(Properties.AlarmActions, [{ Ref: one(template, 'AWS::SNS::Topic', /^Alarms/).id }]);
+        assert.deepEqual(Properties.AlarmActions, [/^Alarms/, /AlarmTopic/].map((like) => ({ Ref: one(template, 'AWS::SNS::Topic', like).id })));
       }
       const [store] = subscriptionsTo(template, one(template, 'AWS::SQS::Queue', /^StoreQueue/).id);
       assert.deepEqual(store.FilterPolicy, { data: { document: { type: ['image/png'] } } });
@@ -211,13 +215,13 @@ for (const [core, called] of cores) {
     });
 
     test('mistakes are named', () => {
-      const { vpc, cache, compute, instances, visibility, alarms } = facts.mistakes;
+      const { vpc, cache, compute, instances, least, visibility } = facts.mistakes;
       assert.match(vpc, /VPC is required/);
       assert.match(cache, /cache storage/);
       assert.match(compute, /CPU/);
       assert.match(instances, /MaxInstances is 0, but must be at least 1/);
       assert.match(visibility, /VisibilityTimeoutSeconds is 30, but must be at least 130/);
-      assert.match(alarms, /alarmTopic or alarmEmail/);
+      assert.match(least, /MinInstances must not be above MaxInstances \(2\)/);
       assert.match(facts.plain, /sources needs at least one bucket/);
     });
   });

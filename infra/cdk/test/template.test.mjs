@@ -71,13 +71,27 @@ describe('the construct deploys what the template says', () => {
     };
     const { cdk, sam, others } = both(
       { ...parameters, KmsKeyArn: KEY, SourcePrefix: 'photos/', RetentionDays: 3, ModelName: 'ViT-L/14', ModelPrefix: 'clip-models/ViT-L-14',
-        MaxInstances: 9, MinInstances: 2, OutputKind: 'topic+event-bus+queue', AlarmTopicArn: TOPIC, Decode: 'fast', ExtractLabels: 'false' },
+        MaxInstances: 9, MinInstances: 2, OutputKind: 'topic+event-bus+queue', AlarmTopicArn: TOPIC, AlarmEmail: 'a@b.c', Decode: 'fast', ExtractLabels: 'false' },
       ['one', 'two', 'three'], ['subnet-11111111', 'subnet-22222222', 'subnet-33333333'],
       { parameters, kms: KEY, sourcePrefix: 'photos/', vectorRetention: { toDays: () => 3 }, model: 'ViT-L/14', maxInstances: 9, minInstances: 2,
         outputs: ['queue', 'topic', 'event-bus'], decode: 'fast', labelExtraction: false,
-        alarmTopic: Topic.fromTopicArn(new Stack(), 'Topic', TOPIC) });
+        alarmTopic: Topic.fromTopicArn(new Stack(), 'Topic', TOPIC), alarmEmail: 'a@b.c' });
     assert.deepEqual(cdk, sam);
     assert.equal(others.filter((type) => type === 'Custom::S3BucketNotifications').length, 3);
+  });
+
+  test('with vectors for ever, or for longer than messages live', () => {
+    for (const [vectorRetention, VectorRetentionDays] of [['forever', '0'], [{ toDays: () => 90 }, '90']]) {
+      const { cdk, sam } = both({ VectorRetentionDays }, ['images'], ['subnet-11111111'], { vectorRetention });
+      assert.deepEqual(cdk, sam);
+    }
+  });
+
+  test('with a bucket of the user’s', () => {
+    const { cdk, sam } = both({ CacheBucketName: 'vectors' }, ['images'], ['subnet-11111111'],
+      { cacheBucket: Bucket.fromBucketName(new Stack(), 'Vectors', 'vectors') });
+    assert.deepEqual(cdk, sam);
+    assert.ok(!cdk.CacheBucket);
   });
 
   test('with one instance type and one output', () => {
@@ -108,6 +122,7 @@ describe('specialising a template', () => {
         Ami: { Type: 'AWS::SSM::Parameter::Value<AWS::EC2::Image::Id>', Default: '/ami' } },
       Mappings: { Seconds: { 2: { Of: 172800 } } },
       Conditions: { HasKey: { 'Fn::Not': [{ 'Fn::Equals': [{ Ref: 'Key' }, ''] }] }, IsB: { 'Fn::Equals': [{ Ref: 'Kind' }, 'b'] } },
+      Rules: { Few: { Assertions: [{ Assert: { 'Fn::Contains': [['1', '2', '3'], { Ref: 'Days' }] }, AssertDescription: 'few days' }] } },
       Resources: {
         Queue: { Type: 'Q', Properties: { Key: { 'Fn::If': ['HasKey', { Ref: 'Key' }, { Ref: 'AWS::NoValue' }] }, Time: { 'Fn::FindInMap': ['Seconds', { Ref: 'Days' }, 'Of'] } } },
         OnlyB: { Type: 'B', Condition: 'IsB', Properties: {} },
@@ -150,6 +165,7 @@ describe('specialising a template', () => {
   test('holds values against the template’s rules', () => {
     for (const [values, says] of [
       [{ Days: 10 }, /Days is 10, but must be at most 9/],
+      [{ Days: 4 }, /few days/],
       [{ Days: 'many' }, /Days is "many", but must be a number/],
       [{ Kind: 'c' }, /Kind is "c", but must be one of a, b/],
       [{ Id: '1' }, /Id is "1", but must be a letter and a digit/],

@@ -88,7 +88,8 @@ page.stacks(app);
   for (const model of [ClipModel.VIT_B_32, ClipModel.VIT_L_14]) {
     new ClipImageProcessor.Builder()
       .withScope(scope).withIdentifier(model.replace('/', '-')).withCacheStorage(cache).withVpc(vpc)
-      .withSource(source).withModel(model).build();
+      .withSource(source).withModel(model)
+      .withVectorRetention(model === ClipModel.VIT_B_32 ? 'forever' : cdk.Duration.days(9)).build();
   }
 }
 
@@ -130,6 +131,7 @@ page.stacks(app);
     .withTargetDrain(cdk.Duration.minutes(5))
     .withOutputs('event-bus')
     .withAlarmTopic(new sns.Topic(scope, 'Alarms'))
+    .withAlarmEmail('somebody@example.com')
     .withVectorRetention(cdk.Duration.days(30))
     .withVpcSubnets({ subnetType: ec2.SubnetType.PRIVATE_WITH_EGRESS, availabilityZones: vpc.availabilityZones.slice(0, 2) })
     .withParameters({ LogLevel: 'debug' })
@@ -149,7 +151,7 @@ page.stacks(app);
     compute: attempt(() => clip('Compute').withComputeType(ComputeType.CPU).build()),
     instances: attempt(() => clip('Instances').withMaxInstances(0).build()),
     visibility: attempt(() => clip('Visibility').withQueueVisibilityTimeout(cdk.Duration.seconds(30)).build()),
-    alarms: attempt(() => clip('Alarms').withAlarmEmail('a@b.c').withAlarmTopic(new sns.Topic(scope, 'Topic')).build()),
+    least: attempt(() => clip('Least').withMaxInstances(2).withMinInstances(3).build()),
   };
 }
 
