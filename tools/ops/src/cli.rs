@@ -310,31 +310,17 @@ mod tests {
         "https://sqs/1/dead",
     ];
 
-    fn backfill(more: &[&str]) -> Result<Box<BackfillArgs>, String> {
-        let all = BACKFILL.iter().chain(more);
-        match Cli::try_parse_from(all)
-            .map_err(|error| error.to_string())?
-            .command
-        {
-            Command::Backfill(args) => args
-                .check()
-                .map(|()| args)
-                .map_err(|error| error.to_string()),
-            Command::Redrive(_) => Err("not a backfill".to_owned()),
+    fn backfill(more: &[&str]) -> anyhow::Result<Box<BackfillArgs>> {
+        match Cli::try_parse_from(BACKFILL.iter().chain(more))?.command {
+            Command::Backfill(args) => args.check().map(|()| args),
+            Command::Redrive(_) => bail!("not a backfill"),
         }
     }
 
-    fn redrive(more: &[&str]) -> Result<RedriveArgs, String> {
-        let all = REDRIVE.iter().chain(more);
-        match Cli::try_parse_from(all)
-            .map_err(|error| error.to_string())?
-            .command
-        {
-            Command::Redrive(args) => args
-                .check()
-                .map(|()| args)
-                .map_err(|error| error.to_string()),
-            Command::Backfill(_) => Err("not a redrive".to_owned()),
+    fn redrive(more: &[&str]) -> anyhow::Result<RedriveArgs> {
+        match Cli::try_parse_from(REDRIVE.iter().chain(more))?.command {
+            Command::Redrive(args) => args.check().map(|()| args),
+            Command::Backfill(_) => bail!("not a redrive"),
         }
     }
 
@@ -377,7 +363,7 @@ mod tests {
             ),
             (&["--manifest", "s3://i/data.csv.gz"], "manifest.json"),
         ] {
-            let problem = backfill(options).unwrap_err();
+            let problem = backfill(options).unwrap_err().to_string();
             assert!(problem.contains(words), "{words} in {problem}");
         }
     }
@@ -427,7 +413,7 @@ mod tests {
             (&["--reason", "("], "regular expression"),
             (&["--ids", "a,,b", "--delete", "--yes"], "empty id"),
         ] {
-            let problem = redrive(options).unwrap_err();
+            let problem = redrive(options).unwrap_err().to_string();
             assert!(problem.contains(words), "{words} in {problem}");
         }
     }

@@ -16,12 +16,18 @@ pub struct Package {
     pub folder: PathBuf,
 }
 
+/// Whether the package can be used on this machine.
+pub enum Installation {
+    Done(Package),
+    /// What the machine lacks for it.
+    Lacking(String),
+}
+
 impl Package {
-    /// Installs the dependencies unless they are there as the lock file says. Without what that
-    /// takes, answers what this machine lacks.
-    pub fn install(tools: &Tools) -> anyhow::Result<Result<Self, String>> {
+    /// Installs the dependencies unless they are there as the lock file says.
+    pub fn install(tools: &Tools) -> anyhow::Result<Installation> {
         if let Some(lacks) = lacking(version("node").as_deref(), version("npm").is_some()) {
-            return Ok(Err(lacks));
+            return Ok(Installation::Lacking(lacks));
         }
         let folder = tools.root.join("infra/cdk");
         let lock = fs::read_to_string(folder.join("package-lock.json"))
@@ -36,7 +42,7 @@ impl Package {
                 .context("npm failed: is a package registry in reach?")?;
             fs::write(&marker, &lock)?;
         }
-        Ok(Ok(Self { folder }))
+        Ok(Installation::Done(Self { folder }))
     }
 
     /// Its tests. Their results are in the form of the Test Anything Protocol.

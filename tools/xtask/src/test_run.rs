@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use crate::cdk::Package;
+use crate::cdk::{Installation, Package};
 use crate::tools::{Environment, Tools, run, set_unless_set};
 
 /// Runs the workspace's tests and those of `infra/cdk`, or some of them: the latter alone
@@ -23,14 +23,16 @@ pub fn run_tests(
     let mut is_good = true;
     if !only_cdk {
         let mut cargo = cargo_test(tools, arguments)?;
-        if let Ok(package) = &package {
+        if let Installation::Done(package) = &package {
             cargo.env("CDK_PACKAGE", &package.folder);
         }
         is_good &= follow(&mut cargo, |line| tally.add(line))?.success();
     }
     match &package {
-        Ok(package) if arguments.is_empty() => is_good &= run_node_tests(package, &mut tally)?,
-        Err(lacks) if arguments.is_empty() => {
+        Installation::Done(package) if arguments.is_empty() => {
+            is_good &= run_node_tests(package, &mut tally)?
+        }
+        Installation::Lacking(lacks) if arguments.is_empty() => {
             tally.not_run.push(format!("infra/cdk: {lacks}"));
             is_good &= !only_cdk;
         }
