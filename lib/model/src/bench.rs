@@ -8,7 +8,7 @@ use ort::value::TensorRef;
 use serde::Serialize;
 
 use crate::bundle::Bundle;
-use crate::engine::{self, EngineError, EngineOptions, ExecutionProvider, Placement, VisionEngine};
+use crate::engine::{self, EngineError, EngineOptions, ExecutionProvider, VisionEngine};
 use crate::onnx::{Dim, GraphBuilder, element};
 use crate::precision::Precision;
 
@@ -194,7 +194,7 @@ impl Ceiling {
         let folder = tempfile::tempdir().map_err(failed)?;
         let path = folder.path().join("product.onnx");
         write_product(folder.path(), &path, precision).map_err(failed)?;
-        let session = engine::load(&path, options, Placement::Provider)?;
+        let session = engine::load(&path, options)?;
         Ok(Ceiling {
             session,
             input: vec![0.5; ROWS * INNER],

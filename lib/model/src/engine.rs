@@ -204,7 +204,7 @@ impl VisionEngine {
                  with `clip-model build --precision fp16`"
             );
         }
-        let session = load(&bundle.file(VISION_GRAPH), options, Placement::Provider)?;
+        let session = load(&bundle.file(VISION_GRAPH), options)?;
         if manifest.is_synthesized() {
             tracing::warn!(model = manifest.model, weights = %manifest.weights, "synthesized weights");
         }
@@ -335,8 +335,7 @@ impl TextEngine {
         dimensions: usize,
         options: &EngineOptions,
     ) -> Result<TextEngine, EngineError> {
-        // CUDA finds no largest integer, and shapes are reckoned on the processor.
-        let session = load(path, options, Placement::Anywhere)?;
+        let session = load(path, options)?;
         Ok(TextEngine {
             session,
             dimensions,
@@ -418,20 +417,7 @@ pub fn environment() -> Result<&'static Environment, EngineError> {
         })
 }
 
-/// Where the nodes of a graph may run.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Placement {
-    /// On the provider alone: a node that it lacks is an error.
-    Provider,
-    /// On the processor as well.
-    Anywhere,
-}
-
-pub(crate) fn load(
-    path: &Path,
-    options: &EngineOptions,
-    placement: Placement,
-) -> Result<Session, EngineError> {
+pub(crate) fn load(path: &Path, options: &EngineOptions) -> Result<Session, EngineError> {
     let environment = environment()?;
     let unloadable = |reason: String| EngineError::Load {
         path: path.to_owned(),
@@ -441,8 +427,7 @@ pub(crate) fn load(
         return Err(unloadable("no such file".to_owned()));
     }
     let builder = Session::builder(environment).map_err(|error| unloadable(error.to_string()))?;
-    let builder =
-        configure(builder, options, placement).map_err(|error| unloadable(error.to_string()))?;
+    let builder = configure(builder, options).map_err(|error| unloadable(error.to_string()))?;
     let mut builder = match options.provider {
         ExecutionProvider::Cpu => builder,
         ExecutionProvider::Cuda => {
@@ -484,11 +469,7 @@ fn check_for_8_bits(provider: ExecutionProvider) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn configure(
-    builder: SessionBuilder,
-    options: &EngineOptions,
-    placement: Placement,
-) -> ort::Result<SessionBuilder> {
+fn configure(builder: SessionBuilder, options: &EngineOptions) -> ort::Result<SessionBuilder> {
     let threads = options
         .intra_threads
         .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
@@ -504,10 +485,8 @@ fn configure(
         ExecutionProvider::Cuda => {
             // A plan of memory would be kept for each size of batch that ever came.
             let builder = builder.with_memory_pattern(false)?;
-            match placement {
-                Placement::Provider => builder.with_disable_cpu_fallback()?,
-                Placement::Anywhere => builder,
-            }
+            // A node that CUDA lacks is an error.
+            builder.with_disable_cpu_fallback()?
         }
     })
 }

@@ -287,18 +287,14 @@ impl Compiler<'_> {
         let trunk = self.graph.node("Add", &[&embedded, &positions], &[]);
         let flat = self.integers("flat", &[-1, width as i64])?;
         let trunk = self.graph.node("Reshape", &[&trunk, &flat], &[]);
-        let batch_and_tokens = self.graph.node("Shape", &[&ids], &[]);
-        let channels = self.integers("channels", &[width as i64])?;
-        let axis = [("axis", Setting::Int(0))];
-        let deep = self
-            .graph
-            .node("Concat", &[&batch_and_tokens, &channels], &axis);
-        // The end of text has the largest id of all tokens; the reference finds it so.
-        let end = self.graph.node(
-            "ArgMax",
-            &[&ids],
-            &[("axis", Setting::Int(1)), ("keepdims", Setting::Int(1))],
-        );
+        let deep = self.graph.node("Shape", &[&embedded], &[]);
+        // The end of text has the largest id of all tokens; the reference finds it so. CUDA's ArgMax
+        // takes no integers, and would open more of cuDNN.
+        let (largest, end) = (self.graph.fresh("largest"), self.graph.fresh("end"));
+        let one = self.integers("end.count", &[1])?;
+        let outputs = vec![largest, end.clone()];
+        let axis = [("axis", Setting::Int(1))];
+        self.graph.push("", "TopK", &[&ids, &one], outputs, &axis);
         let shapes = Shapes { flat, deep };
         let last = self.transformer_blocks(trunk, &shapes, &Row::At(end))?;
         self.project(&last, architecture.dimensions)
