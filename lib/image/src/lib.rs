@@ -25,6 +25,7 @@ mod png;
 mod raster;
 mod resample;
 mod tiff;
+mod vp8l;
 mod webp;
 
 pub use error::ImageError;
@@ -246,6 +247,17 @@ pub fn prepare(
     options: &Options,
     out: &mut [u8],
 ) -> Result<Prepared> {
+    prepare_by(bytes, kind, options, out, true)
+}
+
+/// [`prepare`], streaming the rows of an image that need not be turned if `streams`.
+fn prepare_by(
+    bytes: &[u8],
+    kind: ImageType,
+    options: &Options,
+    out: &mut [u8],
+    streams: bool,
+) -> Result<Prepared> {
     let wanted = options.size as usize * options.size as usize * 3;
     if out.len() != wanted || wanted == 0 {
         return Err(ImageError::OutputSize {
@@ -258,7 +270,7 @@ pub fn prepare(
         check("bytes of memory", memory, options.limits.max_memory)?;
         let mut crop = Crop::new(options.size);
         let (mut width, mut height) = (header.width, header.height);
-        if turn == 1 {
+        if turn == 1 && streams {
             decode(bytes, kind, options, &mut crop)?;
         } else {
             let mut collect = Collect::default();
@@ -306,10 +318,30 @@ fn guarded<T>(kind: ImageType, work: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// A whole decoded image, for tests that compare pixels before the resize.
+/// Other ways to the pixels, for tests that compare.
 #[doc(hidden)]
 pub mod testing {
-    use super::{Collect, ImageError, ImageType, Options, decode, guarded};
+    use super::{Collect, ImageError, ImageType, Options, Prepared, decode, guarded, prepare_by};
+
+    /// [`super::prepare`] by way of the whole image.
+    ///
+    /// # Errors
+    ///
+    /// As [`super::prepare`].
+    pub fn prepare_whole(
+        bytes: &[u8],
+        kind: ImageType,
+        options: &Options,
+        out: &mut [u8],
+    ) -> Result<Prepared, ImageError> {
+        prepare_by(bytes, kind, options, out, false)
+    }
+
+    /// What differs between the decoder here and libjpeg alone.
+    #[cfg(all(fuzzing, target_arch = "x86_64"))]
+    pub fn jpeg_disagreement(bytes: &[u8], is_whole: bool) -> Option<String> {
+        super::jpeg::compare::disagreement(bytes, is_whole)
+    }
 
     /// Width, height and interleaved samples in the image's own mode.
     ///

@@ -1,143 +1,223 @@
 //! WebP through libwebp, the library that the reference uses: lossy, lossless,
 //! with alpha, and the first frame of an animation on its canvas.
 
-use crate::error::{Blame, Result};
-use crate::raster::{Mode, Sink, Spec};
-use crate::{Header, exif};
+use crate::error::{Blame, ImageError, Result};
+use crate::raster::{Mode, Sink, Spec, try_zeroed};
+use crate::{Header, Limits, exif, vp8l};
 use libwebp_sys as ffi;
 use std::mem::MaybeUninit;
 use std::ptr;
 
 const WEBP: Blame = Blame("WebP");
 
-fn features(bytes: &[u8]) -> Option<ffi::WebPBitstreamFeatures> {
-    let mut features = MaybeUninit::uninit();
-    // SAFETY: the pointer and length are those of a slice; the features are
-    // written where the status says so.
-    unsafe {
-        let status = ffi::WebPGetFeatures(bytes.as_ptr(), bytes.len(), features.as_mut_ptr());
-        (status == ffi::VP8StatusCode::VP8_STATUS_OK).then(|| features.assume_init())
+/// Of a lossless image so much is made at once, since its decoder has all of it besides.
+const BAND_BYTES: usize = 256 * 1024 * 1024;
+
+/// The first frame of a file, as libwebp's demultiplexer finds it.
+struct Frame<'a> {
+    demuxer: *mut ffi::WebPDemuxer,
+    /// Chunks of the frame: its alpha, and its image last.
+    data: &'a [u8],
+    canvas: (u32, u32),
+    place: (usize, usize),
+    size: (usize, usize),
+    mode: Mode,
+}
+
+impl Drop for Frame<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by `WebPDemuxInternal` and deleted once.
+        unsafe { ffi::WebPDemuxDelete(self.demuxer) }
     }
 }
 
-/// The size of the canvas, as the first chunk declares it.
-fn canvas(bytes: &[u8]) -> Option<(u32, u32)> {
-    let short = |at: usize| {
-        Some(u32::from(u16::from_le_bytes([
-            *bytes.get(at)?,
-            *bytes.get(at + 1)?,
-        ])))
-    };
-    match bytes.get(12..16)? {
-        b"VP8 " if bytes.get(23..26)? == [0x9d, 0x01, 0x2a] => {
-            Some((short(26)? & 0x3fff, short(28)? & 0x3fff))
+impl<'a> Frame<'a> {
+    fn first(bytes: &'a [u8]) -> Result<Self> {
+        if !bytes.starts_with(b"RIFF") || bytes.get(8..12) != Some(b"WEBP") {
+            return Err(WEBP.corrupt("no signature"));
         }
-        b"VP8X" => {
-            let wide = |at: usize| Some(short(at)? + (u32::from(*bytes.get(at + 2)?) << 16) + 1);
-            Some((wide(24)?, wide(27)?))
+        let data = ffi::WebPData {
+            bytes: bytes.as_ptr(),
+            size: bytes.len(),
+        };
+        let version = ffi::WEBP_DEMUX_ABI_VERSION as _;
+        // SAFETY: `data` points into `bytes`, which outlives the demultiplexer.
+        let demuxer = unsafe { ffi::WebPDemuxInternal(&data, 0, ptr::null_mut(), version) };
+        if demuxer.is_null() {
+            return Err(WEBP.corrupt("the container is not valid or cut"));
         }
-        b"VP8L" if *bytes.get(20)? == 0x2f => {
-            let bits = short(21)? | short(23)? << 16;
-            Some(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1))
+        let mut frame = Self {
+            demuxer,
+            data: &[],
+            canvas: (0, 0),
+            place: (0, 0),
+            size: (0, 0),
+            mode: Mode::Rgba,
+        };
+        let mut found = MaybeUninit::zeroed();
+        // SAFETY: the demultiplexer is valid; the iterator is written on success and holds
+        // nothing of its own. The frame's data lies in `bytes`.
+        unsafe {
+            use ffi::WebPFormatFeature::{WEBP_FF_CANVAS_HEIGHT, WEBP_FF_CANVAS_WIDTH};
+            let feature = |which| ffi::WebPDemuxGetI(demuxer, which);
+            frame.canvas = (
+                feature(WEBP_FF_CANVAS_WIDTH),
+                feature(WEBP_FF_CANVAS_HEIGHT),
+            );
+            if ffi::WebPDemuxGetFrame(demuxer, 1, found.as_mut_ptr()) == 0 {
+                return Err(WEBP.corrupt("there is no frame"));
+            }
+            let found: ffi::WebPIterator = found.assume_init();
+            frame.data = std::slice::from_raw_parts(found.fragment.bytes, found.fragment.size);
+            frame.place = (
+                found.x_offset.max(0) as usize,
+                found.y_offset.max(0) as usize,
+            );
+            frame.size = (found.width.max(0) as usize, found.height.max(0) as usize);
         }
-        _ => None,
+        let mut features = MaybeUninit::uninit();
+        // SAFETY: the features are written where the status says so.
+        let has_alpha = unsafe {
+            let status = ffi::WebPGetFeatures(bytes.as_ptr(), bytes.len(), features.as_mut_ptr());
+            status != ffi::VP8StatusCode::VP8_STATUS_OK || features.assume_init().has_alpha != 0
+        };
+        if !has_alpha {
+            frame.mode = Mode::Rgb;
+        }
+        Ok(frame)
+    }
+
+    fn is_lossless(&self) -> bool {
+        self.data.starts_with(b"VP8L")
+    }
+
+    /// Rows that are decoded at once.
+    fn band(&self) -> usize {
+        if self.is_lossless() {
+            (BAND_BYTES / self.stride()).clamp(1, self.canvas.1 as usize)
+        } else {
+            self.canvas.1 as usize
+        }
+    }
+
+    fn stride(&self) -> usize {
+        self.canvas.0 as usize * self.mode.bytes()
+    }
+
+    /// Bytes that the decoder itself holds.
+    fn memory(&self) -> Result<u64> {
+        let pixels = (self.size.0 * self.size.1) as u64;
+        if self.is_lossless() {
+            return Ok(4 * pixels + vp8l::memory(self.data.get(8..).unwrap_or_default(), None)?);
+        }
+        let alpha = chunks(self.data).find(|(name, _)| name == b"ALPH");
+        Ok(match alpha {
+            None => 0,
+            // How it is compressed stands in the lowest two bits.
+            Some((_, [how, stream @ ..])) if how & 3 == 1 => {
+                5 * pixels + vp8l::memory(stream, Some(self.size))?
+            }
+            Some(_) => pixels,
+        })
+    }
+
+    /// Decodes `rows` of the frame from row `top` on into `out`, which has the canvas's stride.
+    fn decode(&self, top: usize, rows: usize, out: &mut [u8]) -> Result<()> {
+        let mut config = MaybeUninit::<ffi::WebPDecoderConfig>::zeroed();
+        let version = ffi::WEBP_DECODER_ABI_VERSION as _;
+        // SAFETY: the configuration is written, and then describes `out`, to whose end no row of
+        // the frame reaches; the data lies in the file.
+        let status = unsafe {
+            if ffi::WebPInitDecoderConfigInternal(config.as_mut_ptr(), version) == 0 {
+                return Err(WEBP.corrupt("the decoder has another version"));
+            }
+            let mut config = config.assume_init();
+            config.options.use_cropping = (rows < self.size.1).into();
+            config.options.crop_top = top as i32;
+            config.options.crop_width = self.size.0 as i32;
+            config.options.crop_height = rows as i32;
+            config.output.colorspace = match self.mode {
+                Mode::Rgb => ffi::WEBP_CSP_MODE::MODE_RGB,
+                _ => ffi::WEBP_CSP_MODE::MODE_RGBA,
+            };
+            config.output.is_external_memory = 1;
+            config.output.u.RGBA = ffi::WebPRGBABuffer {
+                rgba: out.as_mut_ptr(),
+                stride: self.stride() as i32,
+                size: out.len(),
+            };
+            ffi::WebPDecode(self.data.as_ptr(), self.data.len(), &mut config)
+        };
+        match status {
+            ffi::VP8StatusCode::VP8_STATUS_OK => Ok(()),
+            ffi::VP8StatusCode::VP8_STATUS_OUT_OF_MEMORY => Err(ImageError::LimitExceeded {
+                what: "bytes of memory",
+                needed: (self.size.0 * self.size.1 * 4) as u64,
+                limit: 0,
+            }),
+            _ => Err(WEBP.corrupt("the first frame does not decode")),
+        }
     }
 }
 
-pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
-    if !bytes.starts_with(b"RIFF") || bytes.get(8..12) != Some(b"WEBP") {
-        return Err(WEBP.corrupt("no signature"));
-    }
-    let Some((width, height)) = canvas(bytes) else {
-        return Err(WEBP.corrupt("the first chunk gives no size"));
-    };
-    let pixels = u64::from(width) * u64::from(height);
-    let has_alpha = features(bytes).is_none_or(|features| features.has_alpha != 0);
-    Ok(Header {
-        width,
-        height,
-        // Two canvases of four bytes, and the decoder's own: four bytes a pixel
-        // for lossless, one and a half of planes for lossy.
-        memory: pixels * 12 + bytes.len() as u64,
-        mode: if has_alpha { Mode::Rgba } else { Mode::Rgb },
+/// Names and contents of chunks one after another.
+fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let head = rest.get(..8)?;
+        let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        let content = &rest[8..];
+        let content = &content[..length.min(content.len())];
+        // Chunks are padded to an even length.
+        rest = rest[8..]
+            .get(length.next_multiple_of(2)..)
+            .unwrap_or_default();
+        Some((&head[..4], content))
     })
 }
 
-/// Owns the C decoder.
-struct Animation(*mut ffi::WebPAnimDecoder);
-
-impl Drop for Animation {
-    fn drop(&mut self) {
-        // SAFETY: made by `WebPAnimDecoderNew` and deleted once.
-        unsafe { ffi::WebPAnimDecoderDelete(self.0) }
-    }
+pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
+    let frame = Frame::first(bytes)?;
+    let (width, height) = frame.canvas;
+    let pixels = u64::from(width) * u64::from(height);
+    // Else what comes before the pixels would be read in vain.
+    crate::check("pixels", pixels, Limits::MAX_PIXELS)?;
+    Ok(Header {
+        width,
+        height,
+        memory: (frame.band() * frame.stride()) as u64 + frame.memory()?,
+        mode: frame.mode,
+    })
 }
 
 pub(crate) fn decode(bytes: &[u8], sink: &mut dyn Sink) -> Result<()> {
-    let has_alpha = features(bytes).is_none_or(|features| features.has_alpha != 0);
-    let data = ffi::WebPData {
-        bytes: bytes.as_ptr(),
-        size: bytes.len(),
-    };
-    // SAFETY: `data` points into `bytes`, which outlives the decoder.
-    let decoder = unsafe { ffi::WebPAnimDecoderNew(&data, ptr::null()) };
-    if decoder.is_null() {
-        return Err(WEBP.corrupt("the container is not valid or cut"));
-    }
-    let decoder = Animation(decoder);
-    let mut info = MaybeUninit::uninit();
-    // SAFETY: the decoder is valid; the information is written on success.
-    let info = unsafe {
-        if ffi::WebPAnimDecoderGetInfo(decoder.0, info.as_mut_ptr()) == 0 {
-            return Err(WEBP.corrupt("the container gives no information"));
+    let frame = Frame::first(bytes)?;
+    let (width, height) = frame.canvas;
+    sink.start(Spec::new(width, height, frame.mode))?;
+    let (stride, height) = (frame.stride(), height as usize);
+    let mut pixels = try_zeroed(frame.band() * stride)?;
+    for top in (0..height).step_by(frame.band()) {
+        let rows = frame.band().min(height - top);
+        // The part of the frame in this band.
+        let from = frame.place.1.max(top);
+        let to = (frame.place.1 + frame.size.1).min(top + rows);
+        // What the frame does not cover stays transparent.
+        pixels.fill(0);
+        if from < to {
+            let start = (from - top) * stride + frame.place.0 * frame.mode.bytes();
+            frame.decode(from - frame.place.1, to - from, &mut pixels[start..])?;
         }
-        info.assume_init()
-    };
-    let mut canvas: *mut u8 = ptr::null_mut();
-    let mut timestamp = 0;
-    // SAFETY: the decoder is valid and writes where the canvas is, which it owns.
-    if unsafe { ffi::WebPAnimDecoderGetNext(decoder.0, &mut canvas, &mut timestamp) } == 0
-        || canvas.is_null()
-    {
-        return Err(WEBP.corrupt("the first frame does not decode"));
-    }
-    let (width, height) = (info.canvas_width as usize, info.canvas_height as usize);
-    // SAFETY: the canvas has four bytes for each pixel and lives as long as the
-    // decoder, which is dropped at the end of this function.
-    let pixels = unsafe { std::slice::from_raw_parts(canvas, width * height * 4) };
-    let mode = if has_alpha { Mode::Rgba } else { Mode::Rgb };
-    sink.start(Spec::new(info.canvas_width, info.canvas_height, mode))?;
-    let mut opaque = vec![0u8; if has_alpha { 0 } else { width * 3 }];
-    for (y, row) in (0u32..).zip(pixels.chunks_exact(width * 4)) {
-        if !sink.wants(y) {
-            continue;
+        for (y, row) in (top as u32..).zip(pixels.chunks_exact(stride).take(rows)) {
+            if sink.wants(y) {
+                sink.row(y, row);
+            }
         }
-        if has_alpha {
-            sink.row(y, row);
-            continue;
-        }
-        for (target, pixel) in opaque.chunks_exact_mut(3).zip(row.chunks_exact(4)) {
-            target.copy_from_slice(&pixel[..3]);
-        }
-        sink.row(y, &opaque);
     }
     Ok(())
 }
 
 /// The orientation in the file's EXIF chunk.
 pub(crate) fn orientation(bytes: &[u8]) -> u8 {
-    let mut at = 12;
-    while let Some(head) = bytes.get(at..at + 8) {
-        let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
-        if &head[..4] == b"EXIF" {
-            let end = at.saturating_add(8).saturating_add(length).min(bytes.len());
-            return exif::orientation(&bytes[at + 8..end]);
-        }
-        // Chunks are padded to an even length.
-        at = at
-            .saturating_add(8)
-            .saturating_add(length)
-            .saturating_add(length % 2);
-    }
-    1
+    let exif = chunks(bytes.get(12..).unwrap_or_default()).find(|(name, _)| name == b"EXIF");
+    exif.map_or(1, |(_, content)| exif::orientation(content))
 }

@@ -6,6 +6,7 @@
 mod cdk;
 mod conformance;
 mod dependencies;
+mod fuzz;
 mod test_run;
 mod tools;
 
@@ -49,6 +50,8 @@ enum Task {
     Simulate(Rest),
     /// Compare decoder and model with Pillow and PyTorch CLIP on a folder of images
     Conformance(conformance::Arguments),
+    /// Fuzz whatever reads bytes of others, with coverage and AddressSanitizer
+    Fuzz(fuzz::Arguments),
     /// Lint the template, its translation, the Dockerfile, and what they must agree on with the code
     #[command(disable_help_flag = true)]
     LintInfra(Rest),
@@ -88,6 +91,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Test { cdk, arguments } => test_run::run_tests(&tools, cdk, &arguments),
         Task::Conformance(arguments) => conformance::run_command(&tools, arguments),
+        Task::Fuzz(arguments) => fuzz::run_command(&tools, &arguments),
         Task::LintDependencies(arguments) => dependencies::lint(&tools, &arguments),
         Task::Demo(rest) => {
             let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];

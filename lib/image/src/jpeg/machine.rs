@@ -35,9 +35,9 @@ impl Modern {
         is_flat: bool,
         place: &mut Place<'_>,
     ) {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if size == 8 {
-            super::tests::note_range(coefficients, quantisers);
+            super::compare::note_range(coefficients, quantisers);
         }
         // SAFETY: there is no `Modern` but on a processor that has AVX2.
         unsafe { idct::transform(size, coefficients, quantisers, is_flat, place) }

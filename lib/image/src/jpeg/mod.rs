@@ -8,6 +8,8 @@ mod assemble;
 #[cfg(target_arch = "x86_64")]
 mod baseline;
 mod codestream;
+#[cfg(all(any(test, fuzzing), target_arch = "x86_64"))]
+pub(crate) mod compare;
 #[cfg(target_arch = "x86_64")]
 mod entropy;
 #[cfg(target_arch = "x86_64")]

@@ -1,60 +1,11 @@
 //! Files that libjpeg writes by all kinds of scripts, whole and broken: whatever the
 //! decoders here make of them, libjpeg alone has to make the same.
 
-use super::{codestream, libjpeg};
-use crate::raster::{Collect, Sink};
-use crate::resample::Crop;
+use super::codestream;
+use super::compare::{OWN_DECODES, Way, disagreement, outcome};
 use mozjpeg_sys as ffi;
 use proptest::prelude::*;
-use std::cell::Cell;
 use std::path::Path;
-
-thread_local! {
-    /// Files of this thread that libjpeg did not have to decode.
-    pub(super) static OWN_DECODES: Cell<u32> = const { Cell::new(0) };
-    /// Whether a block of this thread had samples so far out of range that plain C
-    /// wraps around where the reference's vector code saturates.
-    static IS_OUT_OF_RANGE: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Looks at a block that is transformed here.
-pub(super) fn note_range(coefficients: &[i16; 64], quantisers: &[u16; 64]) {
-    /// libjpeg's tables of what to limit reach this far from the middle.
-    const REACH: f64 = 500.0;
-    /// What sixteen bits hold between the passes, which scale by eight in all.
-    const SUM: f64 = 4000.0;
-    let scaled: Vec<f64> = coefficients
-        .iter()
-        .zip(quantisers)
-        .map(|(&value, &quantiser)| f64::from(value) * f64::from(quantiser))
-        .collect();
-    let sum: f64 = scaled.iter().map(|value| value.abs()).sum();
-    if sum / 4.0 < REACH {
-        return;
-    }
-    let wave = |order: usize, at: usize| {
-        let norm = if order == 0 { 0.5f64.sqrt() } else { 1.0 };
-        norm * (((2 * at + 1) * order) as f64 * std::f64::consts::PI / 16.0).cos() / 2.0
-    };
-    let waves: [[f64; 8]; 8] =
-        std::array::from_fn(|at| std::array::from_fn(|order| wave(order, at)));
-    let columns: [[f64; 8]; 8] = std::array::from_fn(|x| {
-        std::array::from_fn(|y| (0..8).map(|v| scaled[v * 8 + x] * waves[y][v]).sum())
-    });
-    let is_in_range = columns.iter().flatten().all(|value| value.abs() < SUM)
-        && scaled
-            .iter()
-            .all(|value| value.abs() < f64::from(i16::MAX) / 2.0)
-        && (0..8).all(|y| {
-            (0..8).all(|x| {
-                let sample: f64 = (0..8).map(|u| columns[u][y] * waves[x][u]).sum();
-                sample.abs() < REACH
-            })
-        });
-    if !is_in_range {
-        IS_OUT_OF_RANGE.set(true);
-    }
-}
 
 /// Pixels of a changed file's frame that are still worth a test.
 const MOST_PIXELS: u64 = 300_000;
@@ -293,52 +244,6 @@ fn pictures() -> impl Strategy<Value = Picture> {
         )
 }
 
-/// Who decodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Libjpeg,
-    Own,
-}
-
-/// What comes of a file: the pixels, or why there are none.
-fn outcome(bytes: &[u8], eighths: u32, is_whole: bool, way: Way) -> Result<Vec<u8>, String> {
-    let mut frame = codestream::scan(bytes).map_err(|error| error.to_string())?;
-    if way == Way::Libjpeg {
-        (frame.scan, frame.progression) = (None, None);
-    }
-    let mut collect = Collect::default();
-    let mut crop = Crop::new(16);
-    let sink: &mut dyn Sink = if is_whole { &mut collect } else { &mut crop };
-    libjpeg::decode(bytes, &frame, eighths, sink).map_err(|error| error.to_string())?;
-    if is_whole {
-        return Ok(collect
-            .into_raster()
-            .map_or(Vec::new(), |raster| raster.data));
-    }
-    let mut out = vec![0; 16 * 16 * 3];
-    assert!(crop.finish(&mut out));
-    Ok(out)
-}
-
-/// Compares both ways of decoding `bytes`.
-fn agree(bytes: &[u8], is_whole: bool) -> Result<(), TestCaseError> {
-    let libjpeg = outcome(bytes, 8, is_whole, Way::Libjpeg);
-    IS_OUT_OF_RANGE.set(false);
-    let own = outcome(bytes, 8, is_whole, Way::Own);
-    let pairs = own.iter().flatten().zip(libjpeg.iter().flatten());
-    // Not `prop_assert_eq`, which would print all samples.
-    prop_assert!(
-        own == libjpeg
-            || IS_OUT_OF_RANGE.get()
-                && own.as_ref().map(Vec::len) == libjpeg.as_ref().map(Vec::len),
-        "{:?}, not {:?}, first difference at {:?}",
-        own.as_ref().map(Vec::len),
-        libjpeg.as_ref().map(Vec::len),
-        pairs.clone().position(|(a, b)| a != b)
-    );
-    Ok(())
-}
-
 /// JPEG files among the goldens.
 fn goldens() -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/files");
@@ -359,7 +264,7 @@ fn goldens_come_out_as_from_libjpeg_alone() {
     let before = OWN_DECODES.get();
     for bytes in goldens() {
         for is_whole in [true, false] {
-            agree(&bytes, is_whole).unwrap();
+            assert_eq!(disagreement(&bytes, is_whole), None);
         }
     }
     assert!(OWN_DECODES.get() > before);
@@ -473,7 +378,7 @@ fn agree_once_broken(
     let pixels =
         codestream::scan(bytes).map_or(0, |frame| u64::from(frame.width) * u64::from(frame.height));
     if pixels < MOST_PIXELS {
-        agree(bytes, is_whole)?;
+        prop_assert_eq!(disagreement(bytes, is_whole), None);
     }
     Ok(())
 }
@@ -485,8 +390,8 @@ proptest! {
     fn whole_files_are_decoded_here_and_as_by_libjpeg(picture in pictures()) {
         let bytes = encode(&picture);
         let before = OWN_DECODES.get();
-        agree(&bytes, true)?;
-        agree(&bytes, false)?;
+        prop_assert_eq!(disagreement(&bytes, true), None);
+        prop_assert_eq!(disagreement(&bytes, false), None);
         let own = OWN_DECODES.get() - before;
         // Sampling factors that do not divide are refused by both.
         let is_refused = outcome(&bytes, 8, true, Way::Own).is_err();
