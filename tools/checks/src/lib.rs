@@ -52,6 +52,8 @@ impl fmt::Display for Finding {
 pub struct Project {
     /// `infra/template.yaml`.
     pub template: Template,
+    /// What `infra/cdk` makes of it with a key and the scaler's concurrency reserved.
+    pub synthesised: Vec<Template>,
     /// What the programs read and call.
     pub programs: Programs,
     /// `infra/examples/existing-bucket.yaml`.
@@ -78,6 +80,7 @@ impl Project {
         };
         Ok(Self {
             template: Template::parse(&text("infra/template.yaml")?)?,
+            synthesised: Vec::new(),
             programs: Programs::read(root)?,
             dockerfile: text("gpu-task/Dockerfile")?,
             readme: text("infra/README.md")?,

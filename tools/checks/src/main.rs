@@ -1,12 +1,14 @@
 //! Command line: `infra-checks lint`, `infra-checks image`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use infra_checks::Project;
 use infra_checks::image::{self, Variant};
 use infra_checks::linters::Linters;
+use template::Template;
 
 #[derive(Parser)]
 #[command(
@@ -32,6 +34,9 @@ enum Action {
         /// Only the project's own assertions, which need no tools
         #[arg(long)]
         own: bool,
+        /// A template that infra/cdk made; may be given several times
+        #[arg(long)]
+        synthesised: Vec<PathBuf>,
     },
     /// Assemble the container image's root filesystem, check it, run the task in it
     Image {
@@ -83,17 +88,31 @@ fn main() -> ExitCode {
     }
 }
 
+fn read_template(path: &Path) -> anyhow::Result<Template> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("{} cannot be read", path.display()))?;
+    Ok(Template::parse(&text)?)
+}
+
 /// Whether all is well.
 fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     let root = arguments.root.canonicalize()?;
     match &arguments.command {
-        Action::Lint { tools, own } => {
+        Action::Lint {
+            tools,
+            own,
+            synthesised,
+        } => {
             eprintln!("own assertions");
-            let mut findings = Project::read(&root)?.findings();
+            let mut project = Project::read(&root)?;
+            for path in synthesised {
+                project.synthesised.push(read_template(path)?);
+            }
+            let mut findings = project.findings();
             if !own {
                 let scratch = root.join(".tools/lint-infra");
                 std::fs::create_dir_all(&scratch)?;
-                findings.extend(Linters::new(&root, tools)?.run(&scratch)?);
+                findings.extend(Linters::new(&root, tools)?.run(&scratch, synthesised)?);
             }
             for finding in &findings {
                 println!("{finding}");

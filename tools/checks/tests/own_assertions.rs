@@ -629,3 +629,12 @@ fn a_parameter_that_nobody_explains() {
         "ModelName: has no description",
     );
 }
+
+#[test]
+fn a_synthesised_template_that_lacks_what_the_template_has() {
+    let mut project = project();
+    let queue = r#"{"Resources": {"InputQueue": {"Type": "AWS::SQS::Queue"}}}"#;
+    let synthesised = Template::parse(queue).expect("it can be read");
+    project.synthesised.push(synthesised);
+    expect(&project, "InputQueue: has no dead-letter queue");
+}

@@ -1,12 +1,12 @@
 //! `infra/cdk`: what its tests, which Node runs, need on this machine.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context;
 
-use crate::tools::{Tools, run};
+use crate::tools::{Tools, Variables, run, set_unless_set};
 
 /// The oldest Node that the package says it runs on.
 const OLDEST_NODE: u32 = 20;
@@ -43,6 +43,21 @@ impl Package {
             fs::write(&marker, &lock)?;
         }
         Ok(Installation::Done(Self { folder }))
+    }
+
+    /// Compares its template with SAM's translation, which takes SAM, and synthesises a stack as a
+    /// template of its own, for the linters.
+    pub fn synthesise(&self, variables: &Variables, to: &Path) -> anyhow::Result<()> {
+        let mut compare = npm(&self.folder);
+        set_unless_set(&mut compare, variables);
+        run(compare.args(["--silent", "run", "test:sam"]))?;
+        // checkov wants a key and a limit, and takes a condition for having them.
+        let mut example = npm(&self.folder);
+        example.args(["--silent", "run", "synth:example", "--", "pipeline"]);
+        example.arg(
+            r#"{"KmsKeyArn": "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555", "ReserveScalerConcurrency": "true"}"#,
+        );
+        run(example.stdout(File::create(to)?))
     }
 
     /// Its tests. Their results are in the form of the Test Anything Protocol.

@@ -18,6 +18,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
+use crate::cdk::{Installation, Package};
 use crate::tools::{Environment, Profile, Tools, set_unless_set};
 
 #[derive(Parser)]
@@ -118,8 +119,19 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::LintInfra(Rest { mut arguments }) => {
             arguments.insert(0, "lint".into());
             tools.hand_over(&["infra-checks"], Profile::Debug, &arguments, |lint| {
-                set_unless_set(lint, &tools.install(Environment::Infra)?);
+                let variables = tools.install(Environment::Infra)?;
+                set_unless_set(lint, &variables);
                 lint.current_dir(&tools.root);
+                match Package::install(&tools)? {
+                    Installation::Done(package) => {
+                        let synthesised = tools.root.join(".tools/synthesised.json");
+                        package.synthesise(&variables, &synthesised)?;
+                        lint.arg("--synthesised").arg(synthesised);
+                    }
+                    Installation::Lacking(what) => {
+                        println!("not run: the linters on what infra/cdk synthesises ({what})");
+                    }
+                }
                 Ok(())
             })
         }

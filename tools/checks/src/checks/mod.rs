@@ -10,7 +10,7 @@ mod storage;
 
 use std::ops::Deref;
 
-use template::{NotDeployed, Stack};
+use template::{NotDeployed, Parameters, Stack, Template};
 
 use crate::{Finding, Project};
 
@@ -90,6 +90,9 @@ const LEAST: &[(&str, &str)] = &[
     ("CacheBucketName", "vectors"),
 ];
 
+/// What infra/cdk made, with a key and with the scaler's concurrency reserved.
+const SYNTHESISED: &str = "synthesised";
+
 /// The template for one choice of parameters.
 struct Choice {
     /// For messages and for what holds for some choices only.
@@ -105,22 +108,35 @@ impl Deref for Choice {
     }
 }
 
-/// The template for three choices, or why it has none.
+/// The template for three choices and what is synthesised of it, or why there is none.
 fn choices(project: &Project) -> Result<Vec<Choice>, Finding> {
     let choices: [(&'static str, &[(&str, &str)]); 3] = [
         ("defaults", &[]),
         ("everything on", EVERYTHING),
         ("everything off", LEAST),
     ];
-    let resolved = choices.into_iter().map(|(name, choice)| {
+    let resolved = |name, template: &Template, given| match template.resolve(&given, &NotDeployed) {
+        Ok(stack) => Ok(Choice { name, stack }),
+        Err(error) => Err(Finding::new("template", name, error.to_string())),
+    };
+    let chosen = choices.into_iter().map(|(name, choice)| {
         let given = REQUIRED.iter().chain(choice);
         let given = given.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        match project.template.resolve(&given.collect(), &NotDeployed) {
-            Ok(stack) => Ok(Choice { name, stack }),
-            Err(error) => Err(Finding::new("template", name, error.to_string())),
-        }
+        resolved(name, &project.template, given.collect())
     });
-    resolved.collect()
+    let mut all: Vec<Choice> = chosen.collect::<Result<_, _>>()?;
+    for template in &project.synthesised {
+        let mut synthesised = resolved(SYNTHESISED, template, Parameters::new())?;
+        synthesised.stack.parameters = all[0].parameters.clone();
+        // The others are CDK's, such as its function for buckets' notifications.
+        let own = &all[1].stack.resources;
+        synthesised
+            .stack
+            .resources
+            .retain(|id, _| own.contains_key(id));
+        all.push(synthesised);
+    }
+    Ok(all)
 }
 
 /// Runs `check` on the template for each choice of parameters.

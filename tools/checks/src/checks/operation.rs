@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use super::{Choice, in_each_stack};
+use super::{Choice, SYNTHESISED, in_each_stack};
 use crate::{Finding, Project};
 use template::{Stack, list, number, referred};
 
@@ -215,7 +215,7 @@ fn function_findings(stack: &Choice) -> Vec<Finding> {
         }
     }
     let reserved = number(&stack.properties("ScalerFunction")["ReservedConcurrentExecutions"]);
-    let wanted = (stack.name == "everything on").then_some(1.0);
+    let wanted = matches!(stack.name, "everything on" | SYNTHESISED).then_some(1.0);
     if reserved != wanted {
         findings.push(Finding::new(
             CHECK,
