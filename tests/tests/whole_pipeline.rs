@@ -6,9 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
+use std::ops::Range;
 use std::process::Command;
 
-use local::cloud::TaskStatus;
+use local::cloud::{TaskStatus, TaskView};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
 use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
 use serde_json::{Value, json};
@@ -158,17 +159,8 @@ async fn a_task_killed_in_mid_batch_loses_nothing() {
             .await
             .unwrap();
     }
-    // Kill the task as soon as it has stored something and holds more.
-    loop {
-        let (task, _) = pipeline.running_task().await.unwrap();
-        let input = pipeline.deployment.input_queue_url();
-        let counts = pipeline.deployment.queue_counts(&input).await.unwrap();
-        let stored = pipeline.vector_keys().await.unwrap().len();
-        let is_mid_work = stored > 0 && counts.in_flight > 0;
-        if is_mid_work && pipeline.deployment.cloud.kill_task(&task) {
-            break;
-        }
-    }
+    let task = in_mid_work(&pipeline).await;
+    assert!(pipeline.deployment.cloud.kill_task(&task.id));
 
     let events = pipeline.events_of(IMAGES as usize).await.unwrap();
     pipeline.back_at_zero().await.unwrap();
@@ -204,6 +196,97 @@ async fn a_task_killed_in_mid_batch_loses_nothing() {
         "another one did the rest"
     );
     pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_in_mid_work_rolls_over() {
+    const BEFORE: u32 = 40;
+    const IN_ALL: u32 = 120;
+    let pipeline = Pipeline::start(|options| {
+        options
+            .parameter("MaxInstances", 2)
+            .parameter("ImagesPerSecond", 1)
+            .parameter("TargetDrainSeconds", 60)
+    })
+    .await
+    .unwrap();
+    let upload = async |seeds: Range<u32>| {
+        for seed in seeds {
+            let (key, image) = (format!("{seed:03}.bmp"), bmp(seed, 320));
+            pipeline.deployment.upload(&key, image, None).await.unwrap();
+        }
+    };
+    upload(0..BEFORE).await;
+    let old_task = in_mid_work(&pipeline).await;
+    // Frozen, so that it is still at work after the update, however fast it is.
+    signal("STOP", old_task.pid.unwrap());
+
+    let change = BTreeMap::from([("ExtractLabels".to_owned(), "false".to_owned())]);
+    pipeline.deployment.update(change).await.unwrap();
+    upload(BEFORE..IN_ALL).await;
+    // As the minute's schedule does, for what came within intake's debounce.
+    let schedule = json!({"source": "aws.events"});
+    let wake = pipeline.deployment.invoke("ScalerFunction", &schedule);
+    wake.await.unwrap();
+    // What the old task does not hold is done by the new definition's.
+    let has_labels = |event: &Value| !list_of(&event["data"]["metadata"]["keywords"]).is_empty();
+    let mut events = Vec::new();
+    while events.iter().all(has_labels) {
+        events.extend(pipeline.events_of(1).await.unwrap());
+    }
+    signal("CONT", old_task.pid.unwrap());
+    let missing = IN_ALL as usize - by_document(&events).len();
+    events.extend(pipeline.events_of(missing).await.unwrap());
+    pipeline.back_at_zero().await.unwrap();
+
+    assert_eq!(by_document(&events).len(), IN_ALL as usize);
+    assert!(events.iter().any(has_labels), "the old task did its part");
+    let tasks = pipeline.deployment.cloud.snapshot().tasks;
+    let exit_codes: Vec<Option<i32>> = tasks.iter().map(|task| task.exit_code).collect();
+    assert!(
+        exit_codes.iter().all(|code| *code == Some(0)),
+        "{exit_codes:?}"
+    );
+    // Revisions of one family: what may run and what is found goes by its name.
+    let family = old_task.definition.strip_suffix(":1").unwrap();
+    for task in &tasks {
+        let revision = if task.id == old_task.id { 1 } else { 2 };
+        assert_eq!(task.definition, format!("{family}:{revision}"));
+    }
+    for call in pipeline.deployment.cloud.calls() {
+        if call.operation == "TerminateInstanceInAutoScalingGroup" {
+            let held = tasks.iter().find(|task| {
+                call.request["InstanceId"] == *task.instance
+                    && (task.created_at..task.stopped_at.unwrap()).contains(&call.at)
+            });
+            assert!(held.is_none(), "released with {held:?}");
+        }
+    }
+    pipeline.stop().await;
+}
+
+/// Waits until a task has stored something and holds more.
+async fn in_mid_work(pipeline: &Pipeline) -> TaskView {
+    loop {
+        let (task, _) = pipeline.running_task().await.unwrap();
+        let input = pipeline.deployment.input_queue_url();
+        let counts = pipeline.deployment.queue_counts(&input).await.unwrap();
+        let stored = pipeline.vector_keys().await.unwrap().len();
+        if stored > 0 && counts.in_flight > 0 {
+            let tasks = pipeline.deployment.cloud.snapshot().tasks;
+            return tasks.into_iter().find(|one| one.id == task).unwrap();
+        }
+    }
+}
+
+fn signal(name: &str, pid: u32) {
+    let mut kill = Command::new("kill");
+    kill.args(["-s", name, &pid.to_string()]);
+    assert!(kill.status().unwrap().success());
+}
+
+fn list_of(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,6 +14,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::Mutex,
 };
 
 use aws_config::SdkConfig;
@@ -50,6 +51,9 @@ pub enum DeployError {
     /// A resource could not be created, or a call failed.
     #[error(transparent)]
     Call(#[from] CallFailed),
+    /// An update would change a resource that it does not change here.
+    #[error("an update that changes {0} is not served locally")]
+    NotUpdated(String),
     #[error("the template has no {0}")]
     Lacks(&'static str),
 }
@@ -126,6 +130,36 @@ impl DeploymentOptions {
         })
     }
 
+    /// The template as CloudFormation resolves it here, with the task definition's ARN.
+    fn resolve(
+        &self,
+        template: &Template,
+        endpoint: &str,
+        task_definition: &str,
+    ) -> Result<Stack, DeployError> {
+        let mut parameters = local_parameters();
+        if self.way_in == WayIn::Notification {
+            parameters.insert("SourceEvents".to_owned(), "None".to_owned());
+        }
+        // A template synthesised by CDK has their values in it.
+        parameters.retain(|name, _| !template.part(&format!("/Parameters/{name}")).is_null());
+        parameters.extend(self.parameters.clone());
+        let names = names::Names {
+            endpoint,
+            task_definition,
+        };
+        let stack = template.resolve(&parameters, &names);
+        stack.map_err(|source| self.wrong(source))
+    }
+
+    fn wrong(&self, source: TemplateError) -> DeployError {
+        DeployError::Template {
+            path: self.template.clone(),
+            source,
+        }
+    }
+
+    #[must_use]
     pub fn parameter(mut self, name: &str, value: impl ToString) -> Self {
         self.parameters.insert(name.to_owned(), value.to_string());
         self
@@ -180,12 +214,17 @@ pub struct Deployment {
     pub sns: aws_sdk_sns::Client,
     pub lambda: aws_sdk_lambda::Client,
     pub events: aws_sdk_eventbridge::Client,
+    /// The resolved template, as it was first deployed.
     pub stack: Stack,
     /// Where the emulated ECS and Auto Scaling are served.
     pub cloud_endpoint: String,
     pub next_queue_url: String,
     router: JoinHandle<()>,
     started_ms: i64,
+    options: DeploymentOptions,
+    template: Template,
+    /// The ARN of the newest revision.
+    task_definition: Mutex<String>,
 }
 
 impl Drop for Deployment {
@@ -199,34 +238,25 @@ impl Deployment {
     /// Starts the emulators and deploys the template into them.
     pub async fn start(options: &DeploymentOptions) -> Result<Self, DeployError> {
         let absolute = |path: &Path| std::path::absolute(path).map_err(DeployError::file(path));
-        let work_dir = absolute(&options.work_dir)?;
-        let bundle = absolute(&options.bundle)?;
+        let options = DeploymentOptions {
+            work_dir: absolute(&options.work_dir)?,
+            bundle: absolute(&options.bundle)?,
+            ..options.clone()
+        };
+        let work_dir = &options.work_dir;
         let program = built(options.programs.gpu_task.clone())?;
-        fs::create_dir_all(&work_dir).map_err(DeployError::file(&work_dir))?;
+        fs::create_dir_all(work_dir).map_err(DeployError::file(work_dir))?;
         let text = fs::read_to_string(&options.template);
         let text = text.map_err(DeployError::file(&options.template))?;
-        let wrong = |source| DeployError::Template {
-            path: options.template.clone(),
-            source,
-        };
-        let template = Template::parse(&text).map_err(wrong)?;
+        let template = Template::parse(&text).map_err(|source| options.wrong(source))?;
 
         let started_ms = chrono::Utc::now().timestamp_millis();
         let (ministack, log) = (options.ministack.clone(), work_dir.join("ministack.log"));
         let emulator = tokio::task::spawn_blocking(move || MiniStack::start(&ministack, &log));
         let emulator = emulator.await.map_err(failed("starting the emulator"))??;
         let endpoint = emulator.endpoint();
-        let mut parameters = local_parameters();
-        if options.way_in == WayIn::Notification {
-            parameters.insert("SourceEvents".to_owned(), "None".to_owned());
-        }
-        // A template synthesised by CDK has their values in it.
-        parameters.retain(|name, _| !template.part(&format!("/Parameters/{name}")).is_null());
-        parameters.extend(options.parameters.clone());
-        let stack = template.resolve(&parameters, &names::Names { endpoint });
-        let stack = stack.map_err(wrong)?;
-
-        let definition = resources::task_definition(&stack, &bundle, &options.task_environment)?;
+        let draft = options.resolve(&template, endpoint, "")?;
+        let definition = resources::task_definition(&draft, &options)?;
         let image = text_of(&definition["containerDefinitions"][0]["image"]);
         // What a container on AWS gets from its surroundings.
         let environment = owned([
@@ -247,7 +277,9 @@ impl Deployment {
             images: BTreeMap::from([(image, task)]),
             log_dir: work_dir.clone(),
         });
-        let cloud_endpoint = cloud.serve().await.map_err(DeployError::file(&work_dir))?;
+        let task_definition = resources::register(&cloud, &definition)?;
+        let stack = options.resolve(&template, endpoint, &task_definition)?;
+        let cloud_endpoint = cloud.serve().await.map_err(DeployError::file(work_dir))?;
         let sdk = sdk::config(endpoint);
         let s3 = aws_sdk_s3::config::Builder::from(&sdk).force_path_style(true);
         let deployment = Self {
@@ -264,12 +296,15 @@ impl Deployment {
             stack,
             cloud_endpoint,
             started_ms,
+            options,
+            template,
+            task_definition: Mutex::new(task_definition),
         };
         deployment.create_storage().await?;
-        deployment.create_cluster(&definition)?;
-        deployment.create_functions(options).await?;
+        deployment.create_cluster()?;
+        deployment.create_functions().await?;
         deployment.create_rules().await?;
-        deployment.connect(options.way_in).await?;
+        deployment.connect(deployment.options.way_in).await?;
         Ok(deployment)
     }
 

@@ -25,6 +25,8 @@ pub(super) fn queue_url(endpoint: &str, name: &str) -> String {
 
 pub(super) struct Names<'a> {
     pub endpoint: &'a str,
+    /// The newest revision, which only its registration tells.
+    pub task_definition: &'a str,
 }
 
 impl Surroundings for Names<'_> {
@@ -34,7 +36,7 @@ impl Surroundings for Names<'_> {
             "AWS::S3::Bucket" => bucket(logical_id),
             "AWS::SQS::Queue" => queue_url(self.endpoint, &name),
             "AWS::SNS::Topic" => arn("sns", &name),
-            "AWS::ECS::TaskDefinition" => arn("ecs", &format!("task-definition/{name}:1")),
+            "AWS::ECS::TaskDefinition" => self.task_definition.to_owned(),
             _ => name,
         })
     }

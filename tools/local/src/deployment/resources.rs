@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io,
     path::Path,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -17,14 +18,14 @@ use aws_sdk_s3::types::{
 use aws_sdk_sqs::types::QueueAttributeName;
 use ministack::REGION;
 use serde_json::{Map, Value, json};
-use template::{Stack, list, number, text_of};
+use template::{Parameters, Stack, list, number, text_of};
 
 use super::{
     DeployError, Deployment, DeploymentOptions, NEXT_QUEUE, SOURCE_BUCKET, WayIn, built,
     names::{self, arn, name},
 };
 use crate::{
-    cloud::GroupConfig,
+    cloud::{Cloud, GroupConfig},
     sdk::{CallFailed, failed, sent},
 };
 
@@ -39,6 +40,12 @@ const FUNCTION_READY_LIMIT: Duration = Duration::from_secs(60);
 /// definition are replaced, since this machine has no GPU and no EFS.
 /// Everything else in the task's environment is the template's.
 const TASK_VARIABLES_LEFT_OUT: [&str; 2] = ["MODEL_URI", "CACHE_DIR"];
+/// What an update of the stack may change here.
+const UPDATED_TYPES: [&str; 3] = [
+    "AWS::ECS::TaskDefinition",
+    "AWS::Lambda::Function",
+    "AWS::Serverless::Function",
+];
 
 impl Deployment {
     pub(super) async fn create_storage(&self) -> Result<(), DeployError> {
@@ -124,48 +131,38 @@ impl Deployment {
         Ok(())
     }
 
-    pub(super) fn create_cluster(&self, definition: &Value) -> Result<(), DeployError> {
+    pub(super) fn create_cluster(&self) -> Result<(), DeployError> {
         let cluster = self.stack.of_type("AWS::ECS::Cluster").next();
         let cluster = name(cluster.ok_or(DeployError::Lacks("AWS::ECS::Cluster"))?.0);
         self.cloud.create_cluster(&cluster);
         for (id, group) in self.stack.of_type("AWS::AutoScaling::AutoScalingGroup") {
             self.cloud.create_group(group_of(id, &cluster, group));
         }
-        let registered = self.cloud.register_task_definition(definition);
-        registered.map_err(failed("registering the task definition"))?;
         Ok(())
     }
 
-    pub(super) async fn create_functions(
-        &self,
-        options: &DeploymentOptions,
-    ) -> Result<(), DeployError> {
-        // CDK's synthesis brings functions of its own, whose programs are not ours.
-        let functions: Vec<_> = ["AWS::Serverless::Function", "AWS::Lambda::Function"]
-            .into_iter()
-            .flat_map(|kind| self.stack.of_type(kind))
-            .filter_map(|(id, function)| {
-                let binary = &self.stack.resources[id].metadata["BuildProperties"]["Binary"];
-                Some((id, function, binary.as_str()?))
-            })
-            .collect();
+    fn function_environment(&self, function: &Value) -> Environment {
+        let mut variables = BTreeMap::from(
+            ["AWS_ENDPOINT_URL_ECS", "AWS_ENDPOINT_URL_AUTO_SCALING"]
+                .map(|name| (name.to_owned(), self.cloud_endpoint.clone())),
+        );
+        let declared = function["Environment"]["Variables"].as_object();
+        variables.extend(
+            declared
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| (name.clone(), text_of(value))),
+        );
+        variables.extend(self.options.function_environment.clone());
+        Environment::builder()
+            .set_variables(Some(variables.into_iter().collect()))
+            .build()
+    }
+
+    pub(super) async fn create_functions(&self) -> Result<(), DeployError> {
+        let functions = functions(&self.stack);
         for (id, function, binary) in &functions {
-            let code = code_package(&built(options.programs.functions.join(binary))?)?;
-            let mut variables = BTreeMap::from(
-                ["AWS_ENDPOINT_URL_ECS", "AWS_ENDPOINT_URL_AUTO_SCALING"]
-                    .map(|name| (name.to_owned(), self.cloud_endpoint.clone())),
-            );
-            let declared = function["Environment"]["Variables"].as_object();
-            variables.extend(
-                declared
-                    .into_iter()
-                    .flatten()
-                    .map(|(name, value)| (name.clone(), text_of(value))),
-            );
-            variables.extend(options.function_environment.clone());
-            let environment = Environment::builder()
-                .set_variables(Some(variables.into_iter().collect()))
-                .build();
+            let code = code_package(&built(self.options.programs.functions.join(binary))?)?;
             // Reserved concurrency is left out: the emulator drops an asynchronous
             // event that it throttles, where Lambda keeps it for later.
             let create = self
@@ -177,7 +174,7 @@ impl Deployment {
                 .role(ROLE_ARN)
                 .set_timeout(integer(&function["Timeout"]))
                 .set_memory_size(integer(&function["MemorySize"]))
-                .environment(environment)
+                .environment(self.function_environment(function))
                 .code(FunctionCode::builder().zip_file(Blob::new(code)).build());
             sent(format!("creating function {id}"), create.send()).await?;
         }
@@ -199,6 +196,40 @@ impl Deployment {
                 .set_destination_config(destination);
             sent(format!("configuring invocations, {id}"), put.send()).await?;
         }
+        Ok(())
+    }
+
+    /// What CloudFormation does with a stack in work when parameters change: a new revision of
+    /// the task definition, then the functions' environments, and at last the old revision is
+    /// deregistered. Nothing else may change.
+    ///
+    /// # Errors
+    /// When a value is refused, or another resource would change.
+    pub async fn update(&self, parameters: Parameters) -> Result<(), DeployError> {
+        let mut options = self.options.clone();
+        options.parameters.extend(parameters);
+        let draft = options.resolve(&self.template, self.emulator.endpoint(), "")?;
+        let definition = register(&self.cloud, &task_definition(&draft, &options)?)?;
+        let stack = options.resolve(&self.template, self.emulator.endpoint(), &definition)?;
+        for (id, resource) in &stack.resources {
+            let is_updated = UPDATED_TYPES.contains(&resource.kind.as_str());
+            if !is_updated && self.stack.resources.get(id) != Some(resource) {
+                return Err(DeployError::NotUpdated(id.clone()));
+            }
+        }
+        for (id, function, _) in functions(&stack) {
+            let update = self
+                .lambda
+                .update_function_configuration()
+                .function_name(name(id))
+                .environment(self.function_environment(function));
+            sent(format!("updating function {id}"), update.send()).await?;
+            self.until_ready(&name(id)).await?;
+        }
+        let current = self.task_definition.lock();
+        let mut current = current.unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *current, definition);
+        self.cloud.deregister_task_definition(&old);
         Ok(())
     }
 
@@ -298,19 +329,40 @@ fn group_of(logical_id: &str, cluster: &str, group: &Value) -> GroupConfig {
     }
 }
 
+/// The functions whose programs are ours, each with that: CDK's synthesis brings others.
+fn functions(stack: &Stack) -> Vec<(&str, &Value, &str)> {
+    ["AWS::Serverless::Function", "AWS::Lambda::Function"]
+        .into_iter()
+        .flat_map(|kind| stack.of_type(kind))
+        .filter_map(|(id, function)| {
+            let binary = &stack.resources[id].metadata["BuildProperties"]["Binary"];
+            Some((id, function, binary.as_str()?))
+        })
+        .collect()
+}
+
+/// Registers a task definition and answers its ARN.
+pub(super) fn register(cloud: &Cloud, definition: &Value) -> Result<String, DeployError> {
+    let registered = cloud.register_task_definition(definition);
+    Ok(registered.map_err(failed("registering the task definition"))?)
+}
+
 /// The template's task definition as RegisterTaskDefinition takes it, with the
 /// variables that only make sense inside its container replaced.
 pub(super) fn task_definition(
     stack: &Stack,
-    bundle: &Path,
-    own: &BTreeMap<String, String>,
+    options: &DeploymentOptions,
 ) -> Result<Value, DeployError> {
     let (id, properties) = stack
         .of_type("AWS::ECS::TaskDefinition")
         .next()
         .ok_or(DeployError::Lacks("AWS::ECS::TaskDefinition"))?;
     let mut definition = camel_case(properties);
-    definition["family"] = json!(name(id));
+    if definition["family"].is_null() {
+        // CloudFormation's own names: another one for every version.
+        let tail = uuid::Uuid::new_v4().simple().to_string();
+        definition["family"] = json!(format!("{}-{}", name(id), &tail[..12]));
+    }
     let container = definition["containerDefinitions"]
         .get_mut(0)
         .ok_or(DeployError::Lacks("container definition"))?;
@@ -320,8 +372,11 @@ pub(super) fn task_definition(
         .filter(|(name, _)| !TASK_VARIABLES_LEFT_OUT.contains(&name.as_str()))
         .collect();
     variables.insert("EXECUTION_PROVIDER".to_owned(), "cpu".to_owned());
-    variables.insert("MODEL_PATH".to_owned(), bundle.display().to_string());
-    variables.extend(own.clone());
+    variables.insert(
+        "MODEL_PATH".to_owned(),
+        options.bundle.display().to_string(),
+    );
+    variables.extend(options.task_environment.clone());
     container["environment"] = variables
         .iter()
         .map(|(name, value)| json!({"name": name, "value": value}))

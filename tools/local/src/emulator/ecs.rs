@@ -577,7 +577,12 @@ fn definition_of(state: &CloudState, reference: &str) -> Result<Arc<TaskDefiniti
     if reference.is_empty() {
         return Err(refused("TaskDefinition can not be blank."));
     }
-    find_definition(state, reference).ok_or_else(|| refused("TaskDefinition not found."))
+    let definition =
+        find_definition(state, reference).ok_or_else(|| refused("TaskDefinition not found."))?;
+    if state.inactive_definitions.contains(&definition.arn) {
+        return Err(refused("TaskDefinition is inactive"));
+    }
+    Ok(definition)
 }
 
 /// By family (its latest revision), family and revision, or ARN.

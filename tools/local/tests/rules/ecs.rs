@@ -362,6 +362,21 @@ async fn an_image_that_is_not_there_fails_at_start() {
 }
 
 #[tokio::test]
+async fn tasks_of_a_deregistered_definition_go_on_and_none_starts() {
+    let world = world(1, SLEEP).await;
+    world.scale(1).await;
+    let arn = run_one(world.run(1)).await;
+    world
+        .until("running", |now| now.tasks[0].pid.is_some())
+        .await;
+    let definition = world.cloud.snapshot().tasks[0].definition.clone();
+    world.cloud.deregister_task_definition(&definition);
+    let refused = world.run(1).send().await.expect_err("refused");
+    assert_eq!(refused.message(), Some("TaskDefinition is inactive"));
+    assert_eq!(describe(&world, &arn).await.last_status(), Some("RUNNING"));
+}
+
+#[tokio::test]
 async fn lists_are_paged_and_filtered() {
     let world = world(150, SLEEP).await;
     world

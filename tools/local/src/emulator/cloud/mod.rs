@@ -181,6 +181,8 @@ pub struct TaskView {
     pub id: String,
     pub status: TaskStatus,
     pub instance: String,
+    /// The ARN of its task definition.
+    pub definition: String,
     pub pid: Option<u32>,
     pub created_at: DateTime<Utc>,
     pub started_at: Option<DateTime<Utc>>,
@@ -319,6 +321,13 @@ impl Cloud {
         ecs::register_task_definition(self, definition)
     }
 
+    /// DeregisterTaskDefinition: tasks of it go on, and no new one starts.
+    pub fn deregister_task_definition(&self, arn: &str) {
+        self.lock().inactive_definitions.insert(arn.to_owned());
+    }
+
+    /// Events from now on.
+    #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<AwsEvent> {
         self.inner.events.subscribe()
     }
@@ -332,6 +341,7 @@ impl Cloud {
                 id: task.id.clone(),
                 status: task.status,
                 instance: task.instance.clone(),
+                definition: task.definition.arn.clone(),
                 pid: task.pid,
                 created_at: task.created_at,
                 started_at: task.started_at,

@@ -4,7 +4,7 @@
 //! Nothing here waits or starts anything; `groups` and `tasks` do.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     path::PathBuf,
     sync::Arc,
 };
@@ -27,6 +27,7 @@ pub(crate) struct CloudState {
     pub instances: BTreeMap<String, Instance>,
     /// By family; revision `n` is at index `n - 1`.
     pub definitions: BTreeMap<String, Vec<Arc<TaskDefinition>>>,
+    pub inactive_definitions: BTreeSet<String>,
     /// By task id, stopped ones included while they are visible.
     pub tasks: BTreeMap<String, Task>,
     /// RunTask's client tokens, by cluster and token.
