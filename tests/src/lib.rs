@@ -86,6 +86,11 @@ impl Pipeline {
     /// Collects what arrives at the next middleware until `count` different
     /// documents have arrived.
     pub async fn events_of(&self, count: usize) -> anyhow::Result<Vec<Value>> {
+        self.events_within(count, PATIENCE).await
+    }
+
+    /// As [`Self::events_of`], for as long as `limit` at most.
+    pub async fn events_within(&self, count: usize, limit: Duration) -> anyhow::Result<Vec<Value>> {
         let started = Instant::now();
         let mut events = Vec::new();
         loop {
@@ -95,7 +100,7 @@ impl Pipeline {
                 return Ok(events);
             }
             ensure!(
-                started.elapsed() < PATIENCE,
+                started.elapsed() < limit,
                 "{documents} of {count} documents arrived; {}",
                 self.state().await
             );

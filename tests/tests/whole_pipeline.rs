@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::ops::Range;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use local::cloud::{TaskStatus, TaskView};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
@@ -196,6 +198,75 @@ async fn a_task_killed_in_mid_batch_loses_nothing() {
         "another one did the rest"
     );
     pipeline.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_in_mid_work_never_pause_the_queue() {
+    // The least pause after which the planner can tell that it was no failed start.
+    under_kills(3, Duration::from_secs(12), "10", PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes; its figure is in BENCHMARKS.md"]
+async fn eight_kills_25_s_apart_keep_1200_images_for_less_than_10_minutes() {
+    let (pause, limit) = (Duration::from_secs(25), Duration::from_secs(600));
+    let visibility_timeout = "180"; // the template's
+    let (images, took) = under_kills(8, pause, visibility_timeout, limit).await;
+    println!("\n{images} images, 8 kills: {took:?}");
+    assert!(images >= 1200);
+}
+
+/// Uploads images as long as it takes to kill so many tasks, each after it ran for `pause`.
+/// All images must be done within the limit. Answers how many they were, and how long it took.
+async fn under_kills(
+    kills: usize,
+    pause: Duration,
+    visibility_timeout: &str,
+    limit: Duration,
+) -> (u32, Duration) {
+    const IMAGES_PER_SECOND: u32 = 6;
+    let pipeline = Pipeline::start(|mut options| {
+        let name = "VISIBILITY_TIMEOUT_SECONDS".to_owned();
+        let variables = &mut options.task_environment;
+        variables.insert(name, visibility_timeout.to_owned());
+        options.parameter("MaxInstances", 1)
+    })
+    .await
+    .unwrap();
+    let began = Instant::now();
+    let is_over = AtomicBool::new(false);
+    let uploads = async {
+        let mut images = 0;
+        while !is_over.load(Ordering::Relaxed) {
+            let (key, image) = (format!("{images:04}.bmp"), bmp(images, 64));
+            pipeline.deployment.upload(&key, image, None).await.unwrap();
+            images += 1;
+            let next = began + Duration::from_secs(1) * images / IMAGES_PER_SECOND;
+            tokio::time::sleep_until(next.into()).await;
+        }
+        images
+    };
+    let killer = async {
+        for _ in 0..kills {
+            let (task, _) = pipeline.running_task().await.unwrap();
+            tokio::time::sleep(pause).await;
+            assert!(pipeline.deployment.cloud.kill_task(&task));
+            while pipeline.running_task().await.unwrap().0 == task {}
+        }
+        is_over.store(true, Ordering::Relaxed);
+    };
+    let (images, ()) = tokio::join!(uploads, killer);
+    let left = limit.saturating_sub(began.elapsed());
+    let events = pipeline.events_within(images as usize, left).await.unwrap();
+    let took = began.elapsed();
+    pipeline.back_at_zero().await.unwrap();
+    assert_eq!(by_document(&events).len(), images as usize);
+    assert_eq!(pipeline.vector_keys().await.unwrap().len(), images as usize);
+    let tasks = pipeline.deployment.cloud.snapshot().tasks;
+    let killed = tasks.iter().filter(|task| task.exit_code == Some(137));
+    assert_eq!(killed.count(), kills);
+    pipeline.stop().await;
+    (images, took)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -749,7 +820,7 @@ async fn listen_to_the_bus(pipeline: &Pipeline) -> String {
 
 /// The next message of a queue, as JSON.
 async fn receive(pipeline: &Pipeline, queue_url: &str) -> Value {
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     while started.elapsed() < PATIENCE {
         let request = pipeline
             .deployment

@@ -159,7 +159,6 @@ impl DeploymentOptions {
         }
     }
 
-    #[must_use]
     pub fn parameter(mut self, name: &str, value: impl ToString) -> Self {
         self.parameters.insert(name.to_owned(), value.to_string());
         self
