@@ -51,7 +51,7 @@ fn case(name: &'static str, kind: ImageType, make: fn() -> Vec<u8>, expected: Ex
 }
 
 fn cases() -> Vec<Case> {
-    use ImageType::{Gif, Jpeg, Png, Tiff};
+    use ImageType::{Gif, Jpeg, Png, Tiff, Webp};
     vec![
         case("tiff_lzma_bomb", Tiff, lzma_bomb, Prepared),
         case(
@@ -151,6 +151,24 @@ fn cases() -> Vec<Case> {
             || lzw_of_clears(2),
             Prepared,
         ),
+        case(
+            "webp_of_163_megapixels",
+            Webp,
+            || lossless((16_383, 10_000), None),
+            Prepared,
+        ),
+        case(
+            "webp_of_many_groups",
+            Webp,
+            || lossless((1024, 1024), Some(0)),
+            Prepared,
+        ),
+        case(
+            "webp_of_many_large_groups",
+            Webp,
+            || lossless((1024, 1024), Some(11)),
+            Refused("bytes of memory"),
+        ),
         Case {
             time_limit: Duration::from_millis(300),
             ..case(
@@ -204,6 +222,9 @@ tests! {
     gif_of_two_clear_codes
     gif_of_a_million_clear_codes
     tiff_lzw_of_two_clear_codes
+    webp_of_163_megapixels
+    webp_of_many_groups
+    webp_of_many_large_groups
     time_that_is_over
 }
 
@@ -250,6 +271,7 @@ fn one_case() {
         taken / MIB,
         announced / MIB,
     );
+    assert!(result.is_err() || announced <= Limits::MAX_MEMORY);
     match case.expected {
         Prepared => assert!(result.is_ok()),
         Refused(reason) => {
@@ -258,7 +280,6 @@ fn one_case() {
         }
         Any => {}
     }
-    assert!(announced <= Limits::MAX_MEMORY);
     assert!(taken <= announced + SLACK);
     assert!(peak <= MOST_MEMORY);
     assert!(seconds <= MOST_SECONDS);
@@ -447,6 +468,31 @@ impl Bits {
 
     fn finish(mut self) -> Vec<u8> {
         self.put(0, (8 - self.count % 8) % 8);
+        self.bytes
+    }
+}
+
+/// Bits from the lowest of each byte.
+#[derive(Default)]
+struct LowBits {
+    bytes: Vec<u8>,
+    word: u64,
+    count: u32,
+}
+
+impl LowBits {
+    fn put(&mut self, bits: u64, count: u32) {
+        self.word |= bits << self.count;
+        self.count += count;
+        while self.count >= 8 {
+            self.bytes.push(self.word as u8);
+            self.word >>= 8;
+            self.count -= 8;
+        }
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.bytes.push(self.word as u8);
         self.bytes
     }
 }
@@ -652,18 +698,12 @@ fn gif_of_clears(count: usize) -> Vec<u8> {
     let mut file = b"GIF89a".to_vec();
     file.extend([2, 0, 1, 0, 0x80, 0, 0, 10, 20, 30, 200, 100, 50]);
     file.extend([b',', 0, 0, 0, 0, 2, 0, 1, 0, 0, 2]);
-    // Codes of three bits, the lowest first: clears, one, zero, the end.
-    let codes = std::iter::repeat_n(4u64, count).chain([1, 0, 5]);
-    let (mut word, mut bits, mut data) = (0u64, 0, Vec::new());
-    for code in codes {
-        word |= code << bits;
-        bits += 3;
-        while bits >= 8 {
-            data.push(word as u8);
-            (word, bits) = (word >> 8, bits - 8);
-        }
+    // Codes of three bits: clears, one, zero, the end.
+    let mut bits = LowBits::default();
+    for code in std::iter::repeat_n(4, count).chain([1, 0, 5]) {
+        bits.put(code, 3);
     }
-    data.push(word as u8);
+    let data = bits.finish();
     for block in data.chunks(255) {
         file.push(block.len() as u8);
         file.extend(block);
@@ -678,6 +718,58 @@ fn lzw_of_clears(count: usize) -> Vec<u8> {
         bits.put(code, 9);
     }
     one_strip(&bits.finish(), tags((2, 1), (1, 8), 5, 1))
+}
+
+/// A black WebP without loss, whose pixels take no bits; with a group of codes for each block
+/// of four by four pixels, and colour caches of so many bits, if wanted.
+fn lossless((width, height): (u64, u64), groups: Option<u64>) -> Vec<u8> {
+    /// A code of one symbol, the first.
+    const ONE: (u64, u32) = (0b0001, 4);
+    let mut bits = LowBits::default();
+    bits.put(0x2f, 8);
+    bits.put((width - 1) | (height - 1) << 14, 32);
+    // No transforms.
+    bits.put(0, 1);
+    match groups {
+        None | Some(0) => bits.put(0, 1),
+        Some(cache) => bits.put(1 | cache << 1, 5),
+    }
+    let mut count = 1;
+    if groups.is_none() {
+        bits.put(0, 1);
+    } else {
+        count = width / 4 * (height / 4);
+        // Several groups, of blocks of four; their image has no cache.
+        bits.put(0b0_0001, 5);
+        for symbols in [280u64, 256] {
+            // Eight bits for each of the first 256 symbols, none for the others: the lengths'
+            // own code has one bit for 8 and one for many zeros.
+            bits.put(0b1_1110, 5);
+            for place in 0..19 {
+                bits.put((place == 1 || place == 11).into(), 3);
+            }
+            (0..1 + 256).for_each(|_| bits.put(0, 1));
+            if symbols > 256 {
+                bits.put(1 | (symbols - 256 - 11) << 1, 8);
+            }
+        }
+        (0..3).for_each(|_| bits.put(ONE.0, ONE.1));
+        for group in 0..count {
+            let [red, green] = (group as u16).to_be_bytes();
+            bits.put(green.reverse_bits().into(), 8);
+            bits.put(red.reverse_bits().into(), 8);
+        }
+    }
+    (0..count * 5).for_each(|_| bits.put(ONE.0, ONE.1));
+    let mut data = bits.finish();
+    data.resize(data.len().next_multiple_of(2) + 64, 0);
+    let length = data.len() as u32;
+    let mut file = b"RIFF".to_vec();
+    file.extend((length + 12).to_le_bytes());
+    file.extend(b"WEBPVP8L");
+    file.extend(length.to_le_bytes());
+    file.extend(data);
+    file
 }
 
 #[test]
