@@ -182,10 +182,20 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
     let pixels = u64::from(width) * u64::from(height);
     // Else what comes before the pixels would be read in vain.
     crate::check("pixels", pixels, Limits::MAX_PIXELS)?;
+    let memory = frame.memory();
+    #[cfg(fuzzing)]
+    if memory.is_err() && pixels < 500_000 {
+        let mut out = vec![0; frame.stride() * height as usize];
+        let decoded = frame.decode(0, frame.size.1, &mut out);
+        assert!(
+            decoded.is_err(),
+            "refused for what libwebp reads: {memory:?}"
+        );
+    }
     Ok(Header {
         width,
         height,
-        memory: (frame.band() * frame.stride()) as u64 + frame.memory()?,
+        memory: (frame.band() * frame.stride()) as u64 + memory?,
         mode: frame.mode,
     })
 }

@@ -76,13 +76,6 @@ fn image(bytes: &[u8], kind: ImageType) {
     let streamed = within(announced.as_ref().map_or(0, |bytes| *bytes), || {
         crop(bytes, kind, &options, prepare)
     });
-    let whole = crop(bytes, kind, &options, clip_image::testing::prepare_whole);
-    assert!(
-        streamed == whole,
-        "{:?}, not {:?}",
-        streamed.as_ref().map(|_| ()),
-        whole.map(|_| ())
-    );
     if streamed.is_ok() {
         assert!(
             announced
@@ -90,28 +83,34 @@ fn image(bytes: &[u8], kind: ImageType) {
                 .is_ok_and(|bytes| *bytes <= options.limits.max_memory)
         );
     }
-    let turned = Options {
-        apply_exif_orientation: true,
-        ..options
-    };
-    if matches!(kind, ImageType::Jpeg | ImageType::Png | ImageType::Webp) {
-        let _ = crop(bytes, kind, &turned, prepare);
-    }
-    if kind == ImageType::Jpeg {
-        let fast = Options {
-            decode: DecodeMode::Fast,
-            size: SIZE,
-            ..turned
-        };
-        let _ = crop(bytes, kind, &fast, prepare);
+    // One of the other ways, by the bytes themselves, so that it is the same each time.
+    match (crc32fast::hash(bytes) % 4, kind) {
         #[cfg(all(fuzzing, target_arch = "x86_64"))]
-        if announced.is_ok() {
-            for is_whole in [true, false] {
-                assert_eq!(
-                    clip_image::testing::jpeg_disagreement(bytes, is_whole),
-                    None
-                );
-            }
+        (0 | 1, ImageType::Jpeg) if announced.is_ok() => {
+            let is_whole = crc32fast::hash(bytes) % 4 == 0;
+            assert_eq!(
+                clip_image::testing::jpeg_disagreement(bytes, is_whole),
+                None
+            );
+        }
+        (2, ImageType::Jpeg) => {
+            let fast = Options {
+                decode: DecodeMode::Fast,
+                ..options
+            };
+            let _ = crop(bytes, kind, &fast, prepare);
+        }
+        (3, ImageType::Jpeg | ImageType::Png | ImageType::Webp) => {
+            let turned = Options {
+                apply_exif_orientation: true,
+                ..options
+            };
+            let _ = crop(bytes, kind, &turned, prepare);
+        }
+        _ => {
+            let whole = crop(bytes, kind, &options, clip_image::testing::prepare_whole);
+            let outcomes = [&streamed, &whole].map(|way| way.as_ref().map(|_| ()));
+            assert!(streamed == whole, "row by row and as a whole: {outcomes:?}");
         }
     }
 }
@@ -135,10 +134,12 @@ fn within<T>(announced: u64, work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// As the bytes are, and with checksums that fit, which mutations never find.
+/// Mostly with checksums that fit, which mutations never find.
 fn png(bytes: &[u8]) {
-    image(bytes, ImageType::Png);
     let mut mended = bytes.to_vec();
+    if crc32fast::hash(bytes).is_multiple_of(8) {
+        return image(bytes, ImageType::Png);
+    }
     let mut at = 8;
     while let Some(head) = mended.get(at..at + 8) {
         let length = u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
@@ -153,9 +154,7 @@ fn png(bytes: &[u8]) {
         place.copy_from_slice(&checksum);
         at = end + 4;
     }
-    if mended != bytes {
-        image(&mended, ImageType::Png);
-    }
+    image(&mended, ImageType::Png);
 }
 
 /// Whatever form work arrives in, what is taken out of it means the same when it is sent on.
