@@ -11,7 +11,7 @@ use worker::{Fatal, SqsQueue, Summary};
 pub async fn run(config: Config) -> Result<Summary, Fatal> {
     let stop = stop_on_signals()?;
     let sdk = platform::aws_config().await;
-    let queue = SqsQueue::new(&sdk, &config.input_queue_url);
+    let queue = SqsQueue::new(&sdk, config.queue_urls());
     let facts = Box::pin({
         let queue = queue.clone();
         async move { queue.facts().await }
@@ -19,7 +19,21 @@ pub async fn run(config: Config) -> Result<Summary, Fatal> {
     let loading = worker::load(&config, &sdk);
     let services = worker::connect(&config, &sdk, Arc::new(queue))?;
     let metrics = worker::metrics(&config);
-    worker::run_pipeline(config.settings, services, metrics, facts, loading, stop).await
+    let interval = config.settings.metrics_interval;
+    let running = worker::run_pipeline(
+        config.settings,
+        services,
+        metrics.clone(),
+        facts,
+        loading,
+        stop,
+    );
+    let ended = tokio::select! {
+        ended = running => ended,
+        () = metrics.emit_every(interval) => unreachable!("it has no end"),
+    };
+    metrics.emit();
+    ended
 }
 
 /// A token that SIGTERM (ECS, Spot) and SIGINT (a person) cancel.

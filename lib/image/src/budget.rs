@@ -90,13 +90,16 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
+/// What [`ImageError::LimitExceeded`] calls the time limit.
+pub const WORK_LIMIT: &str = "milliseconds of work";
+
 /// [`check`], for loops of long rounds.
 pub(crate) fn look() -> Result<()> {
     let Some(Running { started, limit }) = RUNNING.get() else {
         return Ok(());
     };
     exceeds(
-        "milliseconds of work",
+        WORK_LIMIT,
         spent().saturating_sub(started).as_millis(),
         limit.as_millis(),
     )
@@ -167,7 +170,7 @@ mod tests {
             look()
         });
         let Err(ImageError::LimitExceeded {
-            what: "milliseconds of work",
+            what: WORK_LIMIT,
             needed: 4..,
             limit: 2,
         }) = refusal

@@ -28,6 +28,7 @@ mod tiff;
 mod vp8l;
 mod webp;
 
+pub use budget::WORK_LIMIT;
 pub use error::ImageError;
 pub use events::ImageType;
 

@@ -57,6 +57,10 @@ pub struct Config {
     /// which work arrives
     #[arg(long, env = "INPUT_QUEUE_URL", value_parser = queue_url)]
     pub input_queue_url: String,
+    /// URL of a second SQS queue, for work that only a GPU can do: the input queue's redrive policy
+    /// leads there, and the express lane hands over to it
+    #[arg(long, env = "GPU_QUEUE_URL", value_parser = queue_url)]
+    pub gpu_queue_url: Option<String>,
     /// URL of the SQS queue for rejected messages: one that can never succeed goes there at once,
     /// with its reason
     #[arg(long, env = "DEAD_LETTER_QUEUE_URL", value_parser = queue_url)]
@@ -121,7 +125,7 @@ pub struct Config {
     decode_timeout: Duration,
     /// CloudWatch namespace of the metrics on standard output
     #[arg(long, env = "METRICS_NAMESPACE", default_value = DEFAULT_NAMESPACE)]
-    pub(crate) metrics_namespace: String,
+    pub metrics_namespace: String,
     /// Name of the ECS cluster, a property of each metric line, for searching
     #[arg(long, env = "CLUSTER_NAME")]
     pub(crate) cluster_name: Option<String>,
@@ -278,6 +282,12 @@ impl Config {
         Ok(config)
     }
 
+    /// The queues that a task receives from, that of the GPUs first.
+    pub fn queue_urls(&self) -> Vec<String> {
+        let gpu = self.gpu_queue_url.iter();
+        gpu.chain([&self.input_queue_url]).cloned().collect()
+    }
+
     /// Where events go.
     pub(crate) fn outputs(&self) -> Result<OutputConfig, platform::env::EnvError> {
         OutputConfig::from_env(&Reader::new(|name| match name {
@@ -304,7 +314,7 @@ impl Config {
     }
 
     /// The input queue's name, the dimension of the metrics.
-    pub(crate) fn queue_name(&self) -> &str {
+    pub fn queue_name(&self) -> &str {
         let url = self.input_queue_url.trim_end_matches('/');
         url.rsplit('/').next().unwrap_or_default()
     }

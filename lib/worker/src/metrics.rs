@@ -64,6 +64,7 @@ pub struct Metrics {
     stages: [StageStats; Stage::ALL.len()],
     images_total: AtomicU64,
     failed_total: AtomicU64,
+    handed_over_total: AtomicU64,
     bytes: AtomicU64,
     batches: Mutex<Samples>,
     failures: Mutex<BTreeMap<(Stage, Cause, &'static str), u64>>,
@@ -98,6 +99,7 @@ impl Metrics {
             stages: Default::default(),
             images_total: AtomicU64::new(0),
             failed_total: AtomicU64::new(0),
+            handed_over_total: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             batches: Mutex::default(),
             failures: Mutex::default(),
@@ -172,6 +174,10 @@ impl Metrics {
         self.images_total.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn handed_over(&self) {
+        self.handed_over_total.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn failed(&self, error: &TaskError) {
         if error.failure == Failure::Permanent {
             self.failed_total.fetch_add(1, Ordering::Relaxed);
@@ -189,11 +195,12 @@ impl Metrics {
         (in_work.saturated + current.unwrap_or_default(), images)
     }
 
-    /// Images done and images rejected since the start.
-    pub(crate) fn totals(&self) -> (u64, u64) {
+    /// Images done, rejected and handed over since the start.
+    pub(crate) fn totals(&self) -> (u64, u64, u64) {
         (
             self.images_total.load(Ordering::Relaxed),
             self.failed_total.load(Ordering::Relaxed),
+            self.handed_over_total.load(Ordering::Relaxed),
         )
     }
 
@@ -272,9 +279,20 @@ impl Metrics {
         lines
     }
 
-    pub(crate) fn emit(&self) {
+    /// Writes this interval's figures.
+    pub fn emit(&self) {
         for line in self.take_lines() {
             line.emit();
+        }
+    }
+
+    /// Writes figures again and again.
+    pub async fn emit_every(&self, interval: Duration) {
+        let mut ticks = tokio::time::interval(interval);
+        ticks.tick().await;
+        loop {
+            ticks.tick().await;
+            self.emit();
         }
     }
 
@@ -349,7 +367,7 @@ mod tests {
         assert_eq!(failures["Failures"], 2.0);
         assert_eq!(failures["Failure"], "permanent");
         assert!(json(&stats).iter().all(|line| line.get("Cause").is_none()));
-        assert_eq!(stats.totals(), (0, 2));
+        assert_eq!(stats.totals(), (0, 2, 0));
     }
 
     #[test]

@@ -24,12 +24,19 @@ pub const LONG_POLL_MAX: Duration = Duration::from_secs(20);
 /// extensions together (SQS API).
 pub const VISIBILITY_MAX: Duration = Duration::from_secs(12 * 3600);
 
+/// Names one delivery of a message; needed to extend or acknowledge.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Receipt {
+    /// The queue that it came from, by its position.
+    pub queue: usize,
+    pub handle: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {
     /// Identifies the message across deliveries.
     pub message_id: String,
-    /// Identifies this delivery of it; needed to extend or acknowledge.
-    pub receipt: String,
+    pub receipt: Receipt,
     pub body: String,
     /// How often it was delivered, this time included (approximate).
     pub receive_count: u32,
@@ -38,7 +45,7 @@ pub struct Received {
 /// A change of one message's visibility.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extension {
-    pub receipt: String,
+    pub receipt: Receipt,
     /// Invisible for this long from now; zero hands the message back.
     pub visibility: Duration,
 }
@@ -57,10 +64,16 @@ pub enum LeaseError {
 
 #[async_trait]
 pub trait Queue: Send + Sync {
-    /// Receives up to `max` (1 to [`BATCH_MAX`]) messages, waits up to `wait`
-    /// for the first, and makes them invisible for `visibility`.
+    /// How many queues there are.
+    fn count(&self) -> usize {
+        1
+    }
+
+    /// Receives from the `queue`-th one: up to `max` (1 to [`BATCH_MAX`]) messages,
+    /// waits up to `wait` for the first, and makes them invisible for `visibility`.
     async fn receive(
         &self,
+        queue: usize,
         max: usize,
         wait: Duration,
         visibility: Duration,
@@ -72,15 +85,18 @@ pub trait Queue: Send + Sync {
 
     /// Deletes up to [`BATCH_MAX`] messages by their receipts; one result
     /// each.
-    async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>>;
+    async fn acknowledge(&self, receipts: &[Receipt]) -> Vec<Result<(), LeaseError>>;
 }
 
-/// What the task wants to know of its queue before it starts.
+/// What the task wants to know of its queues before it starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueFacts {
     /// After how many deliveries the queue itself puts a message into its
     /// dead-letter queue, without a reason.
     pub max_receives: Option<u32>,
+    /// Deliveries that a message may have had to another kind of worker, whose
+    /// queue then put it into this task's.
+    pub elsewhere: u32,
 }
 
 /// A document whose body has not been read yet.
@@ -120,7 +136,7 @@ pub trait Vectors: Send + Sync {
     async fn presence(&self, document: &S3Url) -> Result<Presence, aws::Error>;
 }
 
-/// Where messages go that can never succeed.
+/// Where messages go that can never succeed (here).
 #[async_trait]
 pub trait Rejects: Send + Sync {
     /// Takes messages with their reasons; one result per message.
@@ -196,6 +212,9 @@ pub struct Services {
     pub vectors: Arc<dyn Vectors>,
     pub outputs: Outputs,
     pub rejects: Arc<dyn Rejects>,
+    /// Where work goes that this worker has too little memory or time for;
+    /// absent where there is no larger worker.
+    pub larger: Option<Arc<dyn Rejects>>,
     pub preparer: Arc<dyn Preparer>,
     pub notes: Arc<dyn Notes>,
 }

@@ -35,6 +35,7 @@ pub fn connect(config: &Config, sdk: &SdkConfig, queue: Arc<dyn Queue>) -> Resul
         vectors: cache_bucket,
         outputs: Outputs::connect(&outputs, sdk),
         rejects: Arc::new(DeadLetters::new(sdk, &config.dead_letter_queue_url)),
+        larger: None,
         preparer: Arc::new(Decoders(config.image_options())),
     })
 }

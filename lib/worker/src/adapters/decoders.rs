@@ -1,6 +1,6 @@
 //! The decoders of `clip-image` as the pipeline's preparer.
 
-use clip_image::{ImageError, Options};
+use clip_image::{ImageError, Options, WORK_LIMIT};
 use events::ImageType;
 
 use crate::rules::failure::{Cause, Stage, TaskError};
@@ -12,6 +12,9 @@ pub struct Decoders(pub Options);
 
 fn task_error(error: ImageError) -> TaskError {
     let cause = match &error {
+        ImageError::LimitExceeded {
+            what: WORK_LIMIT, ..
+        } => Cause::Timeout,
         ImageError::LimitExceeded { .. } => Cause::TooLarge,
         ImageError::Unsupported { .. } => Cause::Unsupported,
         ImageError::Decoder { .. } => Cause::DecoderPanic,

@@ -2,6 +2,7 @@
 //! else that happens at start.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clip_model::Bundle;
@@ -63,7 +64,7 @@ pub fn load(
         };
         tokio::task::spawn_blocking(move || match open(&folder) {
             Ok(bundle) => {
-                let _ = info_sender.send(Ok(describe(&bundle, extract_labels)));
+                let _ = info_sender.send(Ok(Arc::new(describe(&bundle, extract_labels))));
                 let _ = embedders_sender.send(start(&bundle, &options));
             }
             Err(fatal) => {

@@ -14,7 +14,7 @@ use platform::aws;
 use serde_json::Value;
 
 use crate::rules::failure::Fatal;
-use crate::services::{Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, Received};
+use crate::services::{Extension, LONG_POLL_MAX, LeaseError, Queue, QueueFacts, Receipt, Received};
 
 /// One try of a receive: the long poll and the network around it.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(LONG_POLL_MAX.as_secs() + 10);
@@ -32,41 +32,65 @@ const LOST_CODES: &[&str] = &[
 pub struct SqsQueue {
     client: Client,
     polling: Client,
-    url: String,
+    urls: Vec<String>,
 }
 
 impl SqsQueue {
-    pub fn new(sdk: &SdkConfig, url: &str) -> Self {
+    /// Queues by their URLs, in the order of their numbers.
+    pub fn new(sdk: &SdkConfig, urls: Vec<String>) -> Self {
         Self {
             client: Client::new(&with_call_timeout(sdk)),
             polling: Client::new(&with_timeout(sdk, RECEIVE_TIMEOUT)),
-            url: url.to_owned(),
+            urls,
         }
     }
 
-    /// Asks the queue for its redrive policy, which also proves that the
-    /// queue exists and that this task may use it.
+    /// Asks the queues for their redrive policies, which also proves that they
+    /// exist and that this task may use them. Where there are two, the second
+    /// one's policy leads into the first.
     pub async fn facts(&self) -> Result<QueueFacts, Fatal> {
+        let elsewhere = match self.urls.get(1) {
+            Some(url) => self.max_receives(url).await?.unwrap_or_default(),
+            None => 0,
+        };
+        Ok(QueueFacts {
+            max_receives: self.max_receives(&self.urls[0]).await?,
+            elsewhere,
+        })
+    }
+
+    async fn max_receives(&self, url: &str) -> Result<Option<u32>, Fatal> {
         let response = self
             .client
             .get_queue_attributes()
-            .queue_url(&self.url)
+            .queue_url(url)
             .attribute_names(QueueAttributeName::RedrivePolicy)
             .send()
             .await
             .map_err(|error| {
                 let error = aws::Error::from_sdk("sqs:GetQueueAttributes", &error);
                 Fatal::Access(format!(
-                    "cannot read the attributes of INPUT_QUEUE_URL={}: {error}",
-                    self.url
+                    "cannot read the attributes of the queue {url}: {error}"
                 ))
             })?;
         let policy = response
             .attributes()
             .and_then(|all| all.get(&QueueAttributeName::RedrivePolicy));
-        Ok(QueueFacts {
-            max_receives: policy.and_then(|policy| max_receive_count(policy)),
-        })
+        Ok(policy.and_then(|policy| max_receive_count(policy)))
+    }
+
+    /// Positions of what belongs to each queue, none empty.
+    fn by_queue(&self, queues: impl Iterator<Item = usize>) -> Vec<(&str, Vec<usize>)> {
+        let mut all: Vec<(&str, Vec<usize>)> = self
+            .urls
+            .iter()
+            .map(|url| (url.as_str(), Vec::new()))
+            .collect();
+        for (position, queue) in queues.enumerate() {
+            all[queue].1.push(position);
+        }
+        all.retain(|(_, positions)| !positions.is_empty());
+        all
     }
 }
 
@@ -102,8 +126,13 @@ fn lease_error(error: aws::Error) -> LeaseError {
 
 #[async_trait]
 impl Queue for SqsQueue {
+    fn count(&self) -> usize {
+        self.urls.len()
+    }
+
     async fn receive(
         &self,
+        queue: usize,
         max: usize,
         wait: Duration,
         visibility: Duration,
@@ -111,7 +140,7 @@ impl Queue for SqsQueue {
         let response = self
             .polling
             .receive_message()
-            .queue_url(&self.url)
+            .queue_url(&self.urls[queue])
             .max_number_of_messages(max as i32)
             .wait_time_seconds(wait.min(LONG_POLL_MAX).as_secs() as i32)
             .visibility_timeout(visibility.as_secs() as i32)
@@ -127,13 +156,13 @@ impl Queue for SqsQueue {
                 .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount))
                 .and_then(|count| count.parse().ok())
                 .unwrap_or(1);
-            let (Some(message_id), Some(receipt)) = (message.message_id, message.receipt_handle)
+            let (Some(message_id), Some(handle)) = (message.message_id, message.receipt_handle)
             else {
                 continue;
             };
             received.push(Received {
                 message_id,
-                receipt,
+                receipt: Receipt { queue, handle },
                 body: message.body.unwrap_or_default(),
                 receive_count: count,
             });
@@ -142,37 +171,50 @@ impl Queue for SqsQueue {
     }
 
     async fn extend(&self, extensions: &[Extension]) -> Vec<Result<(), LeaseError>> {
-        let mut request = self
-            .client
-            .change_message_visibility_batch()
-            .queue_url(&self.url);
-        for (position, extension) in extensions.iter().enumerate() {
-            let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
-                .id(position.to_string())
-                .receipt_handle(&extension.receipt)
-                .visibility_timeout(extension.visibility.as_secs() as i32)
-                .build()
-                .expect("id and receipt are set");
-            request = request.entries(entry);
+        let mut all = vec![Ok(()); extensions.len()];
+        let queues = extensions.iter().map(|extension| extension.receipt.queue);
+        for (url, positions) in self.by_queue(queues) {
+            let mut request = self.client.change_message_visibility_batch().queue_url(url);
+            for (id, position) in positions.iter().enumerate() {
+                let extension = &extensions[*position];
+                let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
+                    .id(id.to_string())
+                    .receipt_handle(&extension.receipt.handle)
+                    .visibility_timeout(extension.visibility.as_secs() as i32)
+                    .build()
+                    .expect("id and receipt are set");
+                request = request.entries(entry);
+            }
+            let operation = "sqs:ChangeMessageVisibilityBatch";
+            let response = request.send().await.map(|response| response.failed);
+            let answer = sqs_answer(operation, url, positions.len(), response);
+            for (position, result) in positions.iter().zip(results(positions.len(), answer)) {
+                all[*position] = result;
+            }
         }
-        let (operation, count) = ("sqs:ChangeMessageVisibilityBatch", extensions.len());
-        let response = request.send().await.map(|response| response.failed);
-        results(count, sqs_answer(operation, &self.url, count, response))
+        all
     }
 
-    async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>> {
-        let mut request = self.client.delete_message_batch().queue_url(&self.url);
-        for (position, receipt) in receipts.iter().enumerate() {
-            let entry = DeleteMessageBatchRequestEntry::builder()
-                .id(position.to_string())
-                .receipt_handle(receipt)
-                .build()
-                .expect("id and receipt are set");
-            request = request.entries(entry);
+    async fn acknowledge(&self, receipts: &[Receipt]) -> Vec<Result<(), LeaseError>> {
+        let mut all = vec![Ok(()); receipts.len()];
+        for (url, positions) in self.by_queue(receipts.iter().map(|receipt| receipt.queue)) {
+            let mut request = self.client.delete_message_batch().queue_url(url);
+            for (id, position) in positions.iter().enumerate() {
+                let entry = DeleteMessageBatchRequestEntry::builder()
+                    .id(id.to_string())
+                    .receipt_handle(&receipts[*position].handle)
+                    .build()
+                    .expect("id and receipt are set");
+                request = request.entries(entry);
+            }
+            let operation = "sqs:DeleteMessageBatch";
+            let response = request.send().await.map(|response| response.failed);
+            let answer = sqs_answer(operation, url, positions.len(), response);
+            for (position, result) in positions.iter().zip(results(positions.len(), answer)) {
+                all[*position] = result;
+            }
         }
-        let (operation, count) = ("sqs:DeleteMessageBatch", receipts.len());
-        let response = request.send().await.map(|response| response.failed);
-        results(count, sqs_answer(operation, &self.url, count, response))
+        all
     }
 }
 

@@ -100,6 +100,7 @@ async fn decode(
     } = document;
     let preparer = shared.services.preparer.clone();
     let needed = preparer.memory_needed(&bytes, kind)?;
+    shared.check_room(Stage::Decode, needed, shared.decoding_budget.total())?;
     let decoding_memory = shared.decoding_budget.reserve(needed).await;
     let started = Instant::now();
     let work = tokio::task::spawn_blocking(move || {
@@ -122,8 +123,11 @@ async fn decode(
                 version,
             },
         )),
-        Ok((pixels, Err(error))) => {
+        Ok((pixels, Err(mut error))) => {
             give_back(pixels);
+            if error.cause == Cause::Timeout && shared.services.larger.is_some() {
+                error.cause = Cause::BeyondWorker;
+            }
             Err(error)
         }
         Err(panic) => {

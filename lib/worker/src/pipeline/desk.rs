@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{Shared, gather};
 use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::rules::ledger::{ItemFailure, Ledger, Message, Note, Ownership, Verdict};
-use crate::services::{BATCH_MAX, Extension, LeaseError};
+use crate::services::{BATCH_MAX, Extension, LeaseError, Receipt};
 
 /// How long a finished message waits for others to share a request with.
 const LINGER: Duration = Duration::from_millis(20);
@@ -34,7 +34,8 @@ pub(super) async fn run(shared: Arc<Shared>, mut arrivals: mpsc::UnboundedReceiv
     let slots = Arc::new(Semaphore::new(CONCURRENT));
     loop {
         let slot = slots.clone().acquire_owned().await;
-        let Some(ended) = gather(|context| arrivals.poll_recv(context), BATCH_MAX, LINGER).await
+        let may_come = || shared.held.ledger.len();
+        let Some(ended) = gather(|context| arrivals.poll_recv(context), may_come, LINGER).await
         else {
             return;
         };
@@ -135,8 +136,8 @@ async fn reject(
     shared: &Shared,
     rejected: Vec<(Arc<Message>, Vec<ItemFailure>)>,
 ) -> (Vec<Arc<Message>>, Vec<Arc<Message>>) {
-    let mut letters = Vec::new();
-    let mut owners = Vec::new();
+    let (mut letters, mut owners) = (Vec::new(), Vec::new());
+    let (mut too_large, mut their_owners) = (Vec::new(), Vec::new());
     for (index, (_, failures)) in rejected.iter().enumerate() {
         for failure in failures {
             let rejection = Rejection {
@@ -146,18 +147,31 @@ async fn reject(
                 object: failure.object.clone(),
                 event: failure.error.event.clone(),
             };
-            letters.push((failure.body.clone(), rejection));
+            let (place, owners) = match failure.error.cause {
+                Cause::BeyondWorker => (&mut too_large, &mut their_owners),
+                _ => (&mut letters, &mut owners),
+            };
+            place.push((failure.body.clone(), rejection));
             owners.push(index);
         }
     }
-    if letters.is_empty() {
-        return (Vec::new(), Vec::new());
+    let mut results = Vec::new();
+    if !letters.is_empty() {
+        results = shared.services.rejects.reject_all(&letters).await;
     }
-    let results = shared.services.rejects.reject_all(&letters).await;
+    if let Some(larger) = shared
+        .services
+        .larger
+        .as_ref()
+        .filter(|_| !too_large.is_empty())
+    {
+        owners.append(&mut their_owners);
+        results.extend(larger.reject_all(&too_large).await);
+    }
     let mut is_in = vec![true; rejected.len()];
     for (owner, result) in owners.into_iter().zip(results) {
         if let Err(error) = result {
-            tracing::error!(%error, "cannot reject a message, it is tried again later");
+            tracing::error!(%error, "cannot put a message where it belongs, it is tried again later");
             is_in[owner] = false;
         }
     }
@@ -176,7 +190,7 @@ async fn reject(
 async fn acknowledge(shared: &Shared, messages: Vec<Arc<Message>>) {
     remove_notes(shared, &messages, |note| note != Note::None).await;
     let left = in_tries(messages, |messages| async move {
-        let receipts: Vec<String> = messages.iter().map(|message| message.receipt()).collect();
+        let receipts: Vec<Receipt> = messages.iter().map(|message| message.receipt()).collect();
         let results = shared.services.queue.acknowledge(&receipts).await;
         let mut failed = Vec::new();
         for ((message, receipt), result) in messages.into_iter().zip(receipts).zip(results) {

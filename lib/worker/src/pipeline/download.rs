@@ -144,6 +144,10 @@ async fn read(shared: &Shared, url: &str, memory: Reserved) -> Result<Read, Task
     if expected > most {
         return Err(too_large(expected));
     }
+    let room = shared.documents_budget.total();
+    if let Some(length) = opened.length {
+        shared.check_room(Stage::Download, length, room)?;
+    }
     let memory = if expected > memory.bytes() {
         // Given back before more is asked for: nobody who holds memory waits
         // for memory.
@@ -159,6 +163,7 @@ async fn read(shared: &Shared, url: &str, memory: Reserved) -> Result<Read, Task
         if length > most {
             return Err(too_large(length));
         }
+        shared.check_room(Stage::Download, length, room)?;
         bytes.extend_from_slice(&chunk);
     }
     if let Some(length) = opened.length

@@ -72,8 +72,8 @@ impl Held {
 
     /// A message arrived; it waits for its turn.
     pub(super) fn enter(&self, message: Arc<Message>) {
-        let max_receives = self.facts.get().and_then(|facts| facts.max_receives);
-        let company = suspects::company(message.unexplained, max_receives);
+        let facts = self.facts.get().copied().unwrap_or_default();
+        let company = suspects::company(message.unexplained, facts);
         let number = message.number;
         let limit = {
             let mut hand = lock(&self.hand);

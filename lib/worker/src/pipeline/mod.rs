@@ -29,9 +29,9 @@ use self::held::Held;
 use crate::config::Settings;
 use crate::metrics::Metrics;
 use crate::rules::budget::Budget;
-use crate::rules::failure::{Fatal, TaskError};
+use crate::rules::failure::{Cause, Fatal, Stage, TaskError};
 use crate::rules::ledger::Ticket;
-use crate::services::{Embedder, ModelInfo, QueueFacts, Services};
+use crate::services::{BATCH_MAX, Embedder, ModelInfo, QueueFacts, Services};
 
 /// Share of the memory budget for documents that wait for a decoder; the rest
 /// is for decoding. Two budgets, because whoever waits for the second holds
@@ -44,7 +44,7 @@ const STOP_MARGIN: Duration = Duration::from_secs(2);
 /// The model while it loads. The description comes first, so that decoding
 /// starts before the model is ready.
 pub struct Loading {
-    pub info: BoxFuture<'static, Result<ModelInfo, Fatal>>,
+    pub info: BoxFuture<'static, Result<Arc<ModelInfo>, Fatal>>,
     pub embedders: BoxFuture<'static, Result<Vec<Box<dyn Embedder>>, Fatal>>,
 }
 
@@ -62,6 +62,8 @@ pub struct Summary {
     pub ended: Ended,
     pub images: u64,
     pub rejected: u64,
+    /// Left to a larger worker.
+    pub handed_over: u64,
     /// Messages handed back to the queue at the end.
     pub handed_back: usize,
 }
@@ -80,6 +82,16 @@ struct Shared {
 }
 
 impl Shared {
+    /// What needs more than `room` bytes goes to a larger worker, where there
+    /// is one; otherwise it gets all there is.
+    fn check_room(&self, stage: Stage, needed: u64, room: u64) -> Result<(), TaskError> {
+        if self.services.larger.is_none() || needed <= room {
+            return Ok(());
+        }
+        let message = format!("needs {needed} bytes of memory, this worker has {room} for it");
+        Err(TaskError::permanent(stage, Cause::BeyondWorker, message))
+    }
+
     /// What is known of the model, once it is; `None` when the task ends
     /// before.
     async fn model(&self) -> Option<Arc<ModelInfo>> {
@@ -121,6 +133,20 @@ impl Job {
     /// Reports an error and ends the ticket with it.
     fn fail(self, shared: &Shared, error: TaskError) {
         let message = self.ticket.message();
+        if error.cause == Cause::BeyondWorker {
+            let (object, reason) = (&self.object, &error.message);
+            tracing::info!(object, reason, "handed over to a larger worker");
+            shared.metrics.handed_over();
+        } else {
+            self.report(shared, &error);
+        }
+        let body = self.own_body.unwrap_or_else(|| message.body.clone());
+        let object = Some(self.object).filter(|object| !object.is_empty());
+        self.ticket.fail(error, object, body);
+    }
+
+    fn report(&self, shared: &Shared, error: &TaskError) {
+        let message = self.ticket.message();
         tracing::warn!(
             object = self.object,
             stage = error.stage.name(),
@@ -131,11 +157,8 @@ impl Job {
             reason = error.message,
             "failed"
         );
-        shared.metrics.failed(&error);
-        shared.ending.count_refusals(Some(&error));
-        let body = self.own_body.unwrap_or_else(|| message.body.clone());
-        let object = Some(self.object).filter(|object| !object.is_empty());
-        self.ticket.fail(error, object, body);
+        shared.metrics.failed(error);
+        shared.ending.count_refusals(Some(error));
     }
 }
 
@@ -174,16 +197,17 @@ where
     }
 }
 
-/// Waits for the first arrival, then for company, at most `linger` and at
-/// most `max` in all. `None` when all senders are gone.
+/// Waits for the first arrival, then for company, at most `linger`, for what
+/// one request takes and for as many as may come. `None` when all senders are
+/// gone.
 async fn gather<T>(
     mut poll: impl FnMut(&mut Context<'_>) -> Poll<Option<T>>,
-    max: usize,
+    may_come: impl Fn() -> usize,
     linger: Duration,
 ) -> Option<Vec<T>> {
     let mut gathered = vec![poll_fn(&mut poll).await?];
     let deadline = Instant::now() + linger;
-    while gathered.len() < max {
+    while gathered.len() < BATCH_MAX.min(may_come()) {
         match tokio::time::timeout_at(deadline, poll_fn(&mut poll)).await {
             Ok(Some(next)) => gathered.push(next),
             Ok(None) | Err(_) => break,
@@ -231,10 +255,9 @@ pub async fn run(
     let to_model = batch::run(shared.clone(), decoded, to_store.clone());
     tokio::spawn(store::run(shared.clone(), stores, to_publish));
     tokio::spawn(store::publish(shared.clone(), publishes));
-    tokio::spawn(desk::run(shared.clone(), desk_arrivals));
     let background = [
+        tokio::spawn(desk::run(shared.clone(), desk_arrivals)),
         tokio::spawn(desk::heartbeat(shared.clone())),
-        tokio::spawn(write_metrics(shared.clone())),
         tokio::spawn(held::adapt_limit(shared.clone())),
     ];
     tokio::spawn(load(shared.clone(), facts, loading, model_sender, to_model));
@@ -246,13 +269,13 @@ pub async fn run(
     for task in background {
         task.abort();
     }
-    shared.metrics.emit();
     let ended = shared.ending.reason()?;
-    let (images, rejected) = shared.metrics.totals();
+    let (images, rejected, handed_over) = shared.metrics.totals();
     Ok(Summary {
         ended,
         images,
         rejected,
+        handed_over,
         handed_back,
     })
 }
@@ -276,7 +299,7 @@ async fn load(
     let info = async {
         match loading.info.await {
             Ok(info) => {
-                let _ = model_sender.send(Some(Arc::new(info)));
+                let _ = model_sender.send(Some(info));
             }
             Err(fatal) => shared.ending.end_with(fatal),
         }
@@ -292,15 +315,6 @@ async fn load(
         }
     };
     tokio::join!(facts, info, embedders);
-}
-
-async fn write_metrics(shared: Arc<Shared>) {
-    let mut ticks = tokio::time::interval(shared.settings.metrics_interval);
-    ticks.tick().await;
-    loop {
-        ticks.tick().await;
-        shared.metrics.emit();
-    }
 }
 
 /// Ends the run: what has not reached the model goes back at once, so that

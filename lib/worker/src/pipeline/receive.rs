@@ -24,6 +24,10 @@ const MAX_RECEIVERS: usize = 8;
 /// that is still quiet then waits at an empty queue and may be cut off.
 const STOP_GRACE: Duration = Duration::from_millis(200);
 
+/// How long one of several queues is polled: two requests a second cost a
+/// hundredth of the task.
+const SHARED_POLL: Duration = Duration::from_secs(1);
+
 /// Between receives that fail.
 const RECEIVE_BACKOFF: Backoff = Backoff {
     base: Duration::from_millis(200),
@@ -34,18 +38,21 @@ const RECEIVE_BACKOFF: Backoff = Backoff {
 /// about half a minute: a role or policy that was just written needs some.
 const MAX_REFUSALS: u32 = 10;
 
-/// Starts the receivers. The first always polls; the others help while the
-/// queue is deep, so that an idle task costs one long poll at a time.
+/// Starts each queue's receivers. The first always polls; the others help while
+/// the queue is deep, so that an idle task costs one long poll at a time.
 pub(super) fn spawn(shared: &Arc<Shared>) -> Vec<JoinHandle<()>> {
-    let (deep, _) = watch::channel(false);
-    let deep = Arc::new(deep);
+    let queues = shared.services.queue.count();
+    let deep: Vec<_> = (0..queues)
+        .map(|_| Arc::new(watch::channel(false).0))
+        .collect();
     let receivers = shared.settings.max_messages / MESSAGES_PER_RECEIVER;
-    (0..receivers.clamp(1, MAX_RECEIVERS))
+    (0..queues * receivers.clamp(1, MAX_RECEIVERS))
         .map(|index| {
             let receiver = Receiver {
                 shared: shared.clone(),
-                deep: deep.clone(),
-                is_first: index == 0,
+                queue: index % queues,
+                deep: deep[index % queues].clone(),
+                is_first: index < queues,
             };
             tokio::spawn(receiver.run())
         })
@@ -60,6 +67,7 @@ fn is_refusal(error: &aws::Error) -> bool {
 
 struct Receiver {
     shared: Arc<Shared>,
+    queue: usize,
     /// Whether the last receive came back full.
     deep: Arc<watch::Sender<bool>>,
     is_first: bool,
@@ -84,6 +92,7 @@ impl Receiver {
             let asked_at = Instant::now();
             let answer = tokio::select! {
                 answer = self.shared.services.queue.receive(
+                    self.queue,
                     room,
                     self.wait(),
                     self.shared.settings.visibility,
@@ -137,13 +146,18 @@ impl Receiver {
     /// past the moment when the task would exit.
     fn wait(&self) -> Duration {
         let idle_exit = self.shared.settings.idle_exit;
+        // A poll holds room that another queue's message may need.
+        let longest = match self.shared.services.queue.count() {
+            1 => LONG_POLL_MAX,
+            _ => SHARED_POLL,
+        };
         if idle_exit.is_zero() {
-            return LONG_POLL_MAX;
+            return longest;
         }
         let left = idle_exit.saturating_sub(self.shared.held.idle_for());
         // Whole seconds, rounded up: the API takes no others.
         let seconds = left.as_secs_f64().ceil().max(1.0);
-        Duration::from_secs(seconds as u64).min(LONG_POLL_MAX)
+        Duration::from_secs(seconds as u64).min(longest)
     }
 
     /// After an empty receive: has the task been idle for long enough?

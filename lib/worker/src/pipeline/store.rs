@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::decode::About;
 use super::{Image, Job, Shared, Subject, Times, gather, milliseconds, stage};
 use crate::rules::failure::{Cause, Stage, TaskError};
-use crate::services::{BATCH_MAX, ModelInfo};
+use crate::services::ModelInfo;
 
 /// How long an event waits for others to share a request with.
 const LINGER: Duration = Duration::from_millis(15);
@@ -308,7 +308,8 @@ pub(super) async fn publish(shared: Arc<Shared>, mut arrivals: mpsc::Receiver<Ou
     let slots = Arc::new(Semaphore::new(PUBLISHES));
     loop {
         let slot = slots.clone().acquire_owned().await;
-        let Some(outgoing) = gather(|context| arrivals.poll_recv(context), BATCH_MAX, LINGER).await
+        let may_come = || shared.metrics.images_in_work();
+        let Some(outgoing) = gather(|context| arrivals.poll_recv(context), may_come, LINGER).await
         else {
             return;
         };

@@ -35,6 +35,11 @@ impl Budget {
         }
     }
 
+    /// How much there is in all.
+    pub fn total(&self) -> u64 {
+        u64::from(self.total) * GRAIN_BYTES
+    }
+
     /// Waits for `bytes`. Who wants more than the whole budget gets all of
     /// it, and so runs alone.
     pub async fn reserve(&self, bytes: u64) -> Reserved {

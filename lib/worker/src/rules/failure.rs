@@ -60,6 +60,8 @@ pub enum Cause {
     AccessDenied,
     Empty,
     TooLarge,
+    /// It needs more memory or time than this worker has; a larger one does it.
+    BeyondWorker,
     Unsupported,
     Damaged,
     /// A decoder gave up in a way that it should not have.
@@ -88,6 +90,7 @@ impl Cause {
             Cause::AccessDenied => "access-denied",
             Cause::Empty => "empty",
             Cause::TooLarge => "too-large",
+            Cause::BeyondWorker => "beyond-worker",
             Cause::Unsupported => "unsupported",
             Cause::Damaged => "damaged",
             Cause::DecoderPanic => "decoder-panic",

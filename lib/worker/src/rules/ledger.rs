@@ -10,7 +10,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use crate::rules::failure::{Cause, Failure, Stage, TaskError};
-use crate::services::Received;
+use crate::services::{Receipt, Received};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ownership {
@@ -59,7 +59,7 @@ pub enum Verdict {
 
 struct Standing {
     ownership: Ownership,
-    receipt: String,
+    receipt: Receipt,
     expires: Instant,
     open_items: usize,
     is_removed: bool,
@@ -104,7 +104,7 @@ impl Message {
     }
 
     /// The receipt of its latest delivery, the only one that SQS honours.
-    pub fn receipt(&self) -> String {
+    pub fn receipt(&self) -> Receipt {
         self.standing().receipt.clone()
     }
 
@@ -246,7 +246,7 @@ pub enum Taken {
     Duplicate,
     /// The message was done here already and only has to be deleted, with
     /// this receipt.
-    Done(String),
+    Done(Receipt),
 }
 
 impl Ledger {
@@ -407,18 +407,18 @@ impl Ledger {
     }
 
     /// The lease of `receipt` was extended at `at`.
-    pub fn extended(message: &Message, receipt: &str, at: Instant, visibility: Duration) {
+    pub fn extended(message: &Message, receipt: &Receipt, at: Instant, visibility: Duration) {
         let mut standing = message.standing();
-        if standing.receipt == receipt {
+        if standing.receipt == *receipt {
             standing.expires = at + visibility;
         }
     }
 
     /// The queue says that `receipt` is stale. True when the message was ours
     /// until now and no newer delivery renewed it.
-    pub fn lost(message: &Message, receipt: &str) -> bool {
+    pub fn lost(message: &Message, receipt: &Receipt) -> bool {
         let mut standing = message.standing();
-        let is_lost = standing.receipt == receipt && standing.ownership.is_ours();
+        let is_lost = standing.receipt == *receipt && standing.ownership.is_ours();
         if is_lost {
             standing.ownership = Ownership::Lost;
         }
@@ -445,10 +445,17 @@ mod tests {
 
     const VISIBILITY: Duration = Duration::from_secs(30);
 
-    fn received(id: &str, receipt: &str) -> Received {
+    fn receipt(handle: &str) -> Receipt {
+        Receipt {
+            queue: 0,
+            handle: handle.to_owned(),
+        }
+    }
+
+    fn received(id: &str, handle: &str) -> Received {
         Received {
             message_id: id.to_owned(),
-            receipt: receipt.to_owned(),
+            receipt: receipt(handle),
             body: "{}".to_owned(),
             receive_count: 1,
         }
@@ -510,9 +517,9 @@ mod tests {
         let message = take(&ledger, "a");
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
         assert!(matches!(again, Taken::Duplicate));
-        assert_eq!(message.receipt(), "r2");
+        assert_eq!(message.receipt(), receipt("r2"));
         // News about the old receipt changes nothing.
-        assert!(!Ledger::lost(&message, "r1"));
+        assert!(!Ledger::lost(&message, &receipt("r1")));
         assert!(message.ownership().is_ours());
     }
 
@@ -520,7 +527,7 @@ mod tests {
     async fn a_lost_message_that_comes_back_is_new_work_and_the_old_one_cannot_end_it() {
         let ledger = Ledger::default();
         let old = take(&ledger, "a");
-        assert!(Ledger::lost(&old, "r1"));
+        assert!(Ledger::lost(&old, &receipt("r1")));
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
         assert!(matches!(again, Taken::New(_)));
         assert!(ledger.remove(&old), "it took room at the gate");
@@ -535,7 +542,7 @@ mod tests {
         ledger.remember_done(&message);
         ledger.remove(&message);
         let again = ledger.take(received("a", "r2"), Instant::now(), VISIBILITY);
-        assert!(matches!(again, Taken::Done(receipt) if receipt == "r2"));
+        assert!(matches!(again, Taken::Done(again) if again == receipt("r2")));
         assert!(ledger.is_empty());
     }
 
@@ -589,7 +596,7 @@ mod tests {
         assert!(ledger.due(Instant::now(), margin).is_empty());
         tokio::time::advance(Duration::from_secs(20)).await;
         assert_eq!(ledger.due(Instant::now(), margin).len(), 1);
-        Ledger::extended(&message, "r1", Instant::now(), VISIBILITY);
+        Ledger::extended(&message, &receipt("r1"), Instant::now(), VISIBILITY);
         assert!(ledger.due(Instant::now(), margin).is_empty());
         tokio::time::advance(Duration::from_secs(31)).await;
         assert!(ledger.due(Instant::now(), margin).is_empty());

@@ -6,6 +6,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 
+use crate::services::QueueFacts;
+
 /// With how many others a message may be held and worked on. In order of
 /// suspicion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,10 +20,12 @@ pub enum Company {
 /// What a delivery is suspected of: of nothing the first time, and then the
 /// less company the more deliveries ended in a way that nobody knows of. A
 /// queue that delivers three times or fewer has none to spare for the middle.
-pub fn company(unexplained: u32, max_receives: Option<u32>) -> Company {
-    match unexplained {
+/// What another kind of worker may have done with it counts for nothing here.
+pub fn company(unexplained: u32, facts: QueueFacts) -> Company {
+    let spares_one = |most: u32| most.saturating_sub(facts.elsewhere) > 3;
+    match unexplained.saturating_sub(facts.elsewhere) {
         0 => Company::Any,
-        1 if max_receives.is_none_or(|most| most > 3) => Company::Few,
+        1 if facts.max_receives.is_none_or(spares_one) => Company::Few,
         _ => Company::Nobody,
     }
 }
@@ -124,8 +128,19 @@ mod tests {
 
     #[test]
     fn suspicion_grows_with_each_delivery_that_ended_unknown() {
-        let of = |most| [0, 1, 2, 3, 4].map(|unexplained| company(unexplained, most));
+        let given = |max_receives, elsewhere| {
+            [0, 1, 2, 3, 4].map(|unexplained| {
+                let facts = QueueFacts {
+                    max_receives,
+                    elsewhere,
+                };
+                company(unexplained, facts)
+            })
+        };
+        let of = |most| given(most, 0);
         use Company::{Any, Few, Nobody};
+        assert_eq!(given(Some(7), 2), [Any, Any, Any, Few, Nobody]);
+        assert_eq!(given(Some(5), 2), [Any, Any, Any, Nobody, Nobody]);
         assert_eq!(of(Some(5)), [Any, Few, Nobody, Nobody, Nobody]);
         assert_eq!(of(None), [Any, Few, Nobody, Nobody, Nobody]);
         assert_eq!(of(Some(3)), [Any, Nobody, Nobody, Nobody, Nobody]);

@@ -55,6 +55,7 @@ fn three_killers(provider: &str, killers: [usize; 3]) {
     world.settings = default_settings(provider);
     world.facts = Ok(QueueFacts {
         max_receives: Some(MAX_RECEIVES),
+        ..QueueFacts::default()
     });
     world.queue_mut().max_receives = Some(MAX_RECEIVES);
     world.queue_mut().shuffles = true;

@@ -4,6 +4,7 @@
 mod killers;
 mod world;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use serde_json::json;
 use tokio::time::Instant;
 use worker::services::QueueFacts;
 use worker::{Ended, Fatal};
-use world::{Content, World, created, image, vector_key};
+use world::{Content, FakeOutput, World, created, image, vector_key};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -141,6 +142,7 @@ async fn the_last_delivery_that_the_queue_allows_ends_with_the_reason() {
     let mut world = World::new();
     world.facts = Ok(QueueFacts {
         max_receives: Some(3),
+        ..QueueFacts::default()
     });
     let cut = Content {
         bytes: image("id:1"),
@@ -318,6 +320,7 @@ async fn one_image_that_the_model_fails_on_does_not_take_others_with_it() {
     let mut world = World::new();
     world.facts = Ok(QueueFacts {
         max_receives: Some(2),
+        ..QueueFacts::default()
     });
     let urls = world.images(30);
     let poison = world.put("poison.png", image("poison"));
@@ -360,6 +363,61 @@ async fn decoding_stays_within_the_memory_budget_and_a_giant_runs_alone() {
     let most = world.preparer.most_shared.load(Ordering::SeqCst);
     assert!(most > 20 << 20, "several ran at once: {most}");
     assert!(most <= 64 << 20, "{most}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_this_worker_has_no_room_or_time_for_goes_to_a_larger_one_and_is_no_failure() {
+    let mut world = World::new();
+    world.settings.memory_budget = 96 << 20;
+    world.settings.max_image_bytes = 1 << 30;
+    let larger = Arc::new(FakeOutput::default());
+    world.larger = Some(larger.clone());
+    let mut bodies = Vec::new();
+    for (name, words) in [
+        ("giant.png", "id:1 memory:500000000"),
+        ("long.png", "id:2 takes-too-long"),
+    ] {
+        let url = world.put(name, image(words));
+        bodies.push(world.send(&url));
+    }
+    let heavy = world.put("heavy.png", vec![0; 40 << 20]);
+    bodies.push(world.send(&heavy));
+    let small = world.put("small.png", image("id:3"));
+    world.send(&small);
+    let summary = world.run_until_empty(LONG).await;
+    assert_eq!(
+        (summary.images, summary.rejected, summary.handed_over),
+        (1, 0, 3)
+    );
+    let mut handed: Vec<String> = larger
+        .rejections()
+        .into_iter()
+        .map(|(body, _)| body)
+        .collect();
+    let mut sent: Vec<String> = bodies
+        .iter()
+        .map(|id| world.queue.message(id).body)
+        .collect();
+    handed.sort();
+    sent.sort();
+    assert_eq!(handed, sent);
+    assert!(world.output.rejections().is_empty());
+    assert_eq!(world.queue.left(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_messages_of_two_queues_are_each_acknowledged_where_they_lie() {
+    let mut world = World::new();
+    world.queue_mut().is_two = true;
+    let urls = world.images(50);
+    // Every second one fails once, and so is given back as well.
+    for url in urls.iter().step_by(3) {
+        world.output.failures.lock().unwrap().insert(url.clone(), 4);
+    }
+    let summary = world.run_until_empty(LONG).await;
+    assert_eq!(summary.images, 50);
+    assert_eq!(world.output.urls(), urls);
+    assert_eq!(world.queue.left(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

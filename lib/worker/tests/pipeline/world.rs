@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use worker::config::Settings;
 use worker::services::{
     Documents, EmbedError, Embedder, Extension, LeaseError, ModelInfo, Notes, OpenDocument,
-    Preparer, Queue, QueueFacts, Received, Rejects, Services, Size, Vectors,
+    Preparer, Queue, QueueFacts, Receipt, Received, Rejects, Services, Size, Vectors,
 };
 use worker::{Cause, Fatal, Loading, Metrics, Stage, Summary, TaskError, run_pipeline};
 
@@ -61,6 +61,8 @@ impl Death {
 
 #[derive(Clone, Debug)]
 pub struct Stored {
+    /// The queue that it is in.
+    pub queue: usize,
     pub body: String,
     pub visible_at: Instant,
     pub first_received: Option<Instant>,
@@ -88,6 +90,8 @@ pub struct FakeQueue {
     /// Checked when a message is deleted: its event is out, its vector in.
     world: Mutex<Option<(Arc<FakeOutput>, Arc<FakeVectors>)>>,
     pub refuses: bool,
+    /// Messages lie in two queues in turns.
+    pub is_two: bool,
     /// After so many deliveries the queue itself takes a message away.
     pub max_receives: Option<u32>,
     /// The messages come in no order, as from SQS.
@@ -109,9 +113,11 @@ impl FakeQueue {
     pub fn send(&self, body: &str) -> String {
         let mut messages = self.messages.lock().unwrap();
         let id = format!("m{:06}", messages.len());
+        let queue = messages.len() % self.count();
         messages.insert(
             id.clone(),
             Stored {
+                queue,
                 body: body.to_owned(),
                 visible_at: Instant::now(),
                 first_received: None,
@@ -148,10 +154,11 @@ impl FakeQueue {
     /// The message and delivery of a receipt, if SQS still honours it.
     fn lease<'a>(
         messages: &'a mut BTreeMap<String, Stored>,
-        receipt: &str,
+        receipt: &Receipt,
     ) -> Result<&'a mut Stored, LeaseError> {
-        let (id, delivery) = receipt.split_once('#').expect("a receipt of ours");
+        let (id, delivery) = receipt.handle.split_once('#').expect("a receipt of ours");
         let stored = messages.get_mut(id).expect("a message of ours");
+        assert_eq!(receipt.queue, stored.queue, "a receipt of the other queue");
         if stored.is_deleted || delivery.parse() != Ok(stored.deliveries) {
             return Err(lost("ReceiptHandleIsInvalid"));
         }
@@ -165,8 +172,13 @@ fn lost(code: &str) -> LeaseError {
 
 #[async_trait]
 impl Queue for FakeQueue {
+    fn count(&self) -> usize {
+        if self.is_two { 2 } else { 1 }
+    }
+
     async fn receive(
         &self,
+        queue: usize,
         max: usize,
         wait: Duration,
         visibility: Duration,
@@ -202,7 +214,7 @@ impl Queue for FakeQueue {
                         && stored.deliveries == 1
                         && !stored.is_deleted
                         && twice.insert(id.clone());
-                    if !(stored.is_visible() || again) {
+                    if stored.queue != queue || !(stored.is_visible() || again) {
                         continue;
                     }
                     if self.max_receives == Some(stored.deliveries) {
@@ -215,7 +227,10 @@ impl Queue for FakeQueue {
                     stored.first_received.get_or_insert_with(Instant::now);
                     received.push(Received {
                         message_id: id.clone(),
-                        receipt: format!("{id}#{}", stored.deliveries),
+                        receipt: Receipt {
+                            queue,
+                            handle: format!("{id}#{}", stored.deliveries),
+                        },
                         body: stored.body.clone(),
                         receive_count: stored.deliveries,
                     });
@@ -261,7 +276,7 @@ impl Queue for FakeQueue {
             .collect()
     }
 
-    async fn acknowledge(&self, receipts: &[String]) -> Vec<Result<(), LeaseError>> {
+    async fn acknowledge(&self, receipts: &[Receipt]) -> Vec<Result<(), LeaseError>> {
         assert!((1..=BATCH_LIMIT).contains(&receipts.len()));
         self.death.silences().await;
         tokio::time::sleep(self.latency).await;
@@ -643,6 +658,10 @@ impl Preparer for FakePreparer {
             self.death.strike();
             self.kills.lock().unwrap().push(killer);
         }
+        if has(bytes, "takes-too-long") {
+            let message = "image needs 2 milliseconds of work, more than the limit of 1";
+            return Err(TaskError::permanent(Stage::Decode, Cause::Timeout, message));
+        }
         if has(bytes, "damaged") {
             let message = "PNG file is truncated";
             return Err(TaskError::permanent(Stage::Decode, Cause::Damaged, message));
@@ -697,6 +716,8 @@ pub struct World {
     pub documents: Arc<FakeDocuments>,
     pub vectors: Arc<FakeVectors>,
     pub output: Arc<FakeOutput>,
+    /// The queue of a larger worker, if there is one: its `rejections`.
+    pub larger: Option<Arc<FakeOutput>>,
     pub preparer: Arc<FakePreparer>,
     pub batches: Batches,
     pub settings: Settings,
@@ -745,6 +766,7 @@ impl World {
             }),
             vectors,
             output,
+            larger: None,
             preparer: Arc::new(FakePreparer {
                 death: death.clone(),
                 ..FakePreparer::default()
@@ -809,6 +831,10 @@ impl World {
             vectors: self.vectors.clone(),
             outputs: Outputs::new(vec![self.output.clone()]),
             rejects: Arc::new(FakeRejects(self.output.clone())),
+            larger: self
+                .larger
+                .clone()
+                .map(|larger| -> Arc<dyn Rejects> { Arc::new(FakeRejects(larger)) }),
             preparer: self.preparer.clone(),
             notes: self.vectors.clone(),
         };
@@ -822,11 +848,11 @@ impl World {
         let (fails, takes) = (self.model_fails, self.model_takes);
         let loading = Loading {
             info: Box::pin(async {
-                Ok(ModelInfo {
+                Ok(Arc::new(ModelInfo {
                     name: MODEL.to_owned(),
                     side: SIDE,
                     labels: Some(Box::new(|vector| vec![format!("label-{}", vector[0])])),
-                })
+                }))
             }),
             embedders: Box::pin(async move {
                 tokio::time::sleep(takes).await;
