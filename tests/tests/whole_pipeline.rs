@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use local::cloud::{TaskStatus, TaskView};
+use local::cloud::{TaskStatus, Task};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
 use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
 use serde_json::{Value, json};
@@ -319,10 +319,10 @@ async fn an_update_in_mid_work_rolls_over() {
         "{exit_codes:?}"
     );
     // Revisions of one family: what may run and what is found goes by its name.
-    let family = old_task.definition.strip_suffix(":1").unwrap();
+    let family = old_task.definition.arn.strip_suffix(":1").unwrap();
     for task in &tasks {
         let revision = if task.id == old_task.id { 1 } else { 2 };
-        assert_eq!(task.definition, format!("{family}:{revision}"));
+        assert_eq!(task.definition.arn, format!("{family}:{revision}"));
     }
     for call in pipeline.deployment.cloud.calls() {
         if call.operation == "TerminateInstanceInAutoScalingGroup" {
@@ -337,7 +337,7 @@ async fn an_update_in_mid_work_rolls_over() {
 }
 
 /// Waits until a task has stored something and holds more.
-async fn in_mid_work(pipeline: &Pipeline) -> TaskView {
+async fn in_mid_work(pipeline: &Pipeline) -> Task {
     loop {
         let (task, _) = pipeline.running_task().await.unwrap();
         let input = pipeline.deployment.input_queue_url();

@@ -282,7 +282,7 @@ async fn a_decision_over_a_hundred_tasks_and_instances_is_fast() {
             let registered = snapshot
                 .instances
                 .iter()
-                .filter(|instance| instance.container_status.is_some());
+                .filter(|instance| instance.container_status().is_some());
             registered.count() == 100
         })
         .await;

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{screen::Screen, stages::Stages};
 use crate::{
     Deployment,
-    cloud::{ContainerInstanceStatus, InstanceView, Lifecycle, Snapshot, TaskStatus, TaskView},
+    cloud::{ContainerInstanceStatus, Instance, Lifecycle, Snapshot, Task, TaskStatus},
     deployment::{DeployError, LogLine, QueueCounts},
 };
 
@@ -147,7 +147,7 @@ impl<'a> Watch<'a> {
             .now
             .instances
             .iter()
-            .filter(|one| one.lifecycle.is_live() && one.container_status.is_none())
+            .filter(|one| one.lifecycle.is_live() && one.container_status().is_none())
             .count();
         format!(
             "uploaded {uploaded} · queue {} waiting, {} in work · instances {} ({booting} booting) · tasks {} running, {} starting · vectors {embedded}",
@@ -165,8 +165,8 @@ impl<'a> Watch<'a> {
     }
 }
 
-fn state_of(instance: &InstanceView) -> &'static str {
-    match (instance.lifecycle, instance.container_status) {
+fn state_of(instance: &Instance) -> &'static str {
+    match (instance.lifecycle, instance.container_status()) {
         (Lifecycle::Pending, _) => "boots",
         (Lifecycle::InService, None) => "is up and not registered yet",
         (Lifecycle::InService, Some(ContainerInstanceStatus::Draining)) => "is drained",
@@ -176,7 +176,7 @@ fn state_of(instance: &InstanceView) -> &'static str {
     }
 }
 
-fn show_task(screen: &Screen, task: &TaskView) {
+fn show_task(screen: &Screen, task: &Task) {
     let id = short(&task.id);
     let on = short(&task.instance);
     match task.status {

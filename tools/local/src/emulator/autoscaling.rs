@@ -5,18 +5,16 @@
 //! errors as seen in public reports (kubernetes/autoscaler#943,
 //! hashicorp/nomad-autoscaler#1290).
 
-use std::collections::BTreeMap;
-
 use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
 
 use super::{
     cloud::{
         Cloud, Lifecycle,
         groups::{self, TerminateRefusal},
-        state::{Activity, CloudState, Group, GroupTag, Instance},
+        state::{Activity, ActivityStatus, CloudState, Group, GroupTag, Instance},
     },
-    ecs::Refusal,
-    xml::Xml,
+    ecs::{Answer, Refusal},
 };
 
 /// DescribeAutoScalingGroups answers at most this many, and by default half.
@@ -25,24 +23,21 @@ const GROUPS_MAX: usize = 100;
 const PAGE_DEFAULT: usize = 50;
 /// DescribeScalingActivities answers at most this many, and by default as many.
 const ACTIVITIES_MAX: usize = 100;
-/// The parameters of a call, as flat names (`InstanceIds.member.1`).
-pub(crate) type Parameters = BTreeMap<String, String>;
-
-type Answer = Result<Xml, Refusal>;
 
 fn validation(message: impl Into<String>) -> Refusal {
     Refusal::client("ValidationError", message)
 }
 
-/// Carries out one call; the answer is the content of its result element.
-pub(crate) fn call(cloud: &Cloud, operation: &str, parameters: &Parameters) -> Answer {
+/// Carries out one call, whose parameters have flat names (`InstanceIds.member.1`);
+/// the answer is the content of its result element.
+pub(crate) fn call(cloud: &Cloud, operation: &str, request: &Value) -> Answer {
     match operation {
-        "DescribeAutoScalingGroups" => describe_groups(cloud, parameters),
-        "DescribeScalingActivities" => describe_activities(cloud, parameters),
-        "DescribeWarmPool" => describe_warm_pool(cloud, parameters),
-        "SetDesiredCapacity" => set_desired_capacity(cloud, parameters),
-        "TerminateInstanceInAutoScalingGroup" => terminate(cloud, parameters),
-        "CreateOrUpdateTags" => create_tags(cloud, parameters),
+        "DescribeAutoScalingGroups" => describe_groups(cloud, request),
+        "DescribeScalingActivities" => describe_activities(cloud, request),
+        "DescribeWarmPool" => describe_warm_pool(cloud, request),
+        "SetDesiredCapacity" => set_desired_capacity(cloud, request),
+        "TerminateInstanceInAutoScalingGroup" => terminate(cloud, request),
+        "CreateOrUpdateTags" => create_tags(cloud, request),
         other => Err(Refusal::client(
             "InvalidAction",
             format!("The action {other} is not served locally."),
@@ -50,92 +45,79 @@ pub(crate) fn call(cloud: &Cloud, operation: &str, parameters: &Parameters) -> A
     }
 }
 
-fn describe_groups(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let names = members(parameters, "AutoScalingGroupNames");
+fn describe_groups(cloud: &Cloud, request: &Value) -> Answer {
+    let names = members(request, "AutoScalingGroupNames");
     let state = cloud.lock();
-    let groups: Vec<&Group> = state
+    let groups = state
         .groups
         .values()
         .filter(|group| names.is_empty() || names.contains(&group.config.name))
+        .map(|group| describe_group(&state, group))
         .collect();
-    let (page, next) = page(&groups, parameters, PAGE_DEFAULT, GROUPS_MAX)?;
-    let mut xml = Xml::new();
-    xml.list("AutoScalingGroups", page, |xml, group| {
-        write_group(xml, &state, group)
-    });
-    xml.optional("NextToken", next);
-    Ok(xml)
+    page(
+        groups,
+        request,
+        "AutoScalingGroups",
+        PAGE_DEFAULT,
+        GROUPS_MAX,
+    )
 }
 
-fn write_group(xml: &mut Xml, state: &CloudState, group: &Group) {
-    let name = &group.config.name;
-    xml.text("AutoScalingGroupName", name);
-    xml.text("AutoScalingGroupARN", &group.arn);
-    xml.element("LaunchTemplate", |xml| {
-        xml.text("LaunchTemplateId", "lt-0local0000000000");
-        xml.text("LaunchTemplateName", name);
-        xml.text("Version", "1");
-    });
-    xml.text("MinSize", group.config.min);
-    xml.text("MaxSize", group.config.max);
-    xml.text("DesiredCapacity", group.config.desired);
-    xml.text("DefaultCooldown", 300);
-    xml.list("AvailabilityZones", &group.config.zones, |xml, zone| {
-        xml.raw_text(zone)
-    });
-    xml.list("LoadBalancerNames", &[] as &[String], |_, _| {});
-    xml.text("HealthCheckType", "EC2");
-    xml.text("HealthCheckGracePeriod", 0);
-    let instances: Vec<&Instance> = instances_of(state, name);
-    xml.list("Instances", &instances, |xml, instance| {
-        write_instance(xml, instance)
-    });
-    xml.text("CreatedTime", time(group.created_at));
-    xml.list("SuspendedProcesses", &[] as &[String], |_, _| {});
-    let tags: Vec<(&String, &GroupTag)> = group.tags.iter().collect();
-    xml.list("Tags", &tags, |xml, (key, tag)| {
-        write_tag(xml, name, key, tag)
-    });
-    xml.list("TerminationPolicies", &["Default"], |xml, policy| {
-        xml.raw_text(policy)
-    });
-    xml.text(
-        "NewInstancesProtectedFromScaleIn",
-        group.config.protect_new_instances,
-    );
-}
-
-/// The group's instances, those on their way out included, oldest first.
-fn instances_of<'a>(state: &'a CloudState, group: &str) -> Vec<&'a Instance> {
-    let mut instances: Vec<&Instance> = state
-        .instances
-        .values()
-        .filter(|instance| instance.group == group && instance.lifecycle != Lifecycle::Terminated)
+fn describe_group(state: &CloudState, group: &Group) -> Value {
+    let config = &group.config;
+    let instances: Vec<Value> = state
+        .instances_of(&config.name)
+        .filter(|instance| instance.lifecycle != Lifecycle::Terminated)
+        .map(describe_instance)
         .collect();
-    instances.sort_by(|a, b| (a.launched_at, &a.id).cmp(&(b.launched_at, &b.id)));
-    instances
+    let tags = group.tags.iter().map(|(key, tag)| {
+        json!({
+            "ResourceId": config.name,
+            "ResourceType": "auto-scaling-group",
+            "Key": key,
+            "Value": tag.value,
+            "PropagateAtLaunch": tag.propagate,
+        })
+    });
+    json!({
+        "AutoScalingGroupName": config.name,
+        "AutoScalingGroupARN": group.arn,
+        "LaunchTemplate": {
+            "LaunchTemplateId": "lt-0local0000000000",
+            "LaunchTemplateName": config.name,
+            "Version": "1",
+        },
+        "MinSize": config.min,
+        "MaxSize": config.max,
+        "DesiredCapacity": config.desired,
+        "DefaultCooldown": 300,
+        "AvailabilityZones": config.zones,
+        "LoadBalancerNames": [],
+        "HealthCheckType": "EC2",
+        "HealthCheckGracePeriod": 0,
+        "Instances": instances,
+        "CreatedTime": time(group.created_at),
+        "SuspendedProcesses": [],
+        "Tags": tags.collect::<Vec<_>>(),
+        "TerminationPolicies": ["Default"],
+        "NewInstancesProtectedFromScaleIn": config.protect_new_instances,
+    })
 }
 
-fn write_instance(xml: &mut Xml, instance: &Instance) {
-    xml.text("InstanceId", &instance.id);
-    xml.text("InstanceType", &instance.instance_type);
-    xml.text("AvailabilityZone", &instance.zone);
-    xml.text("LifecycleState", instance.lifecycle.name());
-    xml.text("HealthStatus", "Healthy");
-    xml.text("ProtectedFromScaleIn", instance.protected);
+fn describe_instance(instance: &Instance) -> Value {
+    json!({
+        "InstanceId": instance.id,
+        "InstanceType": instance.instance_type,
+        "AvailabilityZone": instance.zone,
+        "LifecycleState": instance.lifecycle,
+        "HealthStatus": "Healthy",
+        "ProtectedFromScaleIn": instance.protected,
+    })
 }
 
-fn write_tag(xml: &mut Xml, group: &str, key: &str, tag: &GroupTag) {
-    xml.text("ResourceId", group);
-    xml.text("ResourceType", "auto-scaling-group");
-    xml.text("Key", key);
-    xml.text("Value", &tag.value);
-    xml.text("PropagateAtLaunch", tag.propagate);
-}
-
-fn describe_activities(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let ids = members(parameters, "ActivityIds");
-    let group = parameters.get("AutoScalingGroupName");
+fn describe_activities(cloud: &Cloud, request: &Value) -> Answer {
+    let ids = members(request, "ActivityIds");
+    let group = request["AutoScalingGroupName"].as_str();
     let state = cloud.lock();
     if let Some(name) = group {
         group_of(&state, name)?;
@@ -143,81 +125,69 @@ fn describe_activities(cloud: &Cloud, parameters: &Parameters) -> Answer {
     let mut activities: Vec<&Activity> = state
         .groups
         .values()
-        .filter(|candidate| group.is_none_or(|name| *name == candidate.config.name))
+        .filter(|candidate| group.is_none_or(|name| name == candidate.config.name))
         .flat_map(|candidate| &candidate.activities)
         .filter(|activity| ids.is_empty() || ids.contains(&activity.id))
         .collect();
     // Newest first; of one instant, the one that was added last.
     activities.reverse();
     activities.sort_by_key(|activity| std::cmp::Reverse(activity.start));
-    let (page, next) = page(&activities, parameters, ACTIVITIES_MAX, ACTIVITIES_MAX)?;
-    let mut xml = Xml::new();
-    xml.list("Activities", page, |xml, activity| {
-        write_activity(xml, activity)
-    });
-    xml.optional("NextToken", next);
-    Ok(xml)
+    let shown = activities.into_iter().map(describe_activity).collect();
+    page(shown, request, "Activities", ACTIVITIES_MAX, ACTIVITIES_MAX)
 }
 
-fn write_activity(xml: &mut Xml, activity: &Activity) {
-    xml.text("ActivityId", &activity.id);
-    xml.text("AutoScalingGroupName", &activity.group);
-    xml.text("Description", &activity.description);
-    xml.text("Cause", &activity.cause);
-    xml.text("StartTime", time(activity.start));
-    xml.optional("EndTime", activity.end.map(time));
-    xml.text("StatusCode", activity.status.name());
-    xml.optional("StatusMessage", activity.message.clone());
-    xml.text("Progress", activity.status.progress());
-    xml.text(
-        "Details",
-        format!("{{\"Availability Zone\":\"{}\"}}", activity.zone),
-    );
+fn describe_activity(activity: &Activity) -> Value {
+    let is_over = activity.status != ActivityStatus::InProgress;
+    json!({
+        "ActivityId": activity.id,
+        "AutoScalingGroupName": activity.group,
+        "Description": activity.description,
+        "Cause": activity.cause,
+        "StartTime": time(activity.start),
+        "EndTime": activity.end.map(time),
+        "StatusCode": activity.status,
+        "StatusMessage": activity.message,
+        "Progress": if is_over { 100 } else { 50 },
+        "Details": json!({"Availability Zone": activity.zone}).to_string(),
+    })
 }
 
-fn describe_warm_pool(cloud: &Cloud, parameters: &Parameters) -> Answer {
+fn describe_warm_pool(cloud: &Cloud, request: &Value) -> Answer {
     let state = cloud.lock();
-    group_of(&state, required(parameters, "AutoScalingGroupName")?)?;
+    group_of(&state, required(request, "AutoScalingGroupName")?)?;
     // No group here has a warm pool.
-    let mut xml = Xml::new();
-    xml.list("Instances", &[] as &[String], |_, _| {});
-    Ok(xml)
+    Ok(json!({"Instances": []}))
 }
 
-fn set_desired_capacity(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let name = required(parameters, "AutoScalingGroupName")?.to_owned();
+fn set_desired_capacity(cloud: &Cloud, request: &Value) -> Answer {
+    let name = required(request, "AutoScalingGroupName")?.to_owned();
     let desired =
-        number(parameters, "DesiredCapacity")?.ok_or_else(|| null_value("desiredCapacity"))?;
+        number(request, "DesiredCapacity")?.ok_or_else(|| null_value("desiredCapacity"))?;
     {
         let mut state = cloud.lock();
-        group_of(&state, &name)?;
-        let Some(group) = state.groups.get_mut(&name) else {
-            return Err(not_found(&name));
+        let config = match state.groups.get_mut(&name) {
+            Some(group) => &mut group.config,
+            None => return Err(not_found(&name)),
         };
-        if desired > group.config.max {
-            return Err(validation(format!(
-                "New SetDesiredCapacity value {desired} is above max value {} for the AutoScalingGroup.",
-                group.config.max
-            )));
+        for (is_beyond, side, limit) in [
+            (desired > config.max, "above max", config.max),
+            (desired < config.min, "below min", config.min),
+        ] {
+            if is_beyond {
+                return Err(validation(format!(
+                    "New SetDesiredCapacity value {desired} is {side} value {limit} for the AutoScalingGroup."
+                )));
+            }
         }
-        if desired < group.config.min {
-            return Err(validation(format!(
-                "New SetDesiredCapacity value {desired} is below min value {} for the AutoScalingGroup.",
-                group.config.min
-            )));
-        }
-        group.config.desired = desired;
+        config.desired = desired;
     }
     groups::reconcile(cloud, &name);
-    Ok(Xml::new())
+    Ok(json!({}))
 }
 
-fn terminate(cloud: &Cloud, parameters: &Parameters) -> Answer {
-    let instance_id = required(parameters, "InstanceId")?;
-    let decrement = match parameters
-        .get("ShouldDecrementDesiredCapacity")
-        .map(String::as_str)
-    {
+fn terminate(cloud: &Cloud, request: &Value) -> Answer {
+    let instance_id = required(request, "InstanceId")?;
+    let decrement = match request["ShouldDecrementDesiredCapacity"].as_str() {
         Some("true") => true,
         Some("false") => false,
         _ => return Err(null_value("shouldDecrementDesiredCapacity")),
@@ -228,27 +198,25 @@ fn terminate(cloud: &Cloud, parameters: &Parameters) -> Answer {
             "Currently, desiredSize equals minSize ({min}). Terminating instance without replacement will violate group's min size constraint. Either set shouldDecrementDesiredCapacity flag to false or lower group's min size."
         )),
     })?;
-    let mut xml = Xml::new();
-    xml.element("Activity", |xml| write_activity(xml, &activity));
-    Ok(xml)
+    Ok(json!({"Activity": describe_activity(&activity)}))
 }
 
-fn create_tags(cloud: &Cloud, parameters: &Parameters) -> Answer {
+fn create_tags(cloud: &Cloud, request: &Value) -> Answer {
     let mut state = cloud.lock();
     for index in 1.. {
-        let field = |name: &str| parameters.get(&format!("Tags.member.{index}.{name}"));
+        let field = |name: &str| request[format!("Tags.member.{index}.{name}")].as_str();
         let Some(key) = field("Key") else { break };
         let group_name = field("ResourceId").ok_or_else(|| null_value("tags.member.resourceId"))?;
         group_of(&state, group_name)?;
         let tag = GroupTag {
-            value: field("Value").cloned().unwrap_or_default(),
+            value: field("Value").unwrap_or_default().to_owned(),
             propagate: field("PropagateAtLaunch").is_some_and(|value| value == "true"),
         };
         if let Some(group) = state.groups.get_mut(group_name) {
-            group.tags.insert(key.clone(), tag);
+            group.tags.insert(key.to_owned(), tag);
         }
     }
-    Ok(Xml::new())
+    Ok(json!({}))
 }
 
 // ----------------------------------------------------------------- helpers --
@@ -269,52 +237,42 @@ fn null_value(member: &str) -> Refusal {
     ))
 }
 
-fn required<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a str, Refusal> {
-    parameters.get(name).map(String::as_str).ok_or_else(|| {
+fn required<'a>(request: &'a Value, name: &str) -> Result<&'a str, Refusal> {
+    request[name].as_str().ok_or_else(|| {
         let mut member = name.to_owned();
         member[..1].make_ascii_lowercase();
         null_value(&member)
     })
 }
 
-fn number(parameters: &Parameters, name: &str) -> Result<Option<usize>, Refusal> {
-    let Some(text) = parameters.get(name) else {
-        return Ok(None);
+fn number(request: &Value, name: &str) -> Result<Option<usize>, Refusal> {
+    let parse = |text: &str| {
+        let wrong = || format!("{name} must be a number of at least 0, not '{text}'");
+        text.parse().map_err(|_| validation(wrong()))
     };
-    text.parse().map(Some).map_err(|_| {
-        validation(format!(
-            "{name} must be a number of at least 0, not '{text}'"
-        ))
-    })
+    request[name].as_str().map(parse).transpose()
 }
 
 /// The members of a list parameter.
-fn members(parameters: &Parameters, name: &str) -> Vec<String> {
+fn members(request: &Value, name: &str) -> Vec<String> {
     (1..)
-        .map_while(|index| parameters.get(&format!("{name}.member.{index}")).cloned())
+        .map_while(|index| request[format!("{name}.member.{index}")].as_str())
+        .map(str::to_owned)
         .collect()
 }
 
-fn page<'a, T>(
-    all: &'a [T],
-    parameters: &Parameters,
-    default: usize,
-    most: usize,
-) -> Result<(&'a [T], Option<String>), Refusal> {
-    let size = number(parameters, "MaxRecords")?
-        .unwrap_or(default)
-        .min(most);
-    let start = match parameters.get("NextToken") {
+fn page(all: Vec<Value>, request: &Value, name: &str, default: usize, most: usize) -> Answer {
+    let size = number(request, "MaxRecords")?.unwrap_or(default).min(most);
+    let start = match request["NextToken"].as_str() {
         None => 0,
         Some(token) => token
             .strip_prefix("page-")
             .and_then(|start| start.parse::<usize>().ok())
             .ok_or_else(|| Refusal::client("InvalidNextToken", "The token is not valid."))?,
     };
-    let start = start.min(all.len());
-    let end = (start + size).min(all.len());
-    let next = (end < all.len()).then(|| format!("page-{end}"));
-    Ok((&all[start..end], next))
+    let next = (start + size < all.len()).then(|| format!("page-{}", start + size));
+    let items: Vec<Value> = all.into_iter().skip(start).take(size).collect();
+    Ok(json!({name: items, "NextToken": next}))
 }
 
 fn time(at: DateTime<Utc>) -> String {

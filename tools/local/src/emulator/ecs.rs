@@ -62,7 +62,7 @@ impl Refusal {
     }
 }
 
-type Answer = Result<Value, Refusal>;
+pub(crate) type Answer = Result<Value, Refusal>;
 
 pub(crate) fn call(cloud: &Cloud, operation: &str, request: &Value) -> Answer {
     match operation {
@@ -82,10 +82,8 @@ pub(crate) fn call(cloud: &Cloud, operation: &str, request: &Value) -> Answer {
 
 /// Whether an instance takes part in the cluster at all.
 fn is_member(instance: &Instance) -> bool {
-    instance
-        .registration
-        .as_ref()
-        .is_some_and(|registration| registration.status != ContainerInstanceStatus::Inactive)
+    let status = instance.container_status();
+    status.is_some_and(|status| status != ContainerInstanceStatus::Inactive)
 }
 
 // ---------------------------------------------------------------- RunTask --

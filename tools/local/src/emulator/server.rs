@@ -2,22 +2,22 @@
 //! apart by the protocol (ECS names its operation in a header, Auto Scaling in
 //! the form body).
 
-use std::{collections::BTreeMap, convert::Infallible, net::SocketAddr};
+use std::{convert::Infallible, net::SocketAddr};
 
 use bytes::Bytes;
 use chrono::Utc;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::TokioIo;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use super::{
     autoscaling,
     cloud::{ApiCall, ApiFaultKind, Cloud, state::CALLS_KEPT},
-    ecs::{self, Refusal},
-    xml::Xml,
+    ecs::{self, Answer, Refusal},
+    xml,
 };
 
 /// What ECS's requests carry before the operation's name.
@@ -95,113 +95,108 @@ async fn answer(cloud: &Cloud, request: Request<Incoming>) -> Response<Full<Byte
     }
 }
 
-/// The fault that hits a call, as an answer of its API: an error instead of
-/// carrying it out, or what is answered although it was carried out.
-async fn strike(
-    cloud: &Cloud,
-    operation: &str,
-    throttle: &str,
-    internal: &str,
-) -> Result<Option<Refusal>, Refusal> {
-    let internal_error = Refusal {
-        status: 500,
-        ..Refusal::client(internal, "An internal error occurred.")
-    };
-    match cloud.inner.faults.strike(operation) {
-        None => Ok(None),
-        Some(ApiFaultKind::Throttle) => Err(Refusal::client(throttle, "Rate exceeded")),
-        Some(ApiFaultKind::ServerError) => Err(internal_error),
-        Some(ApiFaultKind::AnswerLost) => Ok(Some(internal_error)),
-        Some(ApiFaultKind::Refused { code, message }) => Err(Refusal::client(&code, message)),
-        Some(ApiFaultKind::Slow(delay)) => {
-            tokio::time::sleep(delay).await;
-            Ok(None)
+/// One of the two APIs: how it carries out a call, and what it calls its errors.
+struct Api {
+    call: fn(&Cloud, &str, &Value) -> Answer,
+    throttled: &'static str,
+    internal: &'static str,
+}
+
+const ECS: Api = Api {
+    call: ecs::call,
+    throttled: "ThrottlingException",
+    internal: "ServerException",
+};
+
+const AUTOSCALING: Api = Api {
+    call: autoscaling::call,
+    throttled: "Throttling",
+    internal: "InternalFailure",
+};
+
+impl Api {
+    /// Carries a call out, unless a fault keeps it from that, and records it.
+    async fn answer(&self, cloud: &Cloud, operation: &str, request: Value) -> Answer {
+        let carry_out = || (self.call)(cloud, operation, &request);
+        let internal_error = || Refusal {
+            status: 500,
+            ..Refusal::client(self.internal, "An internal error occurred.")
+        };
+        let answer = match cloud.inner.faults.strike(operation) {
+            None => carry_out(),
+            Some(ApiFaultKind::Throttle) => Err(Refusal::client(self.throttled, "Rate exceeded")),
+            Some(ApiFaultKind::ServerError) => Err(internal_error()),
+            Some(ApiFaultKind::AnswerLost) => {
+                let _ = carry_out();
+                Err(internal_error())
+            }
+            Some(ApiFaultKind::Refused { code, message }) => Err(Refusal::client(&code, message)),
+            Some(ApiFaultKind::Slow(delay)) => {
+                tokio::time::sleep(delay).await;
+                carry_out()
+            }
+        };
+        let call = ApiCall {
+            at: Utc::now(),
+            operation: operation.to_owned(),
+            request,
+            error: answer.as_ref().err().map(|error| error.code.clone()),
+        };
+        let mut state = cloud.lock();
+        if state.calls.len() == CALLS_KEPT {
+            state.calls.pop_front();
         }
+        state.calls.push_back(call);
+        answer
     }
-}
-
-/// Carries a call out unless a fault keeps it from that.
-fn carry_out<T>(
-    struck: Result<Option<Refusal>, Refusal>,
-    call: impl FnOnce() -> Result<T, Refusal>,
-) -> Result<T, Refusal> {
-    let lost = struck?;
-    let done = call();
-    lost.map_or(done, Err)
-}
-
-fn record(cloud: &Cloud, operation: &str, request: Value, error: Option<&Refusal>) {
-    let call = ApiCall {
-        at: Utc::now(),
-        operation: operation.to_owned(),
-        request,
-        error: error.map(|error| error.code.clone()),
-    };
-    let mut state = cloud.lock();
-    if state.calls.len() == CALLS_KEPT {
-        state.calls.pop_front();
-    }
-    state.calls.push_back(call);
 }
 
 async fn ecs_answer(cloud: &Cloud, target: &str, body: &[u8]) -> Response<Full<Bytes>> {
     let operation = target.strip_prefix(ECS_TARGET).unwrap_or(target);
     let request: Value = serde_json::from_slice(body).unwrap_or_else(|_| json!({}));
-    let struck = strike(cloud, operation, "ThrottlingException", "ServerException").await;
-    let result = carry_out(struck, || ecs::call(cloud, operation, &request));
-    record(cloud, operation, request, result.as_ref().err());
-    match result {
+    match ECS.answer(cloud, operation, request).await {
         Ok(answer) => amz_json(StatusCode::OK, None, &answer),
         Err(error) => {
             let mut shape = error.extra.clone();
             shape.insert("__type".into(), json!(error.code));
             shape.insert("message".into(), json!(error.message));
-            let status =
-                StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            amz_json(status, Some(&error.code), &Value::Object(shape))
+            amz_json(status_of(&error), Some(&error.code), &Value::Object(shape))
         }
     }
 }
 
 async fn autoscaling_answer(cloud: &Cloud, body: &[u8]) -> Response<Full<Bytes>> {
-    let mut parameters: BTreeMap<String, String> = form_urlencoded::parse(body)
-        .map(|(name, value)| (name.into_owned(), value.into_owned()))
+    let mut request: Map<String, Value> = form_urlencoded::parse(body)
+        .map(|(name, value)| (name.into_owned(), json!(value)))
         .collect();
-    let operation = parameters.remove("Action").unwrap_or_default();
-    parameters.remove("Version");
-    let struck = strike(cloud, &operation, "Throttling", "InternalFailure").await;
-    let result = carry_out(struck, || autoscaling::call(cloud, &operation, &parameters));
-    record(cloud, &operation, json!(parameters), result.as_ref().err());
+    let operation = request.remove("Action").unwrap_or_default();
+    let operation = operation.as_str().unwrap_or_default();
+    request.remove("Version");
+    let answer = AUTOSCALING.answer(cloud, operation, Value::Object(request));
     let request_id = Uuid::new_v4().to_string();
-    let (status, root, content) = match result {
-        Ok(answer) => {
-            let mut xml = Xml::new();
-            let inner = answer.into_string();
-            xml.text("RequestId", &request_id);
-            let metadata = xml.into_string();
-            let content = format!(
-                "<{operation}Result>{inner}</{operation}Result><ResponseMetadata>{metadata}</ResponseMetadata>"
-            );
+    let (status, root, content) = match answer.await {
+        Ok(result) => {
+            // Clients want the result before the rest.
+            let result = xml::write(&json!({ format!("{operation}Result"): result }));
+            let rest = json!({"ResponseMetadata": {"RequestId": request_id}});
+            let content = result + &xml::write(&rest);
             (StatusCode::OK, format!("{operation}Response"), content)
         }
         Err(error) => {
-            let mut xml = Xml::new();
-            xml.element("Error", |xml| {
-                xml.text(
-                    "Type",
-                    if error.status < 500 {
-                        "Sender"
-                    } else {
-                        "Receiver"
-                    },
-                );
-                xml.text("Code", &error.code);
-                xml.text("Message", &error.message);
+            let kind = if error.status < 500 {
+                "Sender"
+            } else {
+                "Receiver"
+            };
+            let content = json!({
+                "Error": {"Type": kind, "Code": error.code, "Message": error.message},
+                "RequestId": request_id,
             });
-            xml.text("RequestId", &request_id);
-            let status =
-                StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            (status, "ErrorResponse".to_owned(), xml.into_string())
+            (
+                status_of(&error),
+                "ErrorResponse".to_owned(),
+                xml::write(&content),
+            )
         }
     };
     text(
@@ -209,6 +204,10 @@ async fn autoscaling_answer(cloud: &Cloud, body: &[u8]) -> Response<Full<Bytes>>
         "text/xml",
         format!("<{root} xmlns=\"{AUTOSCALING_NAMESPACE}\">{content}</{root}>"),
     )
+}
+
+fn status_of(error: &Refusal) -> StatusCode {
+    StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
 fn amz_json(status: StatusCode, error: Option<&str>, body: &Value) -> Response<Full<Bytes>> {

@@ -1,64 +1,24 @@
-//! Just enough XML writing for the Query protocol.
+//! Answers of the Query protocol: JSON as XML.
 
-use std::fmt::Display;
+use serde_json::Value;
 
-/// XML text under construction.
-#[derive(Debug, Default)]
-pub(crate) struct Xml {
-    text: String,
-}
-
-impl Xml {
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// `<name>…</name>` with whatever `content` writes.
-    pub fn element(&mut self, name: &str, content: impl FnOnce(&mut Self)) {
-        self.text.push('<');
-        self.text.push_str(name);
-        self.text.push('>');
-        content(self);
-        self.text.push_str("</");
-        self.text.push_str(name);
-        self.text.push('>');
-    }
-
-    /// `<name>value</name>`, escaped.
-    pub fn text(&mut self, name: &str, value: impl Display) {
-        self.element(name, |xml| xml.raw_text(&value));
-    }
-
-    /// As [`Self::text`], or nothing.
-    pub fn optional(&mut self, name: &str, value: Option<String>) {
-        if let Some(value) = value {
-            self.text(name, value);
-        }
-    }
-
-    /// `<name><member>…</member>…</name>`.
-    pub fn list<T>(&mut self, name: &str, items: &[T], mut each: impl FnMut(&mut Self, &T)) {
-        self.element(name, |xml| {
-            for item in items {
-                xml.element("member", |xml| each(xml, item));
-            }
-        });
-    }
-
-    /// Escaped text without an element.
-    pub fn raw_text(&mut self, value: &dyn Display) {
-        for character in value.to_string().chars() {
-            match character {
-                '&' => self.text.push_str("&amp;"),
-                '<' => self.text.push_str("&lt;"),
-                '>' => self.text.push_str("&gt;"),
-                '"' => self.text.push_str("&quot;"),
-                other => self.text.push(other),
-            }
-        }
-    }
-
-    pub fn into_string(self) -> String {
-        self.text
+/// A member becomes an element and an item `<member>`; null is left out.
+pub(crate) fn write(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::Object(members) => members
+            .iter()
+            .filter(|(_, member)| !member.is_null())
+            .map(|(name, member)| format!("<{name}>{}</{name}>", write(member)))
+            .collect(),
+        Value::Array(items) => items
+            .iter()
+            .map(|item| format!("<member>{}</member>", write(item)))
+            .collect(),
+        Value::String(text) => text
+            .replace('&', "&amp;")
+            .replace('<', "&lt;")
+            .replace('>', "&gt;"),
+        other => other.to_string(),
     }
 }

@@ -53,7 +53,7 @@ async fn an_instance_takes_its_time_and_then_registers() {
         .until("registered", |now| {
             now.instances
                 .iter()
-                .all(|one| one.container_status.is_some())
+                .all(|one| one.container_status().is_some())
         })
         .await;
     let later = group(&world).await;
@@ -342,7 +342,7 @@ async fn some_instances_never_register() {
         .snapshot()
         .instances
         .iter()
-        .filter(|one| one.container_status.is_some())
+        .filter(|one| one.container_status().is_some())
         .count();
     assert_eq!(registered, 1);
 }

@@ -58,7 +58,7 @@ impl World {
             let registered = world
                 .instances
                 .iter()
-                .filter(|instance| instance.container_status.is_some());
+                .filter(|instance| instance.container_status().is_some());
             registered
                 .filter(|instance| instance.lifecycle.is_live())
                 .count()

@@ -334,7 +334,7 @@ async fn a_lost_instance_takes_its_tasks_along_and_is_replaced() {
         .until("a new instance", |now| {
             now.instances
                 .iter()
-                .any(|one| one.id != lost && one.container_status.is_some())
+                .any(|one| one.id != lost && one.container_status().is_some())
         })
         .await;
 }

@@ -33,19 +33,15 @@ impl ApiFault {
     pub fn always(operation: &str, kind: ApiFaultKind) -> Self {
         Self {
             operation: Some(operation.to_owned()),
-            kind,
-            rate: 1.0,
-            times: None,
+            ..Self::share(1.0, kind)
         }
     }
 
     /// The next `times` calls of `operation` fail this way.
     pub fn next(operation: &str, times: u32, kind: ApiFaultKind) -> Self {
         Self {
-            operation: Some(operation.to_owned()),
-            kind,
-            rate: 1.0,
             times: Some(times),
+            ..Self::always(operation, kind)
         }
     }
 
@@ -65,10 +61,19 @@ pub(crate) struct Faults {
     active: Mutex<Active>,
 }
 
-#[derive(Default)]
 struct Active {
     faults: Vec<ApiFault>,
-    draws: u64,
+    draws: fastrand::Rng,
+}
+
+impl Default for Active {
+    fn default() -> Self {
+        Self {
+            faults: Vec::new(),
+            // The same in every run, so that a failing test fails again.
+            draws: fastrand::Rng::with_seed(0),
+        }
+    }
 }
 
 impl Faults {
@@ -83,8 +88,7 @@ impl Faults {
     /// The fault that hits this call, if one does.
     pub fn strike(&self, operation: &str) -> Option<ApiFaultKind> {
         let mut active = self.lock();
-        active.draws += 1;
-        let draw = share_of(active.draws);
+        let draw = active.draws.f64();
         let hit = active.faults.iter_mut().find(|fault| {
             let named = fault
                 .operation
@@ -103,21 +107,6 @@ impl Faults {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-}
-
-/// A number in 0..1 that looks random and is the same in every run
-/// (SplitMix64 of the call's number), so that a failing test fails again.
-fn share_of(number: u64) -> f64 {
-    let mut x = number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^= x >> 31;
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "53 bits are kept, which f64 holds exactly"
-    )]
-    let share = (x >> 11) as f64 / (1_u64 << 53) as f64;
-    share
 }
 
 #[cfg(test)]

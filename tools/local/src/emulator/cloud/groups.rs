@@ -6,8 +6,8 @@
 //! for becomes a Failed activity and is tried again later, as on AWS; the
 //! desired capacity stays.
 
-use chrono::Utc;
-use serde_json::{Value, json};
+use chrono::{DateTime, Utc};
+use serde_json::json;
 use uuid::Uuid;
 
 use super::{
@@ -97,7 +97,7 @@ pub(crate) fn reconcile(cloud: &Cloud, name: &str) {
                     desired + surplus,
                     desired
                 );
-                start_termination(&mut state, &id, &cause);
+                start_termination(&mut state, &id, cause);
                 steps.push(Step::Terminating { instance: id });
             }
         }
@@ -129,26 +129,18 @@ fn carry_out(cloud: &Cloud, name: &str, steps: Vec<Step>) {
     }
 }
 
-/// Live instances of a group, oldest first.
-pub(crate) fn live_instances(state: &CloudState, group: &str) -> Vec<String> {
-    let mut live: Vec<&Instance> = state
-        .instances
-        .values()
-        .filter(|instance| instance.group == group && instance.lifecycle.is_live())
-        .collect();
-    live.sort_by(|a, b| (a.launched_at, &a.id).cmp(&(b.launched_at, &b.id)));
-    live.into_iter()
-        .map(|instance| instance.id.clone())
-        .collect()
+fn live_instances(state: &CloudState, group: &str) -> Vec<String> {
+    let instances = state.instances_of(group);
+    let live = instances.filter(|instance| instance.lifecycle.is_live());
+    live.map(|instance| instance.id.clone()).collect()
 }
 
 fn launch(cloud: &Cloud, state: &mut CloudState, name: &str) -> Step {
     let number = state.number();
     // Instances on their way out still occupy EC2's capacity.
     let occupied = state
-        .instances
-        .values()
-        .filter(|instance| instance.group == name && instance.lifecycle != Lifecycle::Terminated)
+        .instances_of(name)
+        .filter(|instance| instance.lifecycle != Lifecycle::Terminated)
         .count();
     let live = live_instances(state, name).len();
     let Some(group) = state.groups.get_mut(name) else {
@@ -166,18 +158,7 @@ fn launch(cloud: &Cloud, state: &mut CloudState, name: &str) -> Step {
         group.config.desired
     );
     let now = Utc::now();
-    let mut activity = Activity {
-        id: Uuid::new_v4().to_string(),
-        group: name.to_owned(),
-        instance_id: None,
-        description: String::new(),
-        cause,
-        start: now,
-        end: None,
-        status: ActivityStatus::InProgress,
-        message: None,
-        zone: zone.clone(),
-    };
+    let mut activity = Activity::begun(name, &zone, cause);
 
     if group.capacity.is_some_and(|capacity| occupied >= capacity) {
         let message = no_capacity(&group.config, &zone);
@@ -258,7 +239,7 @@ fn enter_service(cloud: &Cloud, instance_id: &str) {
         let Some(group) = state.groups.get_mut(&group_name) else {
             return;
         };
-        finish_activity(group, instance_id, ActivityStatus::Successful);
+        finish_activity(group, instance_id);
         last_activity_of(group, instance_id)
             .cloned()
             .map(|activity| {
@@ -300,7 +281,7 @@ fn register(cloud: &Cloud, instance_id: &str) {
     cloud.publish_container_instance(instance_id);
 }
 
-fn start_termination(state: &mut CloudState, instance_id: &str, cause: &str) {
+fn start_termination(state: &mut CloudState, instance_id: &str, cause: String) {
     let Some(instance) = state.instances.get_mut(instance_id) else {
         return;
     };
@@ -310,18 +291,11 @@ fn start_termination(state: &mut CloudState, instance_id: &str, cause: &str) {
         return;
     };
     // A launch that never finished ends with the instance.
-    finish_activity(group, instance_id, ActivityStatus::Successful);
+    finish_activity(group, instance_id);
     group.activities.push(Activity {
-        id: Uuid::new_v4().to_string(),
-        group: group_name,
         instance_id: Some(instance_id.to_owned()),
         description: format!("Terminating EC2 instance: {instance_id}"),
-        cause: cause.to_owned(),
-        start: Utc::now(),
-        end: None,
-        status: ActivityStatus::InProgress,
-        message: None,
-        zone,
+        ..Activity::begun(&group_name, &zone, cause)
     });
 }
 
@@ -347,7 +321,7 @@ fn finish_termination(cloud: &Cloud, instance_id: &str) {
         }
         let group_name = instance.group.clone();
         let event = state.groups.get_mut(&group_name).and_then(|group| {
-            finish_activity(group, instance_id, ActivityStatus::Successful);
+            finish_activity(group, instance_id);
             let activity = last_activity_of(group, instance_id)?.clone();
             Some(activity_event(
                 cloud,
@@ -380,7 +354,7 @@ pub(crate) fn lose(cloud: &Cloud, instance_id: &str) -> bool {
             "At {} an instance was taken out of service in response to an EC2 health check indicating it has been terminated or stopped.",
             iso()
         );
-        start_termination(&mut state, instance_id, &cause);
+        start_termination(&mut state, instance_id, cause);
     }
     finish_termination(cloud, instance_id);
     true
@@ -428,7 +402,7 @@ pub(crate) fn terminate(
             "At {} instance {instance_id} was taken out of service in response to a user request.",
             iso()
         );
-        start_termination(&mut state, instance_id, &cause);
+        start_termination(&mut state, instance_id, cause);
         let activity = state
             .groups
             .get(&group_name)
@@ -440,13 +414,13 @@ pub(crate) fn terminate(
     Ok(activity)
 }
 
-fn finish_activity(group: &mut Group, instance_id: &str, status: ActivityStatus) {
+fn finish_activity(group: &mut Group, instance_id: &str) {
     let open = group.activities.iter_mut().rev().find(|activity| {
         activity.instance_id.as_deref() == Some(instance_id)
             && activity.status == ActivityStatus::InProgress
     });
     if let Some(activity) = open {
-        activity.status = status;
+        activity.status = ActivityStatus::Successful;
         activity.end = Some(Utc::now());
     }
 }
@@ -470,16 +444,18 @@ fn activity_event(
     if !instance_id.is_empty() {
         resources.push(cloud.arn("ec2", &format!("instance/{instance_id}")));
     }
-    let detail: Value = json!({
-        "StatusCode": if activity.status == ActivityStatus::Failed { "Failed" } else { "InProgress" },
+    let is_failed = activity.status == ActivityStatus::Failed;
+    let time = |at: DateTime<Utc>| at.to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
+    let detail = json!({
+        "StatusCode": if is_failed { "Failed" } else { "InProgress" },
         "Description": activity.description,
         "AutoScalingGroupName": activity.group,
         "ActivityId": activity.id,
         "RequestId": activity.id,
         "StatusMessage": activity.message.clone().unwrap_or_default(),
         "EC2InstanceId": instance_id,
-        "StartTime": activity.start.to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
-        "EndTime": activity.end.unwrap_or(activity.start).to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
+        "StartTime": time(activity.start),
+        "EndTime": time(activity.end.unwrap_or(activity.start)),
         "Cause": activity.cause,
         "Origin": "EC2",
         "Destination": "AutoScalingGroup",

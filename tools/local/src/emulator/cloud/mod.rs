@@ -35,7 +35,7 @@ pub(crate) use faults::Faults;
 pub use faults::{ApiFault, ApiFaultKind};
 pub use instance_types::InstanceType;
 use state::{CloudState, ClusterState, TimeForm};
-pub use state::{ContainerInstanceStatus, Lifecycle, TaskStatus};
+pub use state::{ContainerInstanceStatus, Instance, Lifecycle, Task, TaskStatus};
 
 /// Events that a slow listener may be behind before it misses some.
 const EVENT_BUFFER: usize = 8192;
@@ -174,45 +174,12 @@ pub struct ApiCall {
     pub error: Option<String>,
 }
 
-/// A task as a test or a display sees it.
-#[derive(Debug, Clone)]
-pub struct TaskView {
-    /// The last segment of its ARN.
-    pub id: String,
-    pub status: TaskStatus,
-    pub instance: String,
-    /// The ARN of its task definition.
-    pub definition: String,
-    pub pid: Option<u32>,
-    pub created_at: DateTime<Utc>,
-    pub started_at: Option<DateTime<Utc>>,
-    pub stopped_at: Option<DateTime<Utc>>,
-    /// Such as `EssentialContainerExited`.
-    pub stop_code: Option<String>,
-    pub stopped_reason: Option<String>,
-    /// Of its process; 128 + the signal when it was killed.
-    pub exit_code: Option<i32>,
-    pub log: PathBuf,
-}
-
-/// An instance as a test or a display sees it.
-#[derive(Debug, Clone)]
-pub struct InstanceView {
-    pub id: String,
-    pub group: String,
-    pub instance_type: String,
-    pub lifecycle: Lifecycle,
-    pub launched_at: DateTime<Utc>,
-    /// Whether its ECS agent has registered, and its status in the cluster.
-    pub container_status: Option<ContainerInstanceStatus>,
-}
-
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// Every task that is still visible, stopped ones included, oldest first.
-    pub tasks: Vec<TaskView>,
+    pub tasks: Vec<Task>,
     /// Every instance there ever was, oldest first.
-    pub instances: Vec<InstanceView>,
+    pub instances: Vec<Instance>,
     /// Most tasks at one time so far.
     pub peak_tasks: usize,
     /// Most live instances at one time so far.
@@ -334,40 +301,9 @@ impl Cloud {
 
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
-        let mut tasks: Vec<TaskView> = state
-            .tasks
-            .values()
-            .map(|task| TaskView {
-                id: task.id.clone(),
-                status: task.status,
-                instance: task.instance.clone(),
-                definition: task.definition.arn.clone(),
-                pid: task.pid,
-                created_at: task.created_at,
-                started_at: task.started_at,
-                stopped_at: task.stopped_at,
-                stop_code: task.stop_code.map(str::to_owned),
-                stopped_reason: task.stopped_reason.clone(),
-                exit_code: task.exit_code,
-                log: task.log.clone(),
-            })
-            .collect();
+        let mut tasks: Vec<Task> = state.tasks.values().cloned().collect();
         tasks.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
-        let mut instances: Vec<InstanceView> = state
-            .instances
-            .values()
-            .map(|instance| InstanceView {
-                id: instance.id.clone(),
-                group: instance.group.clone(),
-                instance_type: instance.instance_type.clone(),
-                lifecycle: instance.lifecycle,
-                launched_at: instance.launched_at,
-                container_status: instance
-                    .registration
-                    .as_ref()
-                    .map(|registration| registration.status),
-            })
-            .collect();
+        let mut instances: Vec<Instance> = state.instances.values().cloned().collect();
         instances.sort_by(|a, b| (a.launched_at, &a.id).cmp(&(b.launched_at, &b.id)));
         Snapshot {
             tasks,

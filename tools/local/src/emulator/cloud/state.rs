@@ -10,8 +10,10 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::{ApiCall, GroupConfig};
 
@@ -43,6 +45,14 @@ impl CloudState {
     pub fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
+    }
+
+    /// The group's instances, those that are gone included, oldest first.
+    pub fn instances_of(&self, group: &str) -> impl Iterator<Item = &Instance> {
+        let of_group = self.instances.values();
+        let mut instances: Vec<&Instance> = of_group.filter(|one| one.group == group).collect();
+        instances.sort_by_key(|one| (one.launched_at, &one.id));
+        instances.into_iter()
     }
 
     /// Tasks that hold resources of an instance.
@@ -81,7 +91,7 @@ impl CloudState {
 
 /// An ECS cluster; its container instances are found through the groups.
 #[derive(Debug, Clone)]
-pub(crate) struct ClusterState {
+pub struct ClusterState {
     pub name: String,
     pub arn: String,
 }
@@ -132,29 +142,29 @@ pub(crate) struct Activity {
     pub zone: String,
 }
 
+impl Activity {
+    pub fn begun(group: &str, zone: &str, cause: String) -> Self {
+        Self {
+            id: Uuid::new_v4().to_string(),
+            group: group.to_owned(),
+            instance_id: None,
+            description: String::new(),
+            cause,
+            start: Utc::now(),
+            end: None,
+            status: ActivityStatus::InProgress,
+            message: None,
+            zone: zone.to_owned(),
+        }
+    }
+}
+
 /// The states of an activity that occur here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) enum ActivityStatus {
     InProgress,
     Successful,
     Failed,
-}
-
-impl ActivityStatus {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::InProgress => "InProgress",
-            Self::Successful => "Successful",
-            Self::Failed => "Failed",
-        }
-    }
-
-    pub fn progress(self) -> u8 {
-        match self {
-            Self::InProgress => 50,
-            Self::Successful | Self::Failed => 100,
-        }
-    }
 }
 
 /// Where an instance is in its life, as Auto Scaling sees it.
@@ -162,7 +172,7 @@ impl ActivityStatus {
 /// `Pending → InService → Terminating → Terminated`; a launch is caused by the
 /// group's desired capacity, a termination by the group, by
 /// TerminateInstanceInAutoScalingGroup or by a fault (`Cloud::kill_instance`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Lifecycle {
     Pending,
     InService,
@@ -171,15 +181,6 @@ pub enum Lifecycle {
 }
 
 impl Lifecycle {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pending => "Pending",
-            Self::InService => "InService",
-            Self::Terminating => "Terminating",
-            Self::Terminated => "Terminated",
-        }
-    }
-
     /// Whether it counts towards the group's capacity, and costs money.
     pub fn is_live(self) -> bool {
         matches!(self, Self::Pending | Self::InService)
@@ -188,13 +189,14 @@ impl Lifecycle {
 
 /// CPU units, MiB and GPUs of an instance, or what is left of them.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Resources {
+pub struct Resources {
     pub cpu: u64,
     pub memory_mib: u64,
     pub gpus: Vec<String>,
 }
 
-pub(crate) struct Instance {
+#[derive(Debug, Clone)]
+pub struct Instance {
     pub id: String,
     pub group: String,
     pub cluster: String,
@@ -212,7 +214,7 @@ pub(crate) struct Instance {
 
 /// What the ECS agent of an instance has told the cluster.
 #[derive(Debug, Clone)]
-pub(crate) struct Registration {
+pub struct Registration {
     pub arn: String,
     pub status: ContainerInstanceStatus,
     pub status_reason: Option<String>,
@@ -221,7 +223,8 @@ pub(crate) struct Registration {
     pub version: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub enum ContainerInstanceStatus {
     /// It takes new tasks.
     Active,
@@ -231,29 +234,22 @@ pub enum ContainerInstanceStatus {
     Inactive,
 }
 
-impl ContainerInstanceStatus {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Active => "ACTIVE",
-            Self::Draining => "DRAINING",
-            Self::Inactive => "INACTIVE",
-        }
-    }
-}
-
 impl Instance {
+    /// Its status in the ECS cluster, once its agent has registered.
+    pub fn container_status(&self) -> Option<ContainerInstanceStatus> {
+        let registration = self.registration.as_ref();
+        registration.map(|registration| registration.status)
+    }
+
     pub fn is_active(&self) -> bool {
-        self.lifecycle.is_live()
-            && self
-                .registration
-                .as_ref()
-                .is_some_and(|r| r.status == ContainerInstanceStatus::Active)
+        let is_registered = self.container_status() == Some(ContainerInstanceStatus::Active);
+        self.lifecycle.is_live() && is_registered
     }
 }
 
 /// A registered task definition, with what placement needs read out of it.
 #[derive(Debug)]
-pub(crate) struct TaskDefinition {
+pub struct TaskDefinition {
     pub family: String,
     pub arn: String,
     pub cpu: u64,
@@ -264,7 +260,7 @@ pub(crate) struct TaskDefinition {
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Container {
+pub struct Container {
     pub name: String,
     pub image: String,
     pub command: Vec<String>,
@@ -277,7 +273,8 @@ pub(crate) struct Container {
 /// `PENDING → ACTIVATING → RUNNING → STOPPING → STOPPED`. RunTask puts it at the
 /// start; its own runner (`tasks::live`) moves it on; StopTask, the end of its
 /// process and the loss of its instance move it to the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub enum TaskStatus {
     Pending,
     Activating,
@@ -289,16 +286,6 @@ pub enum TaskStatus {
 }
 
 impl TaskStatus {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pending => "PENDING",
-            Self::Activating => "ACTIVATING",
-            Self::Running => "RUNNING",
-            Self::Stopping => "STOPPING",
-            Self::Stopped => "STOPPED",
-        }
-    }
-
     pub(crate) fn holds_resources(self) -> bool {
         self != Self::Stopped
     }
@@ -314,14 +301,15 @@ impl TaskStatus {
 
 /// Why a task has to stop; read by its runner.
 #[derive(Debug, Clone)]
-pub(crate) struct StopOrder {
+pub struct StopOrder {
     pub code: &'static str,
     pub reason: String,
     /// SIGTERM first; without it the process is killed at once.
     pub graceful: bool,
 }
 
-pub(crate) struct Task {
+#[derive(Debug, Clone)]
+pub struct Task {
     pub id: String,
     pub arn: String,
     pub cluster: ClusterState,
@@ -371,7 +359,7 @@ impl TimeForm {
 
 impl Task {
     /// The task as DescribeTasks and the state change events show it.
-    pub fn describe(&self, form: TimeForm) -> Value {
+    pub(crate) fn describe(&self, form: TimeForm) -> Value {
         let mut container = json!({
             "containerArn": format!("{}/{}", self.arn.replace(":task/", ":container/"), self.id),
             "taskArn": self.arn,
@@ -407,7 +395,7 @@ impl Task {
             "enableExecuteCommand": false,
             "group": format!("family:{}", self.definition.family),
             "healthStatus": "UNKNOWN",
-            "lastStatus": self.status.name(),
+            "lastStatus": self.status,
             "launchType": "EC2",
             "memory": self.definition.memory_mib.to_string(),
             "overrides": {"containerOverrides": [], "inferenceAcceleratorOverrides": []},
@@ -477,7 +465,7 @@ impl CloudState {
             "registeredResources": resources(&instance.resources),
             "remainingResources": resources(&left),
             "runningTasksCount": count(TaskStatus::Running),
-            "status": registration.status.name(),
+            "status": registration.status,
             "tags": [],
             "version": registration.version,
             "versionInfo": {"agentVersion": "1.103.0", "agentHash": "local", "dockerVersion": "DockerVersion: 25.0.14"},
