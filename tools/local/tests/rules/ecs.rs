@@ -369,7 +369,7 @@ async fn tasks_of_a_deregistered_definition_go_on_and_none_starts() {
     world
         .until("running", |now| now.tasks[0].pid.is_some())
         .await;
-    let definition = world.cloud.snapshot().tasks[0].definition.clone();
+    let definition = world.cloud.snapshot().tasks[0].definition.arn.clone();
     world.cloud.deregister_task_definition(&definition);
     let refused = world.run(1).send().await.expect_err("refused");
     assert_eq!(refused.message(), Some("TaskDefinition is inactive"));
