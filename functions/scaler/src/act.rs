@@ -106,6 +106,10 @@ pub async fn act<A: Aws>(aws: &A, plan: &Plan) -> Vec<ActionOutcome> {
                 instance,
             } => activate(aws, container_instance, instance).await,
             Action::RunTasks { count, token } => run_tasks(aws, count.get(), token).await,
+            Action::SetLane { open } => ActionOutcome::of(
+                format!("{} the express lane", if *open { "open" } else { "close" }),
+                aws.set_lane(*open).await,
+            ),
             Action::Remember { group, key, value } => ActionOutcome::of(
                 format!("remember {key} on {group}"),
                 aws.tag_group(group, key, value).await,

@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use platform::aws::Error;
 
-use planner::observation::{Activity, Arrivals, ContainerInstance, Group, Queue, Task};
+use planner::observation::{Activity, Arrivals, ContainerInstance, Group, LaneState, Queue, Task};
 
 /// Most ARNs of one Describe call and most entries of one List page (ECS API
 /// reference, DescribeTasks, ListTasks and their container instance twins).
@@ -40,6 +40,22 @@ pub struct Metrics {
     pub first_vector_seconds: Option<f64>,
 }
 
+/// What the express lane's function reported.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LaneMetrics {
+    /// Billed seconds of one image, where invocations had several.
+    pub seconds_per_image: Option<f64>,
+    /// Images of the last full minutes.
+    pub images_lately: Option<u64>,
+}
+
+/// What the express lane's function used since midnight UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LaneUsage {
+    pub seconds: f64,
+    pub requests: f64,
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct RunTaskAnswer {
     /// Tasks that now exist.
@@ -53,6 +69,16 @@ pub struct RunTaskAnswer {
 pub trait Aws: Send + Sync {
     /// SQS GetQueueAttributes: the three counts.
     async fn queue(&self) -> Result<Queue, Error>;
+    /// SQS GetQueueAttributes: the counts of the queue of what only GPUs can do.
+    async fn gpu_queue(&self) -> Result<Queue, Error>;
+    /// Lambda GetEventSourceMapping.
+    async fn lane_state(&self) -> Result<LaneState, Error>;
+    /// CloudWatch GetMetricData.
+    async fn lane_metrics(&self, now: i64) -> Result<LaneMetrics, Error>;
+    /// CloudWatch GetMetricData, by the hour.
+    async fn lane_usage(&self, now: i64) -> Result<LaneUsage, Error>;
+    /// Lambda UpdateEventSourceMapping: asynchronous, up to a minute.
+    async fn set_lane(&self, open: bool) -> Result<(), Error>;
     async fn metrics(&self, now: i64) -> Result<Metrics, Error>;
     /// CloudWatch GetMetricData: full minutes of the last hour in which messages
     /// of the queue were deleted.

@@ -2,7 +2,7 @@
 
 use platform::env::{EnvError, Reader, invalid};
 
-use planner::{CapacityOption, Policy};
+use planner::{CapacityOption, LanePolicy, Policy};
 
 /// Largest MAX_INSTANCES accepted. DescribeAutoScalingGroups, tags and the log
 /// line stay small below it; GPU quotas end long before.
@@ -22,9 +22,32 @@ pub struct Config {
     /// `IDLE_GRACE_SECONDS`, `IDLE_EXIT_SECONDS`, `BOOT_SECONDS`,
     /// `IMAGES_PER_SECOND`, `CAPACITY_OPTIONS`.
     pub policy: Policy,
+    /// The express lane, where there is one.
+    pub lane: Option<LaneConfig>,
+}
+
+/// Where the express lane is.
+#[derive(Clone, Debug, Default)]
+pub struct LaneConfig {
+    /// `GPU_QUEUE_URL`: what only GPUs can do.
+    pub gpu_queue_url: String,
+    /// `EXPRESS_MAPPING_UUID`: from the input queue to the function.
+    pub mapping: String,
+    /// `EXPRESS_FUNCTION_NAME`.
+    pub function: String,
 }
 
 const OPTIONS_FORM: &str = r#"a JSON list in order of preference, such as [{"name":"g4dn.xlarge/on-demand","autoScalingGroup":"clip-1","instanceType":"g4dn.xlarge"}]"#;
+
+/// With it the stack has an express lane.
+const MAPPING: &str = "EXPRESS_MAPPING_UUID";
+
+/// Prices of the options, in their order; 0 or none: not known.
+const INSTANCE_PRICES: [&str; 3] = [
+    "PRICE_INSTANCE_HOUR_1",
+    "PRICE_INSTANCE_HOUR_2",
+    "PRICE_INSTANCE_HOUR_3",
+];
 
 impl Config {
     pub fn read(env: &Reader<'_>) -> Result<Self, EnvError> {
@@ -39,6 +62,7 @@ impl Config {
                 .optional("METRICS_NAMESPACE")
                 .unwrap_or_else(|| platform::metrics::DEFAULT_NAMESPACE.to_owned()),
             policy: read_policy(env)?,
+            lane: read_lane(env)?,
         })
     }
 
@@ -50,6 +74,41 @@ impl Config {
             .next()
             .unwrap_or(&self.input_queue_url)
     }
+}
+
+fn read_lane(env: &Reader<'_>) -> Result<Option<LaneConfig>, EnvError> {
+    let Some(mapping) = env.optional(MAPPING) else {
+        return Ok(None);
+    };
+    Ok(Some(LaneConfig {
+        gpu_queue_url: env.required("GPU_QUEUE_URL", "the URL of the GPUs' own queue")?,
+        mapping,
+        function: env.required("EXPRESS_FUNCTION_NAME", "the name of the express function")?,
+    }))
+}
+
+/// The lane's rules and prices: with a lane, its prices are required.
+fn read_lane_policy(env: &Reader<'_>) -> Result<Option<LanePolicy>, EnvError> {
+    if env.optional(MAPPING).is_none() {
+        return Ok(None);
+    }
+    let price = |name| {
+        env.required(name, "its price in dollars")?;
+        env.within(name, 0.0, 0.0..=1.0, "dollars")
+    };
+    Ok(Some(LanePolicy {
+        max_concurrency: env.within("EXPRESS_MAX_CONCURRENCY", 10, 2..=1_000, "invocations")?,
+        memory_mb: env.within("EXPRESS_MEMORY_MB", 1_769, 128..=10_240, "MiB")?,
+        batch_size: env.within("EXPRESS_BATCH_SIZE", 10, 1..=10, "images")?,
+        seconds_per_image: env.within(
+            "EXPRESS_SECONDS_PER_IMAGE",
+            0.2,
+            0.001..=900.0,
+            "seconds",
+        )?,
+        usd_per_gb_second: price("PRICE_EXPRESS_GB_SECOND")?,
+        usd_per_request: price("PRICE_EXPRESS_REQUEST")?,
+    }))
 }
 
 /// Reads the policy alone, which is all that `scaler explain` needs.
@@ -83,13 +142,14 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
         "images per second",
     )?;
     let options_text = env.required("CAPACITY_OPTIONS", OPTIONS_FORM)?;
-    let options: Vec<CapacityOption> = serde_json::from_str(&options_text).map_err(|error| {
-        invalid(
-            "CAPACITY_OPTIONS",
-            &options_text,
-            &format!("{OPTIONS_FORM} ({error})"),
-        )
-    })?;
+    let mut options: Vec<CapacityOption> =
+        serde_json::from_str(&options_text).map_err(|error| {
+            invalid(
+                "CAPACITY_OPTIONS",
+                &options_text,
+                &format!("{OPTIONS_FORM} ({error})"),
+            )
+        })?;
     if options.is_empty() {
         return Err(invalid("CAPACITY_OPTIONS", &options_text, OPTIONS_FORM));
     }
@@ -104,6 +164,10 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
                 "one Auto Scaling group per option, each named once",
             ));
         }
+    }
+    for (option, name) in options.iter_mut().zip(INSTANCE_PRICES) {
+        let price = env.within(name, 0.0, 0.0..=1_000.0, "dollars an hour")?;
+        option.usd_per_hour = option.usd_per_hour.or((price > 0.0).then_some(price));
     }
     Ok(Policy {
         max_instances,
@@ -129,6 +193,8 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
         boot_seconds: env.within("BOOT_SECONDS", default.boot_seconds, 1..=3_600, "seconds")?,
         images_per_second,
         options,
+        lane: read_lane_policy(env)?,
+        max_daily_cost: env.within("MAX_DAILY_COST", 0.0, 0.0..=1e6, "dollars, 0 for none")?,
     })
 }
 
@@ -180,6 +246,28 @@ mod tests {
             .expect("an environment to go on with")
             .policy;
         assert_eq!((policy.min_instances, policy.max_instances), (2, 2));
+    }
+
+    #[test]
+    fn a_lane_needs_its_queue_function_and_prices() {
+        let lane = [
+            ("EXPRESS_MAPPING_UUID", "m"),
+            ("GPU_QUEUE_URL", "https://sqs/1/gpu"),
+            ("EXPRESS_FUNCTION_NAME", "express"),
+            ("PRICE_EXPRESS_GB_SECOND", "0.0000166667"),
+            ("PRICE_EXPRESS_REQUEST", "0.0000002"),
+            ("PRICE_INSTANCE_HOUR_1", "0.526"),
+        ];
+        let config = read(&lane).expect("a complete environment");
+        assert_eq!(config.lane.map(|lane| lane.mapping).as_deref(), Some("m"));
+        assert_eq!(config.policy.options[0].usd_per_hour, Some(0.526));
+        assert!(config.policy.lane.is_some());
+        for missing in 1..5 {
+            let mut some = lane.to_vec();
+            let (name, _) = some.remove(missing);
+            let error = read(&some).expect_err(name).to_string();
+            assert!(error.contains(name), "{error}");
+        }
     }
 
     #[test]

@@ -210,6 +210,16 @@ pub fn metric_lines(record: &RunRecord, config: &Config) -> Vec<MetricLine> {
             Unit::Milliseconds,
             record.decision_ms as f64,
         );
+    if let Some(spent) = figures.spent {
+        let is_reached = spent.total() >= record.policy.max_daily_cost;
+        main = main
+            .metric("DollarsToday", Unit::Count, spent.total())
+            .metric(
+                "CostCeilingReached",
+                Unit::Count,
+                f64::from(u8::from(is_reached)),
+            );
+    }
     if let Some(age) = observation.queue.oldest_age {
         main = main.metric("OldestMessageAge", Unit::Seconds, age as f64);
     }

@@ -39,6 +39,14 @@ Environment:
                         until a start was seen                             180
   IMAGES_PER_SECOND     of one task, until tasks report their own          60
   METRICS_NAMESPACE     CloudWatch namespace                               ClipImageProcessor
+  PRICE_INSTANCE_HOUR_1 dollars of an hour of the first option; also _2 and _3
+  MAX_DAILY_COST        dollars a day (UTC) past which nothing new starts  0: no ceiling
+
+The express lane, if EXPRESS_MAPPING_UUID (from the input queue to its function) is set; then required:
+  GPU_QUEUE_URL EXPRESS_FUNCTION_NAME PRICE_EXPRESS_GB_SECOND PRICE_EXPRESS_REQUEST
+and by default:
+  EXPRESS_MAX_CONCURRENCY=10 EXPRESS_MEMORY_MB=1769 EXPRESS_BATCH_SIZE=10
+  EXPRESS_SECONDS_PER_IMAGE=0.2 (billed, in a backlog, until the function reports its own)
 ";
 
 // One thread: the Lambda has one request at a time and waits for the network.

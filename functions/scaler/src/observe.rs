@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use planner::boot::BOOT_KEY;
 use planner::history::needs_metrics;
-use planner::observation::{ContainerInstance, Group, Task};
+use planner::observation::{ContainerInstance, Group, Lane, Task};
 use planner::streak::{OPTION_KEY, TASKS_KEY};
 use planner::{Observation, Policy};
 use platform::aws::Error;
@@ -48,8 +48,9 @@ pub async fn observe<A: Aws>(
         .iter()
         .map(|option| option.auto_scaling_group.clone())
         .collect();
-    let (queue, metrics, wanted, unwanted, instances, groups, activities) = tokio::join!(
+    let (queue, lane, metrics, wanted, unwanted, instances, groups, activities) = tokio::join!(
         essential("the queue", aws.queue()),
+        lane(aws, policy, now),
         in_time(aws.metrics(now)),
         essential("the tasks", tasks(aws, TaskFilter::Wanted)),
         essential("the stopped tasks", tasks(aws, TaskFilter::Unwanted)),
@@ -75,6 +76,9 @@ pub async fn observe<A: Aws>(
             seen.tasks.push(task);
         }
     }
+    let (lane, missing) = lane?;
+    seen.lane = lane;
+    seen.missing.extend(missing);
     match metrics {
         Ok(metrics) => {
             seen.queue.oldest_age = metrics.oldest_age;
@@ -118,6 +122,51 @@ pub async fn observe<A: Aws>(
         }
     }
     Ok(seen)
+}
+
+/// The express lane, if the policy has one, and what of it could not be read.
+async fn lane<A: Aws>(
+    aws: &A,
+    policy: &Policy,
+    now: i64,
+) -> Result<(Option<Lane>, Vec<String>), ObserveError> {
+    if policy.lane.is_none() {
+        return Ok((None, Vec::new()));
+    }
+    let usage = async {
+        match policy.max_daily_cost > 0.0 {
+            true => in_time(aws.lane_usage(now)).await,
+            false => Ok(Default::default()),
+        }
+    };
+    let (gpu_queue, state, metrics, usage) = tokio::join!(
+        essential("the GPUs' own queue", aws.gpu_queue()),
+        in_time(aws.lane_state()),
+        in_time(aws.lane_metrics(now)),
+        usage,
+    );
+    let mut missing = Vec::new();
+    let mut note = |what: &str, error: ReadError| missing.push(format!("{what} ({error})"));
+    let mut lane = Lane {
+        gpu_queue: gpu_queue?,
+        ..Lane::default()
+    };
+    match state {
+        Ok(state) => lane.state = state,
+        Err(error) => note("state of the express lane", error),
+    }
+    match metrics {
+        Ok(metrics) => {
+            lane.seconds_per_image = metrics.seconds_per_image;
+            lane.images_lately = metrics.images_lately;
+        }
+        Err(error) => note("metrics of the express lane", error),
+    }
+    match usage {
+        Ok(usage) => (lane.seconds_today, lane.requests_today) = (usage.seconds, usage.requests),
+        Err(error) => note("use of the express lane", error),
+    }
+    Ok((Some(lane), missing))
 }
 
 async fn essential<T>(

@@ -1,5 +1,6 @@
 //! [`Aws`] through the AWS SDK.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -12,16 +13,17 @@ use aws_sdk_cloudwatch::types::{
     Dimension, Metric, MetricDataQuery, MetricDataResult, MetricStat, ScanBy,
 };
 use aws_sdk_ecs as ecs;
+use aws_sdk_lambda as lambda;
 use aws_sdk_sqs as sqs;
 use aws_smithy_types::DateTime;
 use planner::observation::{
     Activity, ActivityKind, ActivityStatus, Arrivals, ContainerInstance, ContainerInstanceStatus,
-    Group, GroupInstance, HIGHEST_MINUTES, Lifecycle, Queue, Task, TaskStatus,
+    Group, GroupInstance, HIGHEST_MINUTES, LaneState, Lifecycle, Queue, Task, TaskStatus,
 };
 use platform::aws::{Error, failed};
 
-use crate::aws::{Aws, Metrics, Page, RunTaskAnswer, TaskFilter};
-use crate::config::Config;
+use crate::aws::{Aws, LaneMetrics, LaneUsage, Metrics, Page, RunTaskAnswer, TaskFilter};
+use crate::config::{Config, LaneConfig};
 
 /// One try of a call. AWS's control planes answer within a second or not at all.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
@@ -50,6 +52,8 @@ pub struct SdkAws {
     autoscaling: autoscaling::Client,
     sqs: sqs::Client,
     cloudwatch: cloudwatch::Client,
+    lambda: lambda::Client,
+    lane: LaneConfig,
     queue_url: String,
     queue_name: String,
     cluster: String,
@@ -75,6 +79,8 @@ impl SdkAws {
             autoscaling: autoscaling::Client::new(&shared),
             sqs: sqs::Client::new(&shared),
             cloudwatch: cloudwatch::Client::new(&shared),
+            lambda: lambda::Client::new(&shared),
+            lane: config.lane.clone().unwrap_or_default(),
             queue_url: config.input_queue_url.clone(),
             queue_name: config.queue_name().to_owned(),
             cluster: config.cluster.clone(),
@@ -84,27 +90,80 @@ impl SdkAws {
     }
 }
 
-/// Namespace of SQS's own metrics.
+/// Namespaces of SQS's and Lambda's own metrics.
 const SQS: &str = "AWS/SQS";
+const LAMBDA: &str = "AWS/Lambda";
+
+const HOUR_SECONDS: i64 = 3_600;
+
+/// A lane that works finishes something in this time: two minutes may be late.
+const LATELY_SECONDS: i64 = 180;
+
+/// Images of an invocation from which on it says what one of a backlog costs.
+const LEAST_IMAGES_AN_INVOCATION: f64 = 5.0;
 
 impl SdkAws {
     /// A metric of the queue, by the minute.
     fn query(&self, id: &str, namespace: &str, name: &str, stat: &str) -> MetricDataQuery {
-        let dimension = Dimension::builder()
-            .name("QueueName")
-            .value(&self.queue_name)
-            .build();
+        let queue = [("QueueName", self.queue_name.as_str())];
+        Self::query_of(id, namespace, name, stat, &queue, PERIOD_SECONDS)
+    }
+
+    fn query_of(
+        id: &str,
+        namespace: &str,
+        name: &str,
+        stat: &str,
+        dimensions: &[(&str, &str)],
+        period: i64,
+    ) -> MetricDataQuery {
+        let dimensions = dimensions
+            .iter()
+            .map(|(name, value)| Dimension::builder().name(*name).value(*value).build());
         let metric = Metric::builder()
             .namespace(namespace)
             .metric_name(name)
-            .dimensions(dimension)
+            .set_dimensions(Some(dimensions.collect()))
             .build();
         let stat = MetricStat::builder()
             .metric(metric)
-            .period(PERIOD_SECONDS as i32)
+            .period(period as i32)
             .stat(stat)
             .build();
         MetricDataQuery::builder().id(id).metric_stat(stat).build()
+    }
+
+    async fn counts(&self, url: &str) -> Result<Queue, Error> {
+        use sqs::types::QueueAttributeName as Name;
+        let answer = self
+            .sqs
+            .get_queue_attributes()
+            .queue_url(url)
+            .attribute_names(Name::ApproximateNumberOfMessages)
+            .attribute_names(Name::ApproximateNumberOfMessagesNotVisible)
+            .attribute_names(Name::ApproximateNumberOfMessagesDelayed)
+            .send()
+            .await
+            .map_err(failed("sqs:GetQueueAttributes"))?;
+        let number = |name: Name| {
+            answer
+                .attributes()
+                .and_then(|attributes| attributes.get(&name))
+                .and_then(|value| value.parse::<u64>().ok())
+        };
+        let Some(visible) = number(Name::ApproximateNumberOfMessages) else {
+            return Err(Error::of_code(
+                "sqs:GetQueueAttributes",
+                "NoCount",
+                "the answer has no ApproximateNumberOfMessages",
+            ));
+        };
+        Ok(Queue {
+            visible,
+            in_flight: number(Name::ApproximateNumberOfMessagesNotVisible).unwrap_or(0),
+            delayed: number(Name::ApproximateNumberOfMessagesDelayed).unwrap_or(0),
+            oldest_age: None,
+        })
     }
 
     /// Full minutes only: half a minute's sum is no rate.
@@ -217,36 +276,86 @@ fn minutes_back(result: &MetricDataResult, this_minute: i64) -> Vec<f64> {
 #[async_trait]
 impl Aws for SdkAws {
     async fn queue(&self) -> Result<Queue, Error> {
-        use sqs::types::QueueAttributeName as Name;
+        self.counts(&self.queue_url).await
+    }
+
+    async fn gpu_queue(&self) -> Result<Queue, Error> {
+        self.counts(&self.lane.gpu_queue_url).await
+    }
+
+    async fn lane_state(&self) -> Result<LaneState, Error> {
         let answer = self
-            .sqs
-            .get_queue_attributes()
-            .queue_url(&self.queue_url)
-            .attribute_names(Name::ApproximateNumberOfMessages)
-            .attribute_names(Name::ApproximateNumberOfMessagesNotVisible)
-            .attribute_names(Name::ApproximateNumberOfMessagesDelayed)
+            .lambda
+            .get_event_source_mapping()
+            .uuid(&self.lane.mapping)
             .send()
             .await
-            .map_err(failed("sqs:GetQueueAttributes"))?;
-        let number = |name: Name| {
-            answer
-                .attributes()
-                .and_then(|attributes| attributes.get(&name))
-                .and_then(|value| value.parse::<u64>().ok())
+            .map_err(failed("lambda:GetEventSourceMapping"))?;
+        Ok(LaneState::from_lambda(answer.state().unwrap_or_default()))
+    }
+
+    async fn lane_metrics(&self, now: i64) -> Result<LaneMetrics, Error> {
+        let this_minute = now - now.rem_euclid(PERIOD_SECONDS);
+        let lane = [("QueueName", self.queue_name.as_str()), ("Lane", "express")];
+        let query =
+            |id, name, stat| Self::query_of(id, &self.namespace, name, stat, &lane, PERIOD_SECONDS);
+        let queries = vec![
+            query("seconds", "SecondsPerImage", "Average"),
+            query("images", "Images", "Sum"),
+            query("invocations", "Images", "SampleCount"),
+        ];
+        let results = self
+            .full_minutes(queries, this_minute, RATE_WINDOW_SECONDS)
+            .await?;
+        let minutes = |id: &str| -> BTreeMap<i64, f64> {
+            let results = results.iter().filter(|result| result.id() == Some(id));
+            let points = results.flat_map(|result| result.timestamps().iter().zip(result.values()));
+            points.map(|(at, value)| (at.secs(), *value)).collect()
         };
-        let Some(visible) = number(Name::ApproximateNumberOfMessages) else {
-            return Err(Error::of_code(
-                "sqs:GetQueueAttributes",
-                "NoCount",
-                "the answer has no ApproximateNumberOfMessages",
-            ));
+        let (images, invocations) = (minutes("images"), minutes("invocations"));
+        // A minute of single images does not say what one of a backlog costs.
+        let is_full = |minute: &i64| {
+            let images = images.get(minute).copied().unwrap_or(0.0);
+            let invocations = invocations.get(minute).copied().unwrap_or(0.0);
+            images >= LEAST_IMAGES_AN_INVOCATION * invocations
         };
-        Ok(Queue {
-            visible,
-            in_flight: number(Name::ApproximateNumberOfMessagesNotVisible).unwrap_or(0),
-            delayed: number(Name::ApproximateNumberOfMessagesDelayed).unwrap_or(0),
-            oldest_age: None,
+        let seconds = minutes("seconds").into_iter();
+        let full = seconds.filter(|(minute, seconds)| is_full(minute) && *seconds > 0.0);
+        let lately = images.range(this_minute - LATELY_SECONDS..);
+        Ok(LaneMetrics {
+            seconds_per_image: full.map(|(_, seconds)| seconds).reduce(f64::min),
+            images_lately: Some(lately.map(|(_, images)| *images as u64).sum()),
         })
+    }
+
+    async fn lane_usage(&self, now: i64) -> Result<LaneUsage, Error> {
+        let function = [("FunctionName", self.lane.function.as_str())];
+        let query = |id, name| Self::query_of(id, LAMBDA, name, "Sum", &function, HOUR_SECONDS);
+        let queries = vec![
+            query("duration", "Duration"),
+            query("invocations", "Invocations"),
+        ];
+        let midnight = now - now.rem_euclid(24 * HOUR_SECONDS);
+        let results = self.full_minutes(queries, now, now - midnight).await?;
+        let sum = |id: &str| -> f64 {
+            let results = results.iter().filter(|result| result.id() == Some(id));
+            results.flat_map(MetricDataResult::values).sum()
+        };
+        Ok(LaneUsage {
+            seconds: sum("duration") / 1e3,
+            requests: sum("invocations"),
+        })
+    }
+
+    async fn set_lane(&self, open: bool) -> Result<(), Error> {
+        self.lambda
+            .update_event_source_mapping()
+            .uuid(&self.lane.mapping)
+            .enabled(open)
+            .send()
+            .await
+            .map_err(failed("lambda:UpdateEventSourceMapping"))?;
+        Ok(())
     }
 
     async fn metrics(&self, now: i64) -> Result<Metrics, Error> {

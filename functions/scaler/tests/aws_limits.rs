@@ -3,11 +3,13 @@
 mod common;
 
 use common::{FakeAws, config, launch, now};
-use planner::observation::{ActivityStatus, Queue, TaskStatus};
+use planner::LanePolicy;
+use planner::observation::{ActivityStatus, LaneState, Queue, TaskStatus};
 use planner::streak::OPTION_KEY;
 use scaler::act::Completion;
 use scaler::aws::Aws;
-use scaler::handler::{Cause, RunRecord, run};
+use scaler::config::Config;
+use scaler::handler::{Cause, RunRecord, metric_lines, run};
 
 fn visible(count: u64) -> Queue {
     Queue {
@@ -536,3 +538,78 @@ async fn a_report_becomes_metrics_and_can_be_explained() {
 }
 
 use std::time::SystemTime;
+
+/// With an express lane: ten at once, 0.2 s an image.
+fn with_lane() -> Config {
+    let mut config = config(5, 1);
+    config.policy.target_drain_seconds = 600;
+    config.policy.images_per_second = 60.0;
+    config.policy.options[0].usd_per_hour = Some(0.526);
+    config.policy.lane = Some(LanePolicy {
+        max_concurrency: 10,
+        memory_mb: 1769,
+        batch_size: 10,
+        seconds_per_image: 0.2,
+        usd_per_gb_second: 0.000_016_666_7,
+        usd_per_request: 0.000_000_2,
+    });
+    config
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lane_is_left_what_it_can_do_closed_for_gpus_and_never_lost_sight_of() {
+    let aws = FakeAws::new(5, &["gpu"]);
+    let wake = async |backlog: u64| {
+        aws.with(|state| state.queue = visible(backlog));
+        let cause = Cause::Other("schedule".to_owned());
+        run(&aws, &with_lane(), &cause).await
+    };
+    aws.with(|state| state.lane_state = LaneState::Open);
+    let record = wake(100).await.expect("a run");
+    assert_eq!(record.plan.decisions, Vec::new());
+    aws.with(|state| state.gpu_queue = visible(1));
+    wake(100).await.expect("a run");
+    assert_eq!(aws.with(|state| state.group("gpu").desired), 1);
+    assert!(
+        aws.with(|state| state.calls_of("UpdateEventSourceMapping"))
+            .is_empty()
+    );
+    wake(200_000).await.expect("a run");
+    let set = aws.with(|state| state.calls_of("UpdateEventSourceMapping"));
+    assert_eq!(set, ["UpdateEventSourceMapping false"]);
+    // What is not essential may be missing; the queue of what only GPUs can do may not.
+    aws.with(|state| state.broken = vec!["GetEventSourceMapping"]);
+    let record = wake(100).await.expect("a run");
+    assert_eq!(record.observation.missing.len(), 1);
+    aws.with(|state| state.broken = vec!["GetQueueAttributes"]);
+    assert!(wake(100).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_days_ceiling_is_a_metric_and_reads_what_the_lane_used() {
+    let aws = FakeAws::new(5, &["gpu"]);
+    let mut config = with_lane();
+    let cause = Cause::Other("schedule".to_owned());
+    aws.with(|state| {
+        state.queue = visible(1_000_000);
+        state.lane_state = LaneState::Open;
+        state.lane_usage.seconds = 40_000.0;
+    });
+    run(&aws, &config, &cause).await.expect("a run");
+    assert!(
+        !aws.with(|state| state.calls_of("GetMetricData"))
+            .contains(&"GetMetricData usage".to_owned())
+    );
+    aws.with(|state| state.group("gpu").desired = 0);
+    config.policy.max_daily_cost = 1.0;
+    let record = run(&aws, &config, &cause).await.expect("a run");
+    assert_eq!(aws.with(|state| state.group("gpu").desired), 0);
+    assert!(
+        record.plan.verdict.contains("MAX_DAILY_COST is $1.00"),
+        "{}",
+        record.plan.verdict
+    );
+    let lines = metric_lines(&record, &config);
+    let json = lines[0].to_json(std::time::SystemTime::now());
+    assert_eq!(json["CostCeilingReached"], 1.0);
+}

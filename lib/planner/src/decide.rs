@@ -7,10 +7,12 @@ use crate::boot::{BOOT_KEY, Boot};
 use crate::history::{
     Launches, RECALLED_REASON, RETIRED_REASON, STUCK_REASON, STUCK_TASK_SECONDS, UNPROVEN_LAUNCHES,
 };
-use crate::observation::{Observation, Task, TaskStatus};
+use crate::lane::{Choice, Estimate, Express, Gpus};
+use crate::observation::{LaneState, Observation, Task, TaskStatus};
 use crate::offer::{Instance, InstanceState, Offer, Release};
 use crate::plan::{Action, Decision, Figures, LaunchCount, Plan, RUN_TASK_MAX_COUNT};
 use crate::policy::Policy;
+use crate::spent::{self, Spent};
 use crate::streak::{FailureStreak, OPTION_KEY, TASKS_KEY};
 
 /// Share of the boot time that a task needs on an instance that is already
@@ -61,14 +63,16 @@ pub fn plan(observation: &Observation, policy: &Policy) -> Plan {
     let tasks = planner.count_and_stop_tasks();
     // Instances that will never be of use go first: their places are free then.
     planner.release_broken();
-    let places = planner.places_for_tasks(&tasks);
     planner.count_instances();
-    let forecast = planner.forecast(&tasks);
+    let mut forecast = planner.forecast(&tasks);
+    planner.share_with_lane(&tasks, &mut forecast);
+    let places = planner.places_for_tasks(&tasks);
     let need = planner.instances_needed(&forecast);
     planner.withdraw_requests(&need);
     planner.release_idle(&tasks, &places);
     planner.add_instances(need.add);
     planner.set_capacities();
+    planner.set_lane(&tasks, &need);
     planner.activate(places.to_activate);
     planner.launch_tasks(&places);
     planner.note_limits(&need);
@@ -85,6 +89,9 @@ struct Planner<'a> {
     is_held: bool,
     /// Images that one task does within the policy's promise.
     per_task: f64,
+    express: Option<Express<'a>>,
+    /// Messages that want tasks: all of them, or what the lane leaves.
+    for_tasks: f64,
     offers: Vec<Offer<'a>>,
     decisions: Vec<Decision>,
     notes: Vec<String>,
@@ -137,6 +144,15 @@ impl<'a> Planner<'a> {
         let launches = Launches::from_observation(seen);
         let rate = policy.rate(seen.images_per_second);
         let boot = Boot::of(seen, policy);
+        let express = Express::of(seen, policy);
+        let handed_over = express
+            .as_ref()
+            .map_or(0, |lane| lane.seen.gpu_queue.backlog());
+        let backlog = seen.queue.backlog().saturating_add(handed_over);
+        let spent = (policy.max_daily_cost > 0.0).then(|| Spent {
+            instances: spent::on_instances(seen, policy),
+            lane: express.as_ref().map_or(0.0, Express::spent),
+        });
         Self {
             seen,
             policy,
@@ -144,7 +160,8 @@ impl<'a> Planner<'a> {
             is_held: launches.held(seen.at),
             per_task: rate * f64::from(policy.target_drain_seconds.max(1)),
             figures: Figures {
-                backlog: seen.queue.backlog(),
+                backlog,
+                spent,
                 images_per_second: rate,
                 boot_seconds: boot.seconds,
                 boot_is_learned: boot.is_learned,
@@ -153,6 +170,8 @@ impl<'a> Planner<'a> {
             },
             launches,
             boot,
+            express,
+            for_tasks: backlog as f64,
             offers: Offer::all(seen, policy),
             decisions: Vec::new(),
             notes: Vec::new(),
@@ -314,7 +333,15 @@ impl<'a> Planner<'a> {
             && stopping == 0
             && self.launches.failures == 0
             && backlog as f64 <= rate * f64::from(running);
-        let steady = (arrivals.highest / (rate * BUSY_SHARE)).ceil().max(1.0);
+        let steady = match &self.express {
+            Some(lane)
+                if lane.seen.gpu_queue.backlog() == 0
+                    && lane.is_cheaper_for(arrivals.highest, self.usd_per_hour()) =>
+            {
+                0.0
+            }
+            _ => (arrivals.highest / (rate * BUSY_SHARE)).ceil().max(1.0),
+        };
         let enough = f64::from(self.policy.min_instances).max(steady);
         if !is_calm || f64::from(running) <= enough {
             return None;
@@ -434,7 +461,7 @@ impl<'a> Planner<'a> {
     /// Tasks or instances for so much work: at least one for any, at most the
     /// maximum, and none or one while launches fail.
     fn needed_for(&self, work: f64) -> u32 {
-        if work <= 0.0 || self.is_held {
+        if work <= 0.0 || self.is_held || self.is_too_dear() {
             return 0;
         }
         let most = match self.launches.failures {
@@ -446,7 +473,7 @@ impl<'a> Planner<'a> {
     }
 
     fn places_for_tasks(&mut self, tasks: &Tasks) -> Places {
-        let tasks_wanted = self.needed_for(self.figures.backlog as f64);
+        let tasks_wanted = self.needed_for(self.for_tasks);
         let missing_tasks = tasks_wanted.saturating_sub(tasks.active());
         let ready = self
             .count(|instance| matches!(instance.state, InstanceState::Ready { .. }))
@@ -520,8 +547,91 @@ impl<'a> Planner<'a> {
         Forecast { existing, backlog }
     }
 
+    /// Whether the day's ceiling is reached: nothing new is started.
+    fn is_too_dear(&self) -> bool {
+        let spent = self.figures.spent.map_or(0.0, Spent::total);
+        self.figures.spent.is_some() && spent >= self.policy.max_daily_cost
+    }
+
+    /// Leaves GPUs their part of the backlog: all of it without a lane.
+    fn share_with_lane(&mut self, tasks: &Tasks, forecast: &mut Forecast) {
+        let Some(lane) = &self.express else {
+            return;
+        };
+        let gpus = self.gpus(lane, tasks, forecast.existing, forecast.backlog);
+        let backlog = self.seen.queue.backlog() as f64;
+        let needed = |rest| self.needed_for(rest);
+        let (comparison, rest) =
+            lane.compare(backlog, self.sustained(), &gpus, self.policy, needed);
+        // What stands there anyway takes what keeps it busy.
+        if comparison.choice == Choice::Lane && !lane.is_worth_a_task(backlog, &gpus) {
+            self.for_tasks = lane.seen.gpu_queue.backlog() as f64;
+        }
+        forecast.backlog = rest;
+        self.figures.backlog_after_boot = forecast.backlog.ceil() as u64;
+        self.figures.comparison = Some(comparison);
+    }
+
+    fn gpus(&self, lane: &Express<'_>, tasks: &Tasks, existing: u32, rest: f64) -> Gpus {
+        Gpus {
+            existing,
+            running: tasks.running,
+            rate: self.figures.images_per_second,
+            usd_per_hour: self.usd_per_hour(),
+            boot: self.boot_of_next(),
+            rest,
+            only_gpu: rest.min(lane.seen.gpu_queue.backlog() as f64),
+        }
+    }
+
+    fn sustained(&self) -> f64 {
+        self.seen
+            .arrivals
+            .map_or(0.0, |arrivals| arrivals.sustained)
+    }
+
+    fn next_offer(&self) -> Option<&Offer<'a>> {
+        self.offers.iter().find(|offer| offer.rest.is_none())
+    }
+
+    fn usd_per_hour(&self) -> Option<f64> {
+        let offer = self.next_offer().or(self.offers.first())?;
+        offer.option.usd_per_hour
+    }
+
+    /// Closes the lane while GPUs do the work for less, opens it before they
+    /// go, and whenever they do not come.
+    fn set_lane(&mut self, tasks: &Tasks, need: &Need) {
+        let (Some(lane), Some(comparison)) = (&self.express, &self.figures.comparison) else {
+            return;
+        };
+        let backlog = self.seen.queue.backlog();
+        let gpus = self.gpus(lane, tasks, need.existing + need.add, 0.0);
+        let none_comes = tasks.running == 0
+            && (self.launches.failures > 0
+                || self
+                    .offers
+                    .iter()
+                    .all(|offer| offer.rest.is_some() || offer.shortage.is_some()));
+        let open = !self.is_too_dear()
+            && (none_comes
+                || lane.should_be_open(comparison.choice, backlog as f64, self.sustained(), &gpus));
+        let state = lane.seen.state;
+        if open == state.is_open() || state == LaneState::Unknown {
+            return;
+        }
+        let existing = gpus.existing;
+        let why = match open {
+            false if self.is_too_dear() => "the day's ceiling is reached".to_owned(),
+            false => format!("{existing} GPUs do {backlog} messages for less"),
+            true if none_comes => "no GPU comes".to_owned(),
+            true => format!("{backlog} messages are left for {existing} GPUs, which go soon"),
+        };
+        self.decide(Action::SetLane { open }, why);
+    }
+
     fn boot_of_next(&self) -> f64 {
-        let next = self.offers.iter().find(|offer| offer.rest.is_none());
+        let next = self.next_offer();
         let is_warm = next.is_some_and(|offer| offer.group.warm_pool.unwrap_or(0) > 0);
         self.boot() * if is_warm { WARM_SHARE_OF_BOOT } else { 1.0 }
     }
@@ -566,7 +676,11 @@ impl<'a> Planner<'a> {
             target,
             short,
             room,
-            add: short.min(room),
+            add: if self.is_too_dear() {
+                0
+            } else {
+                short.min(room)
+            },
         }
     }
 
@@ -859,6 +973,11 @@ impl<'a> Planner<'a> {
                 "{unusable} registered instances take no task at the moment"
             ));
         }
+        if let Some(why) = self.express.as_ref().and_then(|lane| lane.stalled.as_ref()) {
+            self.notes.push(format!(
+                "the express lane has stalled, GPUs take over: {why}"
+            ));
+        }
         if self.is_held && self.figures.backlog > 0 {
             let wait = self.launches.retry_at - self.now;
             self.notes.push(format!(
@@ -866,6 +985,12 @@ impl<'a> Planner<'a> {
                 self.launches.failures, self.launches.why
             ));
         }
+    }
+
+    fn is_for_lane(&self) -> bool {
+        let comparison = self.figures.comparison.as_ref();
+        comparison.is_some_and(|comparison| comparison.choice == Choice::Lane)
+            && self.for_tasks < self.figures.backlog as f64
     }
 
     fn verdict(&self, need: &Need) -> String {
@@ -878,6 +1003,11 @@ impl<'a> Planner<'a> {
             .any(|decision| !matches!(decision.action, Action::Remember { .. }));
         if self.seen.groups.is_empty() {
             "no capacity option exists: nothing can be done".to_owned()
+        } else if let Some(spent) = figures.spent.filter(|_| self.is_too_dear()) {
+            let most = self.policy.max_daily_cost;
+            format!(
+                "{backlog} messages wait, nothing is started: {spent} spent since midnight UTC, MAX_DAILY_COST is ${most:.2}"
+            )
         } else if self.is_held && backlog > 0 {
             format!(
                 "{backlog} messages wait, launches are held after {} failures in a row",
@@ -891,6 +1021,14 @@ impl<'a> Planner<'a> {
             format!(
                 "the queue is empty: {} tasks wait for work or end by themselves",
                 running + figures.starting + ending
+            )
+        } else if let Some(comparison) = figures.comparison.as_ref().filter(|_| self.is_for_lane())
+        {
+            let Estimate {
+                seconds, dollars, ..
+            } = comparison.lane;
+            format!(
+                "{backlog} messages are the express lane's: about {seconds:.0} s and ${dollars:.4}"
             )
         } else if acts {
             format!(
@@ -918,6 +1056,7 @@ impl<'a> Planner<'a> {
                 Action::Release { .. } => 0,
                 Action::StopTask { .. } => 1,
                 Action::SetDesired { .. } => 2,
+                Action::SetLane { .. } => 3,
                 Action::Activate { .. } => 3,
                 Action::RunTasks { .. } => 4,
                 Action::Remember { .. } => 5,

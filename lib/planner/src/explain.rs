@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+use crate::lane::{Choice, Comparison};
 use crate::observation::Observation;
 use crate::plan::{Action, Plan};
 use crate::policy::Policy;
@@ -95,6 +96,12 @@ pub fn render(observation: &Observation, policy: &Policy, plan: &Plan) -> String
         "backlog    {} now, {} when an instance asked for now would begin",
         figures.backlog, figures.backlog_after_boot
     );
+    if let Some(comparison) = &figures.comparison {
+        let _ = write!(text, "{}", compared(comparison, observation));
+    }
+    if let Some(spent) = &figures.spent {
+        let _ = writeln!(text, "spent      {spent} since midnight UTC");
+    }
     if figures.crash_loop > 0 {
         let _ = writeln!(text, "launches   {} failed in a row", figures.crash_loop);
     }
@@ -115,6 +122,46 @@ pub fn render(observation: &Observation, policy: &Policy, plan: &Plan) -> String
         for note in &plan.notes {
             let _ = writeln!(text, "  {note}");
         }
+    }
+    text
+}
+
+fn compared(comparison: &Comparison, observation: &Observation) -> String {
+    let mut text = String::new();
+    let lane = observation.lane.clone().unwrap_or_default();
+    let source = match lane.seconds_per_image {
+        Some(_) => "reported",
+        None => "configured",
+    };
+    let _ = writeln!(
+        text,
+        "lane       {:?}; {:.3} s an image ({source}), {:.1} images/s at most, ${:.2} a million; {} messages in the GPUs' own queue",
+        lane.state,
+        comparison.seconds_per_image,
+        comparison.ceiling,
+        comparison.dollars_per_image * 1e6,
+        lane.gpu_queue.backlog()
+    );
+    for (name, choice, estimate) in [
+        ("lane alone", Choice::Lane, &comparison.lane),
+        ("both", Choice::Both, &comparison.both),
+        ("GPUs alone", Choice::Gpus, &comparison.gpus),
+    ] {
+        let mark = if comparison.choice == choice {
+            "→"
+        } else {
+            " "
+        };
+        let _ = write!(
+            text,
+            "         {mark} {name:<11}{:>8.0} s  ${:<9.4} {} instances started",
+            estimate.seconds, estimate.dollars, estimate.starts
+        );
+        let why = match comparison.choice == choice {
+            true => format!(": {}", comparison.why),
+            false => String::new(),
+        };
+        let _ = writeln!(text, "{why}");
     }
     text
 }
@@ -141,6 +188,8 @@ pub fn describe(action: &Action) -> String {
         }
         Action::Activate { instance, .. } => format!("take {instance} back into use"),
         Action::RunTasks { count, .. } => format!("run {} tasks", count.get()),
+        Action::SetLane { open: true } => "open the express lane".to_owned(),
+        Action::SetLane { open: false } => "close the express lane".to_owned(),
         Action::Remember { key, value, .. } => format!("remember {key}: {value}"),
     }
 }

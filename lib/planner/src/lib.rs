@@ -10,10 +10,12 @@ pub mod cadence;
 mod decide;
 pub mod explain;
 pub mod history;
+pub mod lane;
 pub mod observation;
 mod offer;
 mod plan;
 mod policy;
+pub mod spent;
 pub mod streak;
 pub mod worker;
 
@@ -22,4 +24,4 @@ pub use observation::Observation;
 pub use plan::{
     Action, Decision, Figures, LaunchCount, LaunchCountError, Plan, RUN_TASK_MAX_COUNT,
 };
-pub use policy::{CapacityOption, Policy};
+pub use policy::{CapacityOption, LanePolicy, Policy};

@@ -37,6 +37,9 @@ pub struct Observation {
     /// The Auto Scaling groups of the policy's options, as far as they exist.
     #[serde(default)]
     pub groups: Vec<Group>,
+    /// The express lane, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lane: Option<Lane>,
     /// What could not be read and is not essential.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
@@ -105,6 +108,61 @@ impl Queue {
         self.visible
             .saturating_add(self.in_flight)
             .saturating_add(self.delayed)
+    }
+}
+
+/// The express lane: a function that takes from the same input queue.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Lane {
+    /// What it handed over or gave up: only GPUs take from this queue.
+    pub gpu_queue: Queue,
+    /// Whether it takes messages.
+    pub state: LaneState,
+    /// Billed seconds of one image when there is a backlog, as reported lately.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds_per_image: Option<f64>,
+    /// Images that it finished in the last full minutes, when that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images_lately: Option<u64>,
+    /// Its running time since midnight UTC, in seconds.
+    pub seconds_today: f64,
+    /// Its invocations since midnight UTC.
+    pub requests_today: f64,
+}
+
+/// States of the mapping from the queue to the lane's function (AWS Lambda API
+/// reference, GetEventSourceMapping, `State`). A change takes up to a minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LaneState {
+    /// It takes messages.
+    Open,
+    /// It will.
+    Opening,
+    /// It will not much longer.
+    Closing,
+    /// It takes none.
+    Closed,
+    /// Not known: work is not counted twice, so it counts as open.
+    #[default]
+    Unknown,
+}
+
+impl LaneState {
+    /// Reads Lambda's word.
+    pub fn from_lambda(word: &str) -> Self {
+        match word {
+            "Enabled" => Self::Open,
+            "Enabling" | "Creating" => Self::Opening,
+            "Disabling" => Self::Closing,
+            "Disabled" => Self::Closed,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// Whether it takes messages or will.
+    pub fn is_open(self) -> bool {
+        !matches!(self, Self::Closing | Self::Closed)
     }
 }
 

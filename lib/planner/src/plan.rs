@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::lane::Comparison;
+use crate::spent::Spent;
+
 /// Most tasks of one RunTask call (ECS API reference, RunTask, `count`).
 pub const RUN_TASK_MAX_COUNT: u32 = 10;
 
@@ -88,6 +91,11 @@ pub enum Action {
         /// Makes a repeated call the same call.
         token: String,
     },
+    /// Open or close the express lane.
+    SetLane {
+        /// Whether it should take messages.
+        open: bool,
+    },
     /// Write the scaler's memory.
     Remember {
         /// The group whose tag it is.
@@ -157,6 +165,12 @@ pub struct Figures {
     pub options_resting: u32,
     /// Tasks stuck before RUNNING.
     pub stuck_tasks: u32,
+    /// The backlog in the lane and on GPUs, in seconds and dollars.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
+    /// What was spent since midnight UTC, where there is a ceiling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spent: Option<Spent>,
 }
 
 /// What to do, and why nothing else.

@@ -25,6 +25,17 @@ pub struct Policy {
     pub images_per_second: f64,
     /// Capacity options in the order of preference.
     pub options: Vec<CapacityOption>,
+    /// The express lane, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lane: Option<LanePolicy>,
+    /// Once so many dollars are spent since midnight UTC, nothing new is
+    /// started; 0: no ceiling.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub max_daily_cost: f64,
+}
+
+fn is_zero(number: &f64) -> bool {
+    *number == 0.0
 }
 
 impl Default for Policy {
@@ -38,12 +49,14 @@ impl Default for Policy {
             boot_seconds: 180,
             images_per_second: 60.0,
             options: Vec::new(),
+            lane: None,
+            max_daily_cost: 0.0,
         }
     }
 }
 
 /// A place to get instances from: one Auto Scaling group.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct CapacityOption {
     /// What logs call it, such as `g4dn.xlarge/on-demand`.
@@ -53,6 +66,28 @@ pub struct CapacityOption {
     /// Instance type, for logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance_type: Option<String>,
+    /// Dollars of an instance for an hour, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usd_per_hour: Option<f64>,
+}
+
+/// What the express lane is and costs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LanePolicy {
+    /// Invocations at once at most.
+    pub max_concurrency: u32,
+    /// The function's memory in MiB: a second of it costs so much more.
+    pub memory_mb: u32,
+    /// Most images of one invocation.
+    pub batch_size: u32,
+    /// Billed seconds of one image when there is a backlog, until the lane
+    /// reports its own.
+    pub seconds_per_image: f64,
+    /// Dollars of a second of one GiB.
+    pub usd_per_gb_second: f64,
+    /// Dollars of an invocation.
+    pub usd_per_request: f64,
 }
 
 impl CapacityOption {
@@ -62,6 +97,7 @@ impl CapacityOption {
             name: name.to_owned(),
             auto_scaling_group: name.to_owned(),
             instance_type: None,
+            usd_per_hour: None,
         }
     }
 }

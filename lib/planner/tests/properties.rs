@@ -1,8 +1,8 @@
 //! Properties of the pure plan, on arbitrary observations.
 
 use planner::observation::{
-    ContainerInstance, ContainerInstanceStatus, Group, GroupInstance, Lifecycle, Observation,
-    Queue, Task, TaskStatus,
+    ContainerInstance, ContainerInstanceStatus, Group, GroupInstance, LaneState, Lifecycle,
+    Observation, Queue, Task, TaskStatus,
 };
 use planner::{Action, CapacityOption, Plan, Policy, plan};
 use proptest::prelude::*;
@@ -90,6 +90,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             options: (0..options)
                 .map(|number| CapacityOption::of_group(&format!("group-{number}")))
                 .collect(),
+            ..Policy::default()
         })
 }
 
@@ -299,6 +300,14 @@ fn after(seen: &Observation, plan: &Plan) -> Observation {
                         exit_code: None,
                     });
                 }
+            }
+            Action::SetLane { open } => {
+                let lane = next.lane.as_mut().expect("a lane");
+                lane.state = if *open {
+                    LaneState::Opening
+                } else {
+                    LaneState::Closing
+                };
             }
             Action::Remember { group, key, value } => {
                 next.groups

@@ -3,9 +3,11 @@
 
 use planner::{CapacityOption, Policy};
 
+use crate::evaluate::{Nobody, Setting, run_once, run_with_lane};
 use crate::ours::Ours;
+use crate::tally::Tally;
 use crate::trace::{Trace, exponential};
-use crate::world::{Chaos, Ms, Physics, World};
+use crate::world::{Chaos, LanePhysics, Ms, Physics, World};
 
 /// Beyond the grace, the time to give everything back after the last message.
 const GIVE_BACK_SECONDS: Ms = 90;
@@ -121,6 +123,50 @@ pub fn day(seed: u64) -> Day {
     }
 }
 
+/// A random day's dollars without disturbances: with the lane, and of the
+/// cheaper of the lane and GPUs alone, of those that keep the promise.
+#[derive(Clone, Copy, Debug)]
+pub struct Bill {
+    pub seed: u64,
+    pub both: f64,
+    pub cheaper: f64,
+    pub finished: bool,
+}
+
+pub fn bill(seed: u64) -> Bill {
+    let mut rng = fastrand::Rng::with_seed(seed ^ 0xb111);
+    let policy = random_policy(&mut rng);
+    let trace = random_trace(&mut rng);
+    let lane = LanePhysics {
+        max_concurrency: rng.u32(2..=50),
+        per_image: 100.0 + rng.f64() * 200.0,
+        cold_start: rng.i64(500..4_000),
+        ..LanePhysics::default()
+    };
+    let setting = Setting::with_lane(policy, lane);
+    let phase = rng.i64(0..60_000);
+    let promise = setting.policy.boot_seconds + setting.policy.target_drain_seconds;
+    let cost = |tally: &Tally| tally.dollars(&setting.prices()).iter().sum::<f64>();
+    let mut ours = Ours::new(setting.policy.clone(), phase);
+    let (both, finished) = run_with_lane(&setting, &trace, &mut ours, seed);
+    let (lane, _) = run_with_lane(&setting, &trace, &mut Nobody, seed);
+    let without = Policy {
+        lane: None,
+        ..setting.policy.clone()
+    };
+    let (gpus, _) = run_once(&setting, &trace, &mut Ours::new(without, phase));
+    let in_time = lane.longest() <= f64::from(promise);
+    Bill {
+        seed,
+        both: cost(&both),
+        cheaper: match in_time {
+            true => cost(&gpus).min(cost(&lane)),
+            false => cost(&gpus),
+        },
+        finished: finished && both.done == both.arrived,
+    }
+}
+
 fn random_policy(rng: &mut fastrand::Rng) -> Policy {
     let idle_grace_seconds = rng.u32(15..=120);
     let options = rng.usize(1..=3);
@@ -139,6 +185,7 @@ fn random_policy(rng: &mut fastrand::Rng) -> Policy {
         options: (0..options)
             .map(|number| CapacityOption::of_group(&format!("group-{number}")))
             .collect(),
+        ..Policy::default()
     }
 }
 

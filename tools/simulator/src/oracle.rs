@@ -18,6 +18,7 @@
 //!   than `k − 1` instances to be done within `w + T` needs a k-th boot, once
 //!   per group of clusters that no pause longer than `b + T` separates.
 
+use crate::evaluate::Setting;
 use crate::trace::Trace;
 use crate::world::{Ms, Physics};
 
@@ -71,6 +72,31 @@ pub fn bound(trace: &Trace, physics: &Physics, promise_seconds: f64, max: u32) -
         gpu_seconds,
         starts,
     }
+}
+
+/// Dollars that nobody with both kinds of capacity gets below: between pauses
+/// that no instance outlives, either the lane does everything, in full batches
+/// and without a cold start, or at least one instance boots and every image
+/// costs what it costs on the cheaper of both.
+pub fn bound_of_two(trace: &Trace, setting: &Setting) -> f64 {
+    let (policy, prices, physics) = (&setting.policy, setting.prices(), setting.physics());
+    let pause = policy.boot_seconds + policy.target_drain_seconds;
+    let second = prices.instance_hour / 3600.0;
+    let seconds = setting
+        .lane
+        .seconds_per_image(physics.fetch + physics.deliver);
+    let in_lane =
+        seconds * prices.lane_second + prices.lane_request / setting.lane.batch_size as f64;
+    let on_gpu = second / physics.images_per_second;
+    let groups = trace
+        .arrivals
+        .chunk_by(|(before, _), (after, _)| after - before <= Ms::from(pause) * 1000);
+    let of_group = |group: &[(Ms, u64)]| {
+        let images = group.iter().map(|(_, count)| count).sum::<u64>() as f64;
+        let boot = second * physics.boot_seconds;
+        (images * in_lane).min(boot + images * in_lane.min(on_gpu))
+    };
+    groups.map(of_group).sum()
 }
 
 /// Instances that some window of the arrivals cannot do without. Windows of

@@ -29,7 +29,9 @@ const ROOM_FOR_LEGEND: f64 = 1.45;
 
 const HOUR: Ms = 3_600_000;
 
-const COLOURS: [RGBColor; 4] = [
+const COLOURS: [RGBColor; 6] = [
+    RGBColor(0, 0, 0),
+    RGBColor(230, 159, 0),
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::evaluate::{Comparison, G4DN_XLARGE_USD_PER_HOUR, Verdict};
+use crate::evaluate::{Comparison, INSTANCE, Verdict};
 use crate::tally::Averages;
 
 fn seconds(value: Option<f64>) -> String {
@@ -22,12 +22,23 @@ pub fn comparison(comparison: &Comparison) -> String {
     );
     let _ = writeln!(
         text,
-        "{:<22}{:>10}{:>10}{:>12}{:>9}{:>9}{:>9}{:>11}{:>9}",
-        "", "GPU-hours", "USD", "1st vector", "p50", "p95", "p99", "idle GPU s", "started"
+        "{:<22}{:>10}{:>10}{:>10}{:>10}{:>12}{:>9}{:>9}{:>9}{:>11}{:>9}",
+        "",
+        "GPU-hours",
+        "USD",
+        "of lane",
+        "of idle",
+        "1st vector",
+        "p50",
+        "p95",
+        "p99",
+        "idle GPU s",
+        "started"
     );
     for row in &comparison.rows {
         let Averages {
             gpu_hours,
+            dollars: [_, lane, idle],
             first_vector,
             p50,
             p95,
@@ -38,9 +49,9 @@ pub fn comparison(comparison: &Comparison) -> String {
         } = row.averages;
         let _ = writeln!(
             text,
-            "{:<22}{gpu_hours:>10.4}{:>10.4}{:>12}{:>9}{:>9}{:>9}{idle_seconds:>11.0}{instances_started:>9.1}",
+            "{:<22}{gpu_hours:>10.4}{:>10.4}{lane:>10.4}{idle:>10.4}{:>12}{:>9}{:>9}{:>9}{idle_seconds:>11.0}{instances_started:>9.1}",
             row.model,
-            gpu_hours * G4DN_XLARGE_USD_PER_HOUR,
+            row.averages.total(),
             seconds(first_vector),
             seconds(p50),
             seconds(p95),
@@ -50,15 +61,16 @@ pub fn comparison(comparison: &Comparison) -> String {
     let oracle_hours = comparison.oracle.gpu_seconds / 3600.0;
     let _ = writeln!(
         text,
-        "{:<22}{oracle_hours:>10.4}{:>10.4}{:>12}{:>9}{:>9}{:>9}{:>11}{:>9.1}",
+        "{:<22}{oracle_hours:>10.4}{:>10.4}{:>79}{:>9.1}",
         "(d) oracle, at least",
-        oracle_hours * G4DN_XLARGE_USD_PER_HOUR,
-        "–",
-        "–",
-        "–",
-        "–",
-        "–",
+        oracle_hours * prices::usd(INSTANCE),
+        "",
         comparison.oracle.starts,
+    );
+    let _ = writeln!(
+        text,
+        "{:<22}{:>10}{:>10.4}",
+        "… with a lane", "", comparison.oracle_of_two
     );
     text
 }

@@ -34,6 +34,12 @@ pub struct Tally {
     pub last_done: Ms,
     /// Latencies (milliseconds, images).
     pub latencies: Vec<(u32, u32)>,
+    /// Billed milliseconds of the express lane, its invocations, its images, and
+    /// the receives of its idle mapping.
+    pub lane_ms: Ms,
+    pub lane_requests: u64,
+    pub lane_images: u64,
+    pub lane_polls: f64,
     /// Every change.
     pub curve: Vec<Moment>,
 }
@@ -79,10 +85,35 @@ impl Tally {
         }
     }
 
+    /// Dollars of the instances, of the lane, and of its idle mapping.
+    pub fn dollars(&self, prices: &Prices) -> [f64; 3] {
+        [
+            self.paid as f64 / 3_600_000.0 * prices.instance_hour,
+            self.lane_ms as f64 / 1000.0 * prices.lane_second
+                + self.lane_requests as f64 * prices.lane_request,
+            self.lane_polls * prices.queue_request,
+        ]
+    }
+
+    pub fn longest(&self) -> f64 {
+        let latencies = self.latencies.iter().map(|(latency, _)| *latency);
+        f64::from(latencies.max().unwrap_or(0)) / 1000.0
+    }
+
     /// Paid milliseconds without work after the first task was ready.
     pub fn idle(&self) -> Ms {
         (self.paid - self.booting - self.busy).max(0)
     }
+}
+
+/// What things cost, in dollars.
+#[derive(Clone, Copy, Debug)]
+pub struct Prices {
+    pub instance_hour: f64,
+    /// A second of the function at its memory.
+    pub lane_second: f64,
+    pub lane_request: f64,
+    pub queue_request: f64,
 }
 
 /// The numbers of a table's row, over one or several runs.
@@ -90,6 +121,8 @@ impl Tally {
 pub struct Averages {
     /// Mean GPU-hours of a run.
     pub gpu_hours: f64,
+    /// Mean dollars of a run: instances, lane, the lane's idle mapping.
+    pub dollars: [f64; 3],
     /// Mean seconds from the first arrival to its vector.
     pub first_vector: Option<f64>,
     /// Half of the images took no longer, in seconds.
@@ -102,7 +135,11 @@ pub struct Averages {
 }
 
 impl Averages {
-    pub fn of(runs: &[Tally]) -> Self {
+    pub fn total(&self) -> f64 {
+        self.dollars.iter().sum()
+    }
+
+    pub fn of(runs: &[Tally], prices: &Prices) -> Self {
         let number = runs.len().max(1) as f64;
         let mean = |value: &dyn Fn(&Tally) -> f64| runs.iter().map(value).sum::<f64>() / number;
         let mut latencies: Vec<(u32, u32)> = runs
@@ -119,6 +156,7 @@ impl Averages {
         let done: u64 = runs.iter().map(|run| run.done).sum();
         Self {
             gpu_hours: mean(&|run| run.paid as f64 / 3_600_000.0),
+            dollars: [0, 1, 2].map(|part| mean(&|run| run.dollars(prices)[part])),
             first_vector: (!firsts.is_empty())
                 .then(|| firsts.iter().sum::<f64>() / firsts.len() as f64),
             p50: percentile(&latencies, 0.50),

@@ -12,11 +12,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use planner::observation::{
     Activity, ActivityKind, ActivityStatus, ContainerInstance, ContainerInstanceStatus, Group,
-    GroupInstance, Lifecycle, Queue, Task, TaskStatus,
+    GroupInstance, LaneState, Lifecycle, Queue, Task, TaskStatus,
 };
 use platform::aws::Error;
 use platform::env::Reader;
-use scaler::aws::{Aws, DESCRIBE_MAX, Metrics, Page, RunTaskAnswer, TaskFilter, UPDATE_STATE_MAX};
+use scaler::aws::{
+    Aws, DESCRIBE_MAX, LaneMetrics, LaneUsage, Metrics, Page, RunTaskAnswer, TaskFilter,
+    UPDATE_STATE_MAX,
+};
 use scaler::config::Config;
 
 /// ECS's page size.
@@ -53,6 +56,10 @@ pub struct State {
     /// Counts that the next reads answer instead, in order.
     pub stale_counts: Vec<u64>,
     pub metrics: Option<Metrics>,
+    pub gpu_queue: Queue,
+    pub lane_state: LaneState,
+    pub lane_metrics: LaneMetrics,
+    pub lane_usage: LaneUsage,
     pub working_minutes: Vec<i64>,
     pub tasks: Vec<Task>,
     pub instances: Vec<ContainerInstance>,
@@ -240,6 +247,38 @@ impl Aws for FakeAws {
     async fn metrics(&self, _now: i64) -> Result<Metrics, Error> {
         self.call("GetMetricData", String::new())?;
         Ok(self.with(|state| state.metrics.unwrap_or_default()))
+    }
+
+    async fn gpu_queue(&self) -> Result<Queue, Error> {
+        self.call("GetQueueAttributes", "gpu".to_owned())?;
+        Ok(self.with(|state| state.gpu_queue.clone()))
+    }
+
+    async fn lane_state(&self) -> Result<LaneState, Error> {
+        self.call("GetEventSourceMapping", String::new())?;
+        Ok(self.with(|state| state.lane_state))
+    }
+
+    async fn lane_metrics(&self, _now: i64) -> Result<LaneMetrics, Error> {
+        self.call("GetMetricData", "lane".to_owned())?;
+        Ok(self.with(|state| state.lane_metrics))
+    }
+
+    async fn lane_usage(&self, _now: i64) -> Result<LaneUsage, Error> {
+        self.call("GetMetricData", "usage".to_owned())?;
+        Ok(self.with(|state| state.lane_usage))
+    }
+
+    async fn set_lane(&self, open: bool) -> Result<(), Error> {
+        self.call("UpdateEventSourceMapping", open.to_string())?;
+        self.with(|state| {
+            state.lane_state = if open {
+                LaneState::Opening
+            } else {
+                LaneState::Closing
+            };
+        });
+        Ok(())
     }
 
     async fn working_minutes(&self, _now: i64) -> Result<Vec<i64>, Error> {

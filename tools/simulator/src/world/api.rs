@@ -6,13 +6,13 @@ use planner::observation::{
 };
 use planner::{Action, Plan};
 
-use super::{Ms, World, seconds};
+use super::{Ms, Physics, World, seconds};
 
 /// ECS shows a stopped task for an hour.
 const STOPPED_SHOWN: Ms = 3_600_000;
 
 /// CloudWatch has a minute's sum this long after the minute.
-const METRIC_DELAY: Ms = 60_000;
+pub(super) const METRIC_DELAY: Ms = 60_000;
 
 /// SQS stops reporting for a queue that nobody has used for so many minutes.
 const METRICS_END_AFTER_MINUTES: Ms = 6 * 60;
@@ -51,6 +51,8 @@ impl World {
             at: seconds(now),
             queue,
             arrivals: self.seen_arrivals(),
+            first_vector_seconds: self.seen_first_vector(),
+            lane: self.seen_lane(),
             tasks: tasks.cloned().collect(),
             container_instances: machines
                 .filter(|machine| machine.is_registered())
@@ -61,6 +63,22 @@ impl World {
                 .collect(),
             ..Observation::default()
         })
+    }
+
+    /// A task's own, once one has worked.
+    fn seen_first_vector(&self) -> Option<f64> {
+        let Physics {
+            load,
+            fetch,
+            deliver,
+            ..
+        } = self.physics;
+        let was_ready = self
+            .machines
+            .iter()
+            .any(|machine| machine.first_ready.is_some());
+        was_ready
+            .then(|| (load + fetch + deliver) as f64 / 1000.0 + self.physics.per_image() / 1000.0)
     }
 
     fn seen_arrivals(&self) -> Option<Arrivals> {
@@ -164,6 +182,7 @@ impl World {
                     }
                 }
             }
+            Action::SetLane { open } => self.set_lane(*open),
             Action::Remember { group, key, value } => {
                 if let Some(index) = self.find_group(group) {
                     let tags = &mut self.groups[index].shown.tags;

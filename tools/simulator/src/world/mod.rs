@@ -7,6 +7,7 @@
 
 mod api;
 mod cloud;
+mod lane;
 mod physics;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,8 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use planner::observation::{ContainerInstance, Group, Task};
 
+pub use self::lane::LanePhysics;
+use self::lane::LaneWorld;
 pub use self::physics::{Chaos, Physics};
 use self::work::{Pieces, Workload};
 use crate::tally::Tally;
@@ -45,6 +48,9 @@ enum Event {
     TaskStopped(usize),
     Reappear(Pieces),
     Lose(usize),
+    LaneDone(usize),
+    LaneRamp,
+    LaneChanged(u32),
     Timer(u32),
 }
 
@@ -142,6 +148,7 @@ pub struct World {
     footprint: u32,
     /// When something went wrong last that delays giving back.
     pub last_disturbance: Ms,
+    lane: Option<LaneWorld>,
     pub tally: Tally,
     pub chaos: Option<Chaos>,
 }
@@ -188,6 +195,7 @@ impl World {
             paid: 0,
             footprint: 0,
             last_disturbance: 0,
+            lane: None,
             tally: Tally::default(),
             chaos: None,
         };
@@ -249,6 +257,7 @@ impl World {
                 && self.footprint == 0
                 && self.groups.iter().all(|group| group.shown.desired == 0);
             if is_over {
+                self.tally_polls();
                 return true;
             }
         }
@@ -268,6 +277,9 @@ impl World {
             Event::TaskStopped(worker) => self.task_stopped(worker),
             Event::Reappear(pieces) => self.reappear(pieces),
             Event::Lose(machine) => self.lose(machine),
+            Event::LaneDone(number) => self.lane_done(number),
+            Event::LaneRamp => self.dispatch(),
+            Event::LaneChanged(change) => self.lane_changed(change),
             Event::Timer(number) => self.signals.push(Signal::Timer(number)),
         }
     }

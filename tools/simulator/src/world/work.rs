@@ -12,7 +12,7 @@ use super::{Event, Ms, Physics, Signal, Worker, World};
 const GRAIN_SECONDS: f64 = 1.0;
 
 /// Minutes of CloudWatch's sums that are kept.
-const METRIC_MINUTES: usize = 16;
+pub(super) const METRIC_MINUTES: usize = 16;
 
 /// ECS's words for a task that ended by itself.
 const EXITED: &str = "EssentialContainerExited";
@@ -111,7 +111,7 @@ impl World {
         self.note();
     }
 
-    fn take(&mut self, mut wanted: u64) -> Pieces {
+    pub(super) fn take(&mut self, mut wanted: u64) -> Pieces {
         let mut pieces = Vec::new();
         while wanted > 0 {
             let Some((at, count)) = self.queue.front_mut() else {
@@ -132,7 +132,8 @@ impl World {
 
     /// Gives visible messages to the tasks that have room, in turn: every task
     /// polls while it works, and SQS favours nobody.
-    fn dispatch(&mut self) {
+    pub(super) fn dispatch(&mut self) {
+        self.invoke();
         let grain = (self.physics.images_per_second * GRAIN_SECONDS).max(1.0) as u64;
         let held_most = self.physics.held_most();
         let workers = &self.workers;
