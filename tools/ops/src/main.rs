@@ -9,6 +9,7 @@
 
 mod backfill;
 mod cli;
+mod estimate;
 mod redrive;
 mod stop;
 mod units;
@@ -47,6 +48,18 @@ async fn main() -> ExitCode {
     let checked = match &cli.command {
         Command::Backfill(args) => args.check(),
         Command::Redrive(args) => args.check(),
+        Command::Estimate(args) => {
+            return match estimate::run(args) {
+                Ok(text) => {
+                    println!("{text}");
+                    ExitCode::SUCCESS
+                }
+                Err(problem) => {
+                    eprintln!("clip-ops: {problem}");
+                    ExitCode::from(2)
+                }
+            };
+        }
     };
     if let Err(problem) = checked {
         Cli::command()
@@ -73,6 +86,8 @@ async fn main() -> ExitCode {
     match cli.command {
         Command::Backfill(args) => run_backfill(&args, &sdk, &stop).await,
         Command::Redrive(args) => run_redrive(&args, &sdk, &stop).await,
+        // Told before AWS was asked for anything.
+        Command::Estimate(_) => ExitCode::SUCCESS,
     }
 }
 

@@ -133,6 +133,12 @@ pub struct Bill {
     pub finished: bool,
 }
 
+impl Bill {
+    pub fn ratio(&self) -> f64 {
+        self.both / self.cheaper
+    }
+}
+
 pub fn bill(seed: u64) -> Bill {
     let mut rng = fastrand::Rng::with_seed(seed ^ 0xb111);
     let policy = random_policy(&mut rng);

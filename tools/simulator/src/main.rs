@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 use planner::Policy;
-use simulator::days::{Day, crash_loop, day};
+use simulator::days::{Bill, Day, bill, crash_loop, day};
 use simulator::evaluate::{Setting, Verdict, compare, verdicts};
 use simulator::plot;
 use simulator::table;
 use simulator::trace::Trace;
+use simulator::world::LanePhysics;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -51,6 +52,9 @@ enum Command {
         /// Random days to simulate.
         #[arg(long, default_value_t = 10_000)]
         days: u64,
+        /// Random days whose bills are compared.
+        #[arg(long, default_value_t = 1_000)]
+        bills: u64,
         #[command(flatten)]
         conditions: Conditions,
     },
@@ -74,6 +78,15 @@ struct Conditions {
     /// IDLE_GRACE_SECONDS and IDLE_EXIT_SECONDS.
     #[arg(long, default_value_t = Policy::default().idle_grace_seconds)]
     idle_seconds: u32,
+    /// Express functions at once at most.
+    #[arg(long, default_value_t = LanePhysics::default().max_concurrency)]
+    lane_concurrency: u32,
+    /// Milliseconds of the model for an image in the lane.
+    #[arg(long, default_value_t = LanePhysics::default().per_image)]
+    lane_milliseconds: f64,
+    /// Milliseconds that an express function takes to start.
+    #[arg(long, default_value_t = LanePhysics::default().cold_start)]
+    lane_start: i64,
 }
 
 impl Conditions {
@@ -81,7 +94,13 @@ impl Conditions {
         if !(self.images_per_second > 0.0 && self.boot_seconds > 0 && self.max_instances > 0) {
             return Err("rate, boot time and maximum must be above zero".into());
         }
-        Ok(Setting::new(Policy {
+        let lane = LanePhysics {
+            max_concurrency: self.lane_concurrency,
+            per_image: self.lane_milliseconds,
+            cold_start: self.lane_start,
+            ..LanePhysics::default()
+        };
+        let policy = Policy {
             images_per_second: self.images_per_second,
             boot_seconds: self.boot_seconds,
             max_instances: self.max_instances,
@@ -89,7 +108,8 @@ impl Conditions {
             idle_grace_seconds: self.idle_seconds,
             idle_exit_seconds: self.idle_seconds,
             ..Policy::default()
-        }))
+        };
+        Ok(Setting::with_lane(policy, lane))
     }
 }
 
@@ -101,7 +121,11 @@ fn main() -> ExitCode {
             conditions,
         } => run(&traces, &out, &conditions),
         Command::Days { count, first } => Ok(days(first, count)),
-        Command::Check { days, conditions } => check(days, &conditions),
+        Command::Check {
+            days,
+            bills,
+            conditions,
+        } => check(days, bills, &conditions),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -140,18 +164,23 @@ struct Days {
     latest: i64,
 }
 
-fn simulate_days(first: u64, count: u64) -> Days {
+/// Of each seed, on all processors.
+fn for_seeds<T: Send>(first: u64, count: u64, one: fn(u64) -> T) -> Vec<T> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let all: Vec<Day> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let seeds = |thread| (first..first + count).skip(thread).step_by(threads);
         let workers: Vec<_> = (0..threads)
-            .map(|thread| scope.spawn(move || seeds(thread).map(day).collect::<Vec<_>>()))
+            .map(|thread| scope.spawn(move || seeds(thread).map(one).collect::<Vec<_>>()))
             .collect();
         let joined = workers.into_iter().map(|worker| worker.join());
         joined
             .flat_map(|days| days.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
-    });
+    })
+}
+
+fn simulate_days(first: u64, count: u64) -> Days {
+    let all: Vec<Day> = for_seeds(first, count, day);
     let late = all.iter().map(|day| (day.to_zero - day.grace) / 1000);
     Days {
         faults: all.iter().filter_map(Day::fault).collect(),
@@ -178,7 +207,7 @@ fn days(first: u64, count: u64) -> bool {
     faults.is_empty()
 }
 
-fn check(count: u64, conditions: &Conditions) -> Result<bool, Error> {
+fn check(count: u64, bills: u64, conditions: &Conditions) -> Result<bool, Error> {
     let setting = conditions.setting()?;
     let mut all = Vec::new();
     for trace in Trace::all() {
@@ -196,6 +225,24 @@ fn check(count: u64, conditions: &Conditions) -> Result<bool, Error> {
             .first()
             .cloned()
             .unwrap_or_else(|| format!("{runs} runs, at the latest grace + {latest} s")),
+    });
+    let bills: Vec<Bill> = for_seeds(0, bills, bill);
+    let dearest = bills
+        .iter()
+        .max_by(|one, other| one.ratio().total_cmp(&other.ratio()));
+    let above = bills.iter().filter(|bill| bill.ratio() > 1.05).count();
+    let sum = |part: fn(&Bill) -> f64| bills.iter().map(part).sum::<f64>();
+    all.push(Verdict {
+        what: format!("{} random days with a lane: dollars at most 1.05 × the cheaper of lane and GPUs alone, of those in time", bills.len()),
+        holds: above == 0 && bills.iter().all(|bill| bill.finished),
+        numbers: dearest.map_or_else(String::new, |bill| {
+            format!(
+                "{above} above, at most {:.3} (seed {}); all together {:.3}",
+                bill.ratio(),
+                bill.seed,
+                sum(|bill| bill.both) / sum(|bill| bill.cheaper)
+            )
+        }),
     });
     for (max_instances, images) in [(5, 1), (5, 100_000), (25, 1_000_000)] {
         let cost = crash_loop(max_instances, images, 30 * 3_600_000);

@@ -43,9 +43,9 @@ impl Default for LanePhysics {
     /// Lambda yet (README).
     fn default() -> Self {
         Self {
-            max_concurrency: 10,
+            max_concurrency: 8,
             batch_size: 10,
-            per_image: 150.0,
+            per_image: 100.0,
             cold_start: 2_000,
         }
     }
