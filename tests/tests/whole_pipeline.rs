@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use local::cloud::{TaskStatus, Task};
+use local::cloud::{Task, TaskStatus};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
 use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
 use serde_json::{Value, json};

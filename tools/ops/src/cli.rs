@@ -33,6 +33,8 @@ pub enum Command {
     Redrive(RedriveArgs),
     /// Estimate dollars and time by lane, beside Bedrock's price; asks AWS nothing.
     Estimate(EstimateArgs),
+    /// Look whether an account has what a deployment needs, before it or after.
+    Doctor(DoctorArgs),
 }
 
 /// How to find out which objects have their vector already.
@@ -299,6 +301,44 @@ pub struct EstimateArgs {
     /// The result as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  Before the deployment, with the parameters that it will have:
+    clip-ops doctor VpcId=vpc-… PrivateSubnet1=subnet-… SourceBucket1=photos ModelBucket=models
+
+  After it, and what an update would need:
+    clip-ops doctor --stack clip-image-processor
+    clip-ops doctor --stack clip-image-processor InstanceType1=g5.xlarge Purchase1=spot
+
+Nothing is changed. Each line says pass, FAIL or cannot tell, and what to do.
+
+Exit status: 0 nothing failed, 1 something did or nothing could be asked, 2 wrong options.";
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+#[command(after_long_help = DOCTOR_EXAMPLES, after_help = "Examples: --help")]
+pub struct DoctorArgs {
+    /// The template's parameters, as `sam deploy --parameter-overrides` takes them.
+    #[arg(value_name = "PARAMETER=VALUE", value_parser = parse_parameter)]
+    pub parameters: Vec<(String, String)>,
+    /// A deployed stack: its parameters, unless given, and its health.
+    #[arg(long, value_name = "NAME")]
+    pub stack: Option<String>,
+    /// Read the model's files and compare their digests (hundreds of MB).
+    #[arg(long)]
+    pub read_model: bool,
+    /// The result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_parameter(text: &str) -> anyhow::Result<(String, String)> {
+    let (name, value) = text
+        .split_once('=')
+        .with_context(|| format!("{text:?} is no parameter: write Name=Value"))?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 /// A bucket and what follows it in a URL, neither decoded.

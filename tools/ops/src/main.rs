@@ -3,15 +3,18 @@
 //! - [`backfill`] puts what lies in a bucket already onto the input queue, as
 //!   the S3 trigger would have when the objects came;
 //! - [`redrive`] shows the dead-letter queue with its reasons and sends chosen
-//!   messages back.
+//!   messages back;
+//! - [`doctor`] looks whether an account has what a deployment needs.
 //!
-//! Both know the queues, the buckets and the event; neither knows images.
+//! The first two know the queues, the buckets and the event; neither knows images.
 
 mod backfill;
 mod cli;
+mod doctor;
 mod estimate;
 mod redrive;
 mod stop;
+mod table;
 mod units;
 
 use std::process::ExitCode;
@@ -31,7 +34,8 @@ use crate::backfill::{
     MAX_TABLE, Progress, Scaler, Source, Table, TokenBucket, Unknown, Vectors, Waker, Walk,
     read_checkpoint,
 };
-use crate::cli::{BackfillArgs, Cli, Command, EmbeddedCheck, RedriveArgs};
+use crate::cli::{BackfillArgs, Cli, Command, DoctorArgs, EmbeddedCheck, RedriveArgs};
+use crate::doctor::Verdict;
 use crate::redrive::{Action, Choice, Counts, Intake, SqsQueues, WayBack, table};
 use crate::stop::Stop;
 
@@ -60,6 +64,7 @@ async fn main() -> ExitCode {
                 }
             };
         }
+        Command::Doctor(_) => Ok(()),
     };
     if let Err(problem) = checked {
         Cli::command()
@@ -88,6 +93,7 @@ async fn main() -> ExitCode {
         Command::Redrive(args) => run_redrive(&args, &sdk, &stop).await,
         // Told before AWS was asked for anything.
         Command::Estimate(_) => ExitCode::SUCCESS,
+        Command::Doctor(args) => run_doctor(&args, &sdk, &stop).await,
     }
 }
 
@@ -331,4 +337,33 @@ fn summary(action: Action, counts: &Counts) -> String {
         .map(|(_, number, what)| format!("{} {what}", units::count(number)))
         .collect();
     told.join(", ")
+}
+
+async fn run_doctor(args: &DoctorArgs, sdk: &SdkConfig, stop: &Stop) -> ExitCode {
+    let report = tokio::select! {
+        () = stop.token.cancelled() => return ExitCode::from(stop.exit_code()),
+        report = doctor::examine(args, sdk) => report,
+    };
+    let report = match report {
+        Ok(report) => report,
+        Err(problem) => {
+            eprintln!("clip-ops: {problem:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if args.json {
+        println!("{:#}", json!(report));
+    } else {
+        print!("{}", report.table());
+        println!(
+            "{} passed, {} failed, {} cannot be told",
+            report.count(Verdict::Pass),
+            report.count(Verdict::Fail),
+            report.count(Verdict::CannotTell)
+        );
+    }
+    match report.has_failed() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    }
 }

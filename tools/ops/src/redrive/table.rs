@@ -1,5 +1,6 @@
 //! Messages as a table for a person.
 
+use crate::table::{aligned, one_line};
 use crate::units;
 
 use super::Fields;
@@ -38,35 +39,7 @@ pub fn row(fields: &Fields) -> [String; 7] {
 pub fn table(messages: &[Fields]) -> String {
     let mut rows = vec![HEADER.map(str::to_owned)];
     rows.extend(messages.iter().map(row));
-    let mut widths = [0; HEADER.len()];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut text = String::new();
-    for row in &rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            line.push_str(&format!("{cell:<width$}  "));
-        }
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
-}
-
-/// Reasons quote what others wrote; nothing of it may steer the terminal.
-fn one_line(text: &str) -> String {
-    text.chars()
-        .map(|character| {
-            if character.is_control() {
-                ' '
-            } else {
-                character
-            }
-        })
-        .collect()
+    aligned(&rows)
 }
 
 fn end_of(text: &str) -> String {

@@ -44,6 +44,16 @@ impl Emulator {
         }
     }
 
+    pub fn port(&self) -> u16 {
+        self.emulator.port()
+    }
+
+    /// A call without the SDK.
+    pub fn post(&self, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+        let answer = self.emulator.request("POST", "/", headers, body);
+        answer.unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(body)))
+    }
+
     /// A folder for a test's own files.
     pub fn scratch(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
