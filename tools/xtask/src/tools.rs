@@ -173,9 +173,12 @@ impl Tools {
     ) -> anyhow::Result<PathBuf> {
         let models = self.root.join(".local/models");
         let bundle = models.join("rehearsal");
-        if bundle.join("manifest.json").is_file() {
+        // Another compiler of graphs makes another bundle.
+        let made = |path: &Path| fs::metadata(path).and_then(|found| found.modified()).ok();
+        if made(&bundle.join("manifest.json")) >= made(&self.built("clip-model", profile)) {
             return Ok(bundle);
         }
+        let _ = fs::remove_dir_all(&bundle);
         fs::create_dir_all(&models)?;
         let weights = models.join("rehearsal.safetensors");
         let mut synthesize = self.program("clip-model", profile, variables);
