@@ -404,6 +404,8 @@ def bmp() -> None:
     odd = struct.pack("<IIII", 0xF0, 0xF00, 0xF000, 0)
     put("bmp-32-odd-masks.bmp", bmp_file(width, height, 32, lines(up, four), 3, masks=odd, header=124))
     put("bmp-24-top-down.bmp", bmp_file(width, -height, 24, lines(image, lambda row: bytes(c for r, g, b in row for c in (b, g, r)))))
+    put("bmp-24.dib", saved(image, "DIB"))
+    put("bmp-8.dib", saved(image.quantize(200), "DIB"))
     whole = saved(image, "BMP")
     put("bmp-truncated.bmp", whole[: len(whole) // 2])
     put("bmp-header-only.bmp", whole[:54])

@@ -71,9 +71,6 @@ struct Parsed {
 }
 
 fn parse(bytes: &[u8]) -> Result<Parsed> {
-    if !bytes.starts_with(b"BM") {
-        return Err(BMP.corrupt("no signature"));
-    }
     let long = |at: usize| -> Result<u32> {
         match bytes.get(at..at + 4) {
             Some(word) => Ok(u32::from_le_bytes([word[0], word[1], word[2], word[3]])),
@@ -86,14 +83,21 @@ fn parse(bytes: &[u8]) -> Result<Parsed> {
             None => Err(BMP.truncated(format!("header ends before byte {}", at + 2))),
         }
     };
-    let mut offset = long(10)? as usize;
-    let header_size = long(FILE_HEADER_BYTES)? as usize;
+    // What the clipboard holds has no file header.
+    let (base, mut offset) = if bytes.starts_with(b"BM") {
+        (FILE_HEADER_BYTES, long(10)? as usize)
+    } else if matches!(long(0)?, 12 | 40 | 52 | 56 | 64 | 108 | 124) {
+        (0, 0)
+    } else {
+        return Err(BMP.corrupt("no signature"));
+    };
+    let header_size = long(base)? as usize;
     // Fields are counted from after the size.
-    let at = FILE_HEADER_BYTES + 4;
-    if bytes.len() < FILE_HEADER_BYTES + header_size {
+    let at = base + 4;
+    if bytes.len() < base + header_size {
         return Err(BMP.truncated(format!("bitmap header of {header_size} bytes is cut")));
     }
-    let mut cursor = FILE_HEADER_BYTES + header_size;
+    let mut cursor = base + header_size;
     let (width, height, bits, compression, mut colours, entry, top_down);
     let mut masks = [0u32; 4];
     match header_size {

@@ -132,6 +132,10 @@ impl Table {
         for length in 1..=16u32 {
             let count = usize::from(huffman.counts[length as usize - 1]);
             table.offsets[length as usize] = first as i32 - code as i32;
+            // The code of all ones is not allowed.
+            if count > 0 && code + count as u32 >= 1 << length {
+                return None;
+            }
             for (index, &symbol) in huffman
                 .symbols
                 .get(first..first + count)?
@@ -144,10 +148,6 @@ impl Table {
             }
             code += count as u32;
             first += count;
-            // The code of all ones is not allowed.
-            if count > 0 && code >= 1 << length {
-                return None;
-            }
             table.limits[length as usize] = code << (16 - length);
             code <<= 1;
         }

@@ -328,9 +328,16 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
     let mut memory = match parsed.codec {
         Codec::None => 0,
         Codec::Jpeg | Codec::OldJpeg => tile.saturating_mul(4),
-        Codec::Lzma => tile.saturating_mul(2).saturating_add(LZMA_BYTES),
-        _ => tile.saturating_mul(2),
+        Codec::Lzma => tile.saturating_add(LZMA_BYTES),
+        _ => tile,
     };
+    if parsed.subsampling.is_some() {
+        // As stored, and as RGB.
+        memory = memory.saturating_add(tile);
+    }
+    if parsed.fill_reversed && parsed.codec != Codec::None {
+        memory = memory.saturating_add(bytes.len() as u64);
+    }
     if needs_raster(&parsed) {
         memory = memory.saturating_add(raster);
     }
