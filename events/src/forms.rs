@@ -296,10 +296,16 @@ impl Found {
             return Ok(ignored(format!("{:?} is a folder marker", self.key)));
         }
         let url = S3Url::new(&bucket, &self.key);
-        if let Err(error) = url.to_string().parse::<S3Url>() {
+        let problem = match url.to_string().parse::<S3Url>() {
+            Ok(same) if same == url => None,
+            // It would name another bucket once it is written as a URL.
+            Ok(_) => Some(format!("{bucket:?} is no bucket's name")),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = problem {
             return Ok(Item::Rejected {
                 object: url.to_string(),
-                reason: error.to_string(),
+                reason,
             });
         }
         let version_id = given(self.version_id);
