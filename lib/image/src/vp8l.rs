@@ -267,9 +267,9 @@ pub(crate) fn memory(stream: &[u8], size: Option<(usize, usize)>) -> Result<u64>
                 let colours = bits.read(8).ok_or_else(cut)? + 1;
                 inner(&mut bits, (colours, 1))?;
                 width = width.div_ceil(match colours {
-                    ..=2 => 8,
-                    ..=4 => 4,
-                    ..=16 => 2,
+                    1..=2 => 8,
+                    3..=4 => 4,
+                    5..=16 => 2,
                     _ => 1,
                 });
             }

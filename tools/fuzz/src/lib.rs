@@ -12,8 +12,11 @@ use clip_model::checkpoint::{Checkpoint, Overrides};
 use events::{CloudEvent, Item, S3Url, decode_notification_key, deliveries, parse_work};
 use template::{NotDeployed, Parameters, Template};
 
+/// Panics where something does not hold.
+pub type Target = fn(&[u8]);
+
 /// Every target by its name.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("bmp", |bytes| image(bytes, ImageType::Bmp)),
     ("gif", |bytes| image(bytes, ImageType::Gif)),
     ("jpeg", |bytes| image(bytes, ImageType::Jpeg)),

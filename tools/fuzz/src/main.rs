@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 
-static TARGET: OnceLock<fn(&[u8])> = OnceLock::new();
+static TARGET: OnceLock<fuzz::Target> = OnceLock::new();
 
 // What GCC calls at each branch of the C libraries, with `-fsanitize-coverage=trace-pc`;
 // libFuzzer looks at Rust's own counters and at this table.

@@ -4,9 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 
 use crate::tools::{Tools, run};
@@ -54,54 +55,58 @@ pub struct Arguments {
     input: Option<PathBuf>,
 }
 
-/// Fuzzes and tells of each target what was found. Fails on a finding.
+/// Fuzzes as many targets at a time as there are processors, and tells of each what was found.
+/// Fails on a finding.
 pub fn run_command(tools: &Tools, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let folder = tools.root.join("target/fuzz");
-    build(tools, &folder)?;
-    let program = folder.join(TRIPLE).join("debug/fuzz");
+    let fuzzer = Fuzzer {
+        root: tools.root.clone(),
+        folder: tools.root.join("target/fuzz"),
+        seconds: arguments.seconds,
+    };
+    build(tools, &fuzzer.folder)?;
+    if let (Some(name), Some(input)) = (&arguments.target, &arguments.input) {
+        let input = fs::canonicalize(input).with_context(|| input.display().to_string())?;
+        let status = fuzzer.command(name).arg(input).status()?;
+        return Ok(exit_code(status.success()));
+    }
     let chosen = |name: &str| {
         arguments
             .target
             .as_deref()
             .is_none_or(|target| target == name)
     };
-    let mut found = 0;
-    for (name, seeds) in TARGETS.into_iter().filter(|(name, _)| chosen(name)) {
-        let mut command = Command::new(&program);
-        command.env("FUZZ_TARGET", name).current_dir(&tools.root);
-        // A freed block is kept back for a while, so that its use is found; not for 256 MiB.
-        command.env(
-            "ASAN_OPTIONS",
-            "quarantine_size_mb=16:detect_odr_violation=0",
-        );
-        command.arg(format!("-timeout={TIMEOUT_SECONDS}"));
-        command.arg(format!("-rss_limit_mb={MOST_RSS_MIB}"));
-        command.arg(format!("-malloc_limit_mb={MOST_ALLOCATION_MIB}"));
-        if let Some(input) = &arguments.input {
-            let input = fs::canonicalize(input).with_context(|| input.display().to_string())?;
-            let status = command.arg(input).status()?;
-            return Ok(if status.success() {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            });
-        }
-        if !fuzz(
-            &mut command,
-            name,
-            &tools.root.join(seeds),
-            &folder,
-            arguments.seconds,
-        )? {
-            found += 1;
+    let targets: Vec<_> = TARGETS.iter().filter(|(name, _)| chosen(name)).collect();
+    let mut findings = 0;
+    for some in targets.chunks(thread::available_parallelism()?.get()) {
+        let outcomes = thread::scope(|scope| {
+            let start = |target: &&(&'static str, &'static str)| {
+                let (name, seeds) = **target;
+                let fuzzer = &fuzzer;
+                scope.spawn(move || fuzzer.fuzz(name, &fuzzer.root.join(seeds)))
+            };
+            let running: Vec<_> = some.iter().map(start).collect();
+            running
+                .into_iter()
+                .map(|one| one.join())
+                .collect::<Vec<_>>()
+        });
+        for outcome in outcomes {
+            findings += usize::from(!outcome.map_err(|_| anyhow!("a target's thread panicked"))??);
         }
     }
-    println!("{found} targets with a finding");
-    Ok(if found == 0 {
+    println!(
+        "{} targets fuzzed, {findings} with a finding",
+        targets.len()
+    );
+    Ok(exit_code(findings == 0))
+}
+
+fn exit_code(is_good: bool) -> ExitCode {
+    if is_good {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
-    })
+    }
 }
 
 /// Builds the targets. The features are rustc's own, but not yet called stable.
@@ -157,74 +162,89 @@ fn seed_inputs(name: &str, folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(paths)
 }
 
-/// Whether nothing was found.
-fn fuzz(
-    command: &mut Command,
-    name: &str,
-    seeds: &Path,
-    folder: &Path,
+struct Fuzzer {
+    root: PathBuf,
+    /// Of the build, the corpora, what was found, and the logs.
+    folder: PathBuf,
     seconds: u64,
-) -> anyhow::Result<bool> {
-    let (corpus, crashes) = (
-        folder.join("corpus").join(name),
-        folder.join("crashes").join(name),
-    );
-    fs::create_dir_all(&corpus)?;
-    fs::create_dir_all(&crashes)?;
-    let log = folder.join(format!("{name}.log"));
-    let known = fs::read_dir(&crashes)?.count();
-    println!("{name}: {seconds} s, log in {} …", log.display());
-    let started = Instant::now();
-    let status = command
-        .arg(format!("-max_total_time={seconds}"))
-        .arg(format!("-artifact_prefix={}/", crashes.display()))
-        .arg(format!(
-            "-seed_inputs={}",
-            seed_inputs(name, seeds)?.join(",")
-        ))
-        .args(["-print_final_stats=1", "-use_value_profile=1", "-reload=0"])
-        .arg(&corpus)
-        .stdout(Stdio::null())
-        .stderr(fs::File::create(&log)?)
-        .status()
-        .context("the target cannot be started")?;
-    let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
-    let figure = |label: &str| {
-        let line = text.lines().find(|line| line.contains(label));
-        line.and_then(|line| line.split_whitespace().last())
-            .unwrap_or("?")
-            .to_owned()
-    };
-    println!(
-        "{name}: {} inputs in {:.0} s, {} kept, at most {} MiB",
-        figure("stat::number_of_executed_units"),
-        started.elapsed().as_secs_f64(),
-        fs::read_dir(&corpus)?.count(),
-        figure("stat::peak_rss_mb"),
-    );
-    if status.success() {
-        return Ok(true);
-    }
-    let mut files: Vec<_> = fs::read_dir(&crashes)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    ensure!(
-        files.len() > known,
-        "{name} ended with {status}: {}",
-        log.display()
-    );
-    files.sort_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).ok());
-    for line in text
-        .lines()
-        .filter(|line| line.contains("panicked") || line.contains("ERROR:"))
-    {
-        println!("{name}: {line}");
-    }
-    if let Some(file) = files.last() {
-        println!(
-            "{name}: found; again with cargo xtask fuzz {name} --input {}",
-            file.display()
+}
+
+impl Fuzzer {
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(self.folder.join(TRIPLE).join("debug/fuzz"));
+        command.env("FUZZ_TARGET", name).current_dir(&self.root);
+        // A freed block is kept back for a while, so that its use is found; not for 256 MiB.
+        command.env(
+            "ASAN_OPTIONS",
+            "quarantine_size_mb=16:detect_odr_violation=0",
         );
+        command.arg(format!("-timeout={TIMEOUT_SECONDS}"));
+        command.arg(format!("-rss_limit_mb={MOST_RSS_MIB}"));
+        command.arg(format!("-malloc_limit_mb={MOST_ALLOCATION_MIB}"));
+        command
     }
-    Ok(false)
+
+    /// Whether nothing was found.
+    fn fuzz(&self, name: &str, seeds: &Path) -> anyhow::Result<bool> {
+        let corpus = self.folder.join("corpus").join(name);
+        let crashes = self.folder.join("crashes").join(name);
+        fs::create_dir_all(&corpus)?;
+        fs::create_dir_all(&crashes)?;
+        let known = fs::read_dir(&crashes)?.count();
+        let log = self.folder.join(format!("{name}.log"));
+        println!("{name}: {} s, log in {} …", self.seconds, log.display());
+        let started = Instant::now();
+        let status = self
+            .command(name)
+            .arg(format!("-max_total_time={}", self.seconds))
+            .arg(format!("-artifact_prefix={}/", crashes.display()))
+            .arg(format!(
+                "-seed_inputs={}",
+                seed_inputs(name, seeds)?.join(",")
+            ))
+            .args(["-print_final_stats=1", "-use_value_profile=1", "-reload=0"])
+            .arg(&corpus)
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log)?)
+            .status()
+            .context("the target cannot be started")?;
+        let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
+        let figure = |label: &str| {
+            let line = text.lines().find(|line| line.contains(label));
+            line.and_then(|line| line.split_whitespace().last())
+                .unwrap_or("?")
+                .to_owned()
+        };
+        println!(
+            "{name}: {} inputs in {:.0} s, {} kept, at most {} MiB",
+            figure("stat::number_of_executed_units"),
+            started.elapsed().as_secs_f64(),
+            fs::read_dir(&corpus)?.count(),
+            figure("stat::peak_rss_mb"),
+        );
+        if status.success() {
+            return Ok(true);
+        }
+        let mut files: Vec<_> = fs::read_dir(&crashes)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .collect();
+        ensure!(
+            files.len() > known,
+            "{name} ended with {status}: {}",
+            log.display()
+        );
+        files.sort_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).ok());
+        let words = ["panicked", "ERROR:", "announced"];
+        for line in text
+            .lines()
+            .filter(|line| words.iter().any(|word| line.contains(word)))
+        {
+            println!("{name}: {line}");
+        }
+        if let Some(file) = files.last() {
+            let file = file.display();
+            println!("{name}: found; again with cargo xtask fuzz {name} --input {file}");
+        }
+        Ok(false)
+    }
 }
