@@ -1,6 +1,19 @@
-//! The CloudEvent of Lakechain's middlewares, with their own strictness: what
-//! the next middleware would reject is rejected here, and what it drops at its
-//! next hop is dropped here.
+//! The CloudEvent of Lakechain's middlewares, as strict as their SDK (0.10.0)
+//! but for what is listed here.
+//!
+//! Let through, which the SDK rejects: attributes of `properties` that are not
+//! what their kind prescribes (each middleware knows its own, and a vector is
+//! not refused for another's; `embeddings` is written anew); a text that is a
+//! URL by its beginning alone, in `image` and in the publisher's.
+//!
+//! Rejected, which the SDK lets through: what JSON may not say in UTF-8 (half
+//! a surrogate pair) or says more than 127 levels deep; `data` or a document
+//! as JSON inside a string. None of its middlewares writes any of these.
+//!
+//! A key keeps its `/../`: it names an object of S3, and the SDK's URL another.
+//!
+//! Unknown keys are dropped where the SDK drops them at its next hop, but in
+//! attributes and in the publisher, which pass as they are.
 
 use chrono::{SecondsFormat, Utc};
 use serde::de::{DeserializeOwned, Error as _};
@@ -120,14 +133,20 @@ pub struct Metadata {
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub created_at: Option<Value>,
+    pub created_at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub updated_at: Option<Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    pub updated_at: Option<String>,
+    #[serde(
+        deserialize_with = "checked::<_, Link>",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub image: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub authors: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "checked::<_, Publisher>",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub publisher: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
@@ -145,13 +164,63 @@ pub struct Metadata {
     pub rating: Option<Number>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub language: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "checked::<_, DocumentUrl>",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub ontology: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub custom: Option<Map<String, Value>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "some_object",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub properties: Option<Properties>,
 }
+
+/// What a publisher has to be.
+#[derive(Deserialize)]
+struct Publisher(
+    #[serde(deserialize_with = "without_nulls")]
+    #[allow(dead_code)]
+    PublisherFields,
+);
+
+#[derive(Deserialize)]
+#[allow(dead_code)] // Only looked at.
+struct PublisherFields {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    name: String,
+    url: Option<Link>,
+    logo: Option<Link>,
+}
+
+/// A text that begins as a URL.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Link;
+
+impl TryFrom<String> for Link {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let is_url = text.split_once(':').is_some_and(|(scheme, rest)| {
+            scheme.starts_with(|first: char| first.is_ascii_alphabetic()) && !rest.is_empty()
+        });
+        is_url
+            .then_some(Self)
+            .ok_or_else(|| format!("{text:?} is no URL"))
+    }
+}
+
+/// The URL of a document or another object that a middleware will read.
+#[derive(Deserialize)]
+struct DocumentUrl(
+    #[serde(deserialize_with = "document_url")]
+    #[allow(dead_code)]
+    String,
+);
 
 /// Attributes by the kind of document. Other keys are dropped at the next hop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -299,21 +368,41 @@ impl Document {
     }
 }
 
-/// An object none of whose members is null: the validators of the next
-/// middlewares tell "absent" from "null" and reject the second.
-fn without_nulls<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+/// Anything as it is, if a `T` can be made of it.
+fn checked<'de, D, T>(deserializer: D) -> Result<Option<Value>, D::Error>
 where
     D: Deserializer<'de>,
     T: DeserializeOwned,
 {
     let value = Value::deserialize(deserializer)?;
-    let mut members = value.as_object().into_iter().flatten();
-    if let Some((name, _)) = members.find(|(_, member)| member.is_null()) {
+    T::deserialize(&value).map_err(D::Error::custom)?;
+    Ok(Some(value))
+}
+
+fn some_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let map = Map::deserialize(deserializer)?;
+    serde_json::from_value(map.into()).map_err(D::Error::custom)
+}
+
+/// An object (a derived reader takes an array, too) none of whose members is
+/// null: the validators of the next middlewares tell "absent" from "null" and
+/// reject the second.
+fn without_nulls<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let map = Map::deserialize(deserializer)?;
+    if let Some((name, _)) = map.iter().find(|(_, member)| member.is_null()) {
         return Err(D::Error::custom(format!(
             "{name} is null where a value or nothing is expected"
         )));
     }
-    serde_json::from_value(value).map_err(D::Error::custom)
+    serde_json::from_value(map.into()).map_err(D::Error::custom)
 }
 
 fn uuid_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
@@ -327,20 +416,24 @@ fn uuid_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Er
 }
 
 fn document_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let url = String::deserialize(deserializer)?;
-    if url.starts_with("s3://") {
+    let text = String::deserialize(deserializer)?;
+    // As the SDK writes it: without blanks around it, the scheme in lower case.
+    let (scheme, rest) = text
+        .trim_matches(|each: char| each <= ' ')
+        .split_once("://")
+        .unwrap_or_default();
+    let scheme = scheme.to_ascii_lowercase();
+    let url = format!("{scheme}://{rest}");
+    if scheme == "s3" {
         url.parse::<S3Url>().map_err(D::Error::custom)?;
         return Ok(url);
     }
-    let host = url
-        .strip_prefix("https://")
-        .map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default());
-    match host {
-        Some(host) if !host.is_empty() => Ok(url),
-        _ => Err(D::Error::custom(format!(
-            "document url {url:?} is neither s3:// nor https://"
-        ))),
+    if scheme == "https" && !rest.is_empty() && !rest.starts_with(['/', '?', '#']) {
+        return Ok(url);
     }
+    Err(D::Error::custom(format!(
+        "document url {text:?} is neither s3:// nor https://"
+    )))
 }
 
 fn rating<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Number>, D::Error> {

@@ -3,11 +3,6 @@
 //! An envelope may hold another: an SQS record holds an SNS notification that
 //! holds an S3 event. Each layer is recognised by its own shape.
 
-use aws_lambda_events::eventbridge::EventBridgeEvent;
-use aws_lambda_events::s3::{S3Bucket, S3Entity};
-use aws_lambda_events::sns::SnsMessage;
-use aws_lambda_events::sqs::SqsMessage;
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{CloudEvent, Document, EventType, ImageType, S3Url, decode_notification_key};
@@ -15,6 +10,9 @@ use crate::{CloudEvent, Document, EventType, ImageType, S3Url, decode_notificati
 /// How many envelopes may lie around one event. The deepest real form (Pipe →
 /// SQS → SNS → S3) has four; more is a mistake or an attack.
 const MAX_DEPTH: usize = 6;
+
+/// The middleware whose place this system takes for events of S3.
+const S3_TRIGGER: &str = "s3-event-trigger";
 
 /// An object in S3 of which something happened, as S3 or EventBridge tells.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,7 +37,7 @@ impl S3Object {
     /// deletion carries `url` and `type` only.
     pub fn to_event(&self, image_type: ImageType) -> CloudEvent {
         let is_created = self.kind == EventType::DocumentCreated;
-        CloudEvent::new(
+        let mut event = CloudEvent::new(
             self.kind,
             Document {
                 url: self.url.to_string(),
@@ -47,7 +45,9 @@ impl S3Object {
                 size: self.size.filter(|_| is_created).map(Into::into),
                 etag: self.etag.clone().filter(|_| is_created),
             },
-        )
+        );
+        event.data.call_stack = vec![S3_TRIGGER.to_owned()];
+        event
     }
 }
 
@@ -146,8 +146,10 @@ fn parse_value(value: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     if let Some((_, body)) = sqs_message(value) {
         return parse_json(body.as_bytes(), depth + 1);
     }
-    if value["Type"] == "Notification" && value["Message"].is_string() {
-        return parse_json(sns_message(value)?.as_bytes(), depth + 1);
+    if value["Type"] == "Notification"
+        && let Some(message) = value["Message"].as_str()
+    {
+        return parse_json(message.as_bytes(), depth + 1);
     }
     if value["Event"] == "s3:TestEvent" {
         return Ok(vec![ignored("S3's test event")]);
@@ -166,8 +168,8 @@ fn parse_record(record: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     if let Some((_, body)) = sqs_message(record) {
         return parse_json(body.as_bytes(), depth + 1);
     }
-    if record["Sns"]["Message"].is_string() {
-        return parse_json(sns_message(&record["Sns"])?.as_bytes(), depth + 1);
+    if let Some(message) = record["Sns"]["Message"].as_str() {
+        return parse_json(message.as_bytes(), depth + 1);
     }
     if record["s3"].is_object() {
         return Ok(vec![s3_record_item(record)?]);
@@ -178,22 +180,11 @@ fn parse_record(record: &Value, depth: usize) -> Result<Vec<Item>, FormError> {
     )))
 }
 
-/// Id and body of an SQS message, if the value is one.
+/// Id and body of an SQS message, if the value is one. Of an envelope only that is read which is
+/// needed: one that is odd elsewhere must not take its work along, nor the rest of a batch.
 fn sqs_message(value: &Value) -> Option<(String, String)> {
-    let message = SqsMessage::deserialize(value).ok()?;
-    Some((message.message_id?, message.body?))
-}
-
-/// The message in SNS's envelope. What an envelope leaves out that somebody
-/// has shortened or made (its signature, above all) is not missed.
-fn sns_message(envelope: &Value) -> Result<String, FormError> {
-    let mut whole = serde_json::to_value(SnsMessage::default()).unwrap_or_default();
-    for (name, value) in envelope.as_object().into_iter().flatten() {
-        // SigningCertURL in a queue, SigningCertUrl in a Lambda's payload.
-        whole[name.replace("URL", "Url")] = value.clone();
-    }
-    let message = SnsMessage::deserialize(whole).map_err(malformed("SNS notification"))?;
-    Ok(message.message)
+    let text = |name: &str| value[name].as_str().map(str::to_owned);
+    Some((text("messageId")?, text("body")?))
 }
 
 fn ignored(reason: impl Into<String>) -> Item {
@@ -210,8 +201,7 @@ fn malformed<E: ToString>(form: &'static str) -> impl Fn(E) -> FormError {
 }
 
 /// One record of an S3 notification. The version of its structure is not
-/// checked: 2.x only ever adds fields. Around the object, moto leaves out what
-/// S3 writes (`userIdentity`), so nothing of it is asked for.
+/// checked: 2.x only ever adds fields.
 fn s3_record_item(record: &Value) -> Result<Item, FormError> {
     const FORM: &str = "S3 notification";
     let name = record["eventName"].as_str();
@@ -224,102 +214,99 @@ fn s3_record_item(record: &Value) -> Result<Item, FormError> {
     } else {
         return Ok(ignored(format!("{name} creates and deletes nothing")));
     };
-    let S3Entity { bucket, object, .. } =
-        S3Entity::deserialize(&record["s3"]).map_err(malformed(FORM))?;
-    let encoded_key = object.key.unwrap_or_default();
-    let key = decode_notification_key(&encoded_key).map_err(malformed(FORM))?;
-    let found = Found {
+    let Found {
+        bucket,
         key,
-        size: object.size.and_then(|size| u64::try_from(size).ok()),
-        etag: object.e_tag,
-        version_id: object.version_id,
-    };
+        object,
+    } = Found::of(FORM, &record["s3"])?;
+    let key = decode_notification_key(key).map_err(malformed(FORM))?;
     let is_marker = name.ends_with(":DeleteMarkerCreated");
-    found.item(FORM, bucket, kind, is_marker)
+    let names = ["eTag", "versionId"];
+    Ok(object_item(bucket, &key, kind, object, names, is_marker))
 }
 
 /// EventBridge's `Object Created` and `Object Deleted`, whose keys are not
 /// encoded.
 fn eventbridge_item(event: &Value) -> Result<Item, FormError> {
     const FORM: &str = "EventBridge event";
-    let event = EventBridgeEvent::<Value>::deserialize(event).map_err(malformed(FORM))?;
-    if event.source != "aws.s3" {
-        let problem = format!("source is {:?}, only aws.s3 is known", event.source);
+    if event["source"] != "aws.s3" {
+        let problem = format!("source is {}, only aws.s3 is known", event["source"]);
         return Err(malformed(FORM)(problem));
     }
-    let kind = match event.detail_type.as_str() {
+    let kind = match event["detail-type"].as_str().unwrap_or_default() {
         "Object Created" => EventType::DocumentCreated,
         "Object Deleted" => EventType::DocumentDeleted,
         other => return Ok(ignored(format!("{other:?} creates and deletes nothing"))),
     };
-    let detail = S3Detail::deserialize(event.detail).map_err(malformed(FORM))?;
-    let is_marker = detail.deletion_type.as_deref() == Some("Delete Marker Created");
-    detail.object.item(FORM, detail.bucket, kind, is_marker)
+    let Found {
+        bucket,
+        key,
+        object,
+    } = Found::of(FORM, &event["detail"])?;
+    let is_marker = event["detail"]["deletion-type"] == "Delete Marker Created";
+    let names = ["etag", "version-id"];
+    Ok(object_item(bucket, key, kind, object, names, is_marker))
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct S3Detail {
-    bucket: S3Bucket,
-    object: Found,
-    deletion_type: Option<String>,
+/// What both tell of an object.
+struct Found<'a> {
+    bucket: &'a str,
+    key: &'a str,
+    object: &'a Value,
 }
 
-/// What is told of an object, in EventBridge's terms.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Found {
-    #[serde(default)]
-    key: String,
-    size: Option<u64>,
-    etag: Option<String>,
-    version_id: Option<String>,
-}
-
-impl Found {
-    fn item(
-        self,
-        form: &'static str,
-        bucket: S3Bucket,
-        kind: EventType,
-        is_marker: bool,
-    ) -> Result<Item, FormError> {
-        let given = |text: Option<String>| {
-            let text = text?.trim_matches('"').to_owned();
-            (!text.is_empty()).then_some(text)
-        };
-        let bucket = given(bucket.name).ok_or_else(|| malformed(form)("bucket.name is missing"))?;
-        if self.key.is_empty() {
-            return Err(malformed(form)("object.key is missing"));
-        }
-        if self.key.ends_with('/') {
-            return Ok(ignored(format!("{:?} is a folder marker", self.key)));
-        }
-        let url = S3Url::new(&bucket, &self.key);
-        let problem = match url.to_string().parse::<S3Url>() {
-            Ok(same) if same == url => None,
-            // It would name another bucket once it is written as a URL.
-            Ok(_) => Some(format!("{bucket:?} is no bucket's name")),
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(reason) = problem {
-            return Ok(Item::Rejected {
-                object: url.to_string(),
-                reason,
-            });
-        }
-        let version_id = given(self.version_id);
-        Ok(Item::Object(S3Object {
-            url,
-            kind,
-            size: self.size,
-            etag: given(self.etag),
-            is_version_removal: kind == EventType::DocumentDeleted
-                && version_id.is_some()
-                && !is_marker,
-            version_id,
-        }))
+impl<'a> Found<'a> {
+    fn of(form: &'static str, told: &'a Value) -> Result<Self, FormError> {
+        let object = &told["object"];
+        let bucket = told["bucket"]["name"].as_str();
+        let key = object["key"].as_str();
+        Ok(Self {
+            bucket: bucket.ok_or_else(|| malformed(form)("bucket.name is missing"))?,
+            key: key.ok_or_else(|| malformed(form)("object.key is missing"))?,
+            object,
+        })
     }
+}
+
+fn object_item(
+    bucket: &str,
+    key: &str,
+    kind: EventType,
+    object: &Value,
+    [etag, version_id]: [&str; 2],
+    is_marker: bool,
+) -> Item {
+    if key.ends_with('/') {
+        return ignored(format!("{key:?} is a folder marker"));
+    }
+    let url = S3Url::new(bucket, key);
+    let problem = match url.to_string().parse::<S3Url>() {
+        Ok(same) if same == url => None,
+        // It would name another bucket once it is written as a URL.
+        Ok(_) => Some(format!("{bucket:?} is no bucket's name")),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(reason) = problem {
+        return Item::Rejected {
+            object: url.to_string(),
+            reason,
+        };
+    }
+    let text = |name: &str| {
+        let text = object[name].as_str()?.trim_matches('"').to_owned();
+        (!text.is_empty()).then_some(text)
+    };
+    let version_id = text(version_id);
+    Item::Object(S3Object {
+        url,
+        kind,
+        size: object["size"].as_u64(),
+        etag: text(etag),
+        is_version_removal: kind == EventType::DocumentDeleted
+            && version_id.is_some()
+            && !is_marker,
+        version_id,
+    })
 }
 
 /// The names at the top of a value, for an error that a person can act on.
@@ -341,7 +328,6 @@ fn describe(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use aws_lambda_events::s3::S3EventRecord;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -410,7 +396,7 @@ mod tests {
         }
     }
 
-    /// What moto 5 sends: no `userIdentity`, which `S3EventRecord` demands.
+    /// What moto 5 sends.
     #[test]
     fn an_s3_record_of_moto_without_a_user_identity_is_work() {
         let record = json!({
@@ -422,18 +408,15 @@ mod tests {
                 "object": {"key": "a%2Fb.png", "size": 12, "eTag": "abc"},
             },
         });
-        assert!(serde_json::from_value::<S3EventRecord>(record.clone()).is_err());
         let object = only_object(parse_value(&json!({"Records": [record]}), 0).unwrap());
         assert_eq!(object.url.key, "a/b.png");
     }
 
-    /// An envelope as SNS puts it into a queue, and one that somebody has
-    /// shortened, which `SnsMessage` alone would refuse.
+    /// An envelope as SNS puts it into a queue, and one that somebody has shortened.
     #[test]
     fn an_sns_envelope_is_read_whole_or_shortened() {
         let text = s3_event("ObjectCreated:Put", "ab.png").to_string();
         let short = json!({"Type": "Notification", "Message": text});
-        assert!(serde_json::from_value::<SnsMessage>(short.clone()).is_err());
         let mut whole = json!({
             "MessageId": "22b80b92-fdea-4c2c-8f9d-bdfb0c7bf324", "Subject": null,
             "TopicArn": "arn:aws:sns:eu-west-1:123456789012:images",

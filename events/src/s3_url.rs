@@ -72,6 +72,8 @@ impl FromStr for S3Url {
         let rest = url
             .strip_prefix("s3://")
             .ok_or_else(|| S3UrlError::Scheme(url.to_owned()))?;
+        // A key has both encoded, so that what is not is a query or a fragment.
+        let rest = rest.split(['?', '#']).next().unwrap_or_default();
         let (bucket, encoded_key) = rest.split_once('/').unwrap_or((rest, ""));
         if bucket.is_empty() {
             return Err(S3UrlError::Bucket(url.to_owned()));

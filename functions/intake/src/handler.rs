@@ -19,9 +19,6 @@ use tracing::{info, warn};
 /// full SQS batch of 10, or in a backfill's notification of many records.
 const CONCURRENT_DELIVERIES: usize = 16;
 
-/// The middleware whose place this function takes for events of S3.
-const S3_TRIGGER: &str = "s3-event-trigger";
-
 /// A type that says nothing, for a deleted document whose name says nothing.
 const UNKNOWN_TYPE: &str = "application/octet-stream";
 
@@ -295,7 +292,7 @@ impl<S: Services> Intake<S> {
                 return match by_name {
                     Some(image_type) => {
                         warn!(url, %error, "the object cannot be read now: its name decides");
-                        Ok(Step::Enqueue(Box::new(creation_event(object, image_type))))
+                        Ok(Step::Enqueue(Box::new(object.to_event(image_type))))
                     }
                     None => Err(error.into()),
                 };
@@ -311,9 +308,7 @@ impl<S: Services> Intake<S> {
             let mut complete = object.clone();
             complete.size = head.size.or(object.size);
             complete.etag = complete.etag.or(head.etag);
-            return Ok(Step::Enqueue(Box::new(creation_event(
-                &complete, image_type,
-            ))));
+            return Ok(Step::Enqueue(Box::new(complete.to_event(image_type))));
         }
         let Some(claimed) = by_declaration.or(by_name) else {
             info!(
@@ -422,12 +417,6 @@ impl<S: Services> Intake<S> {
     }
 }
 
-fn creation_event(object: &S3Object, image_type: ImageType) -> CloudEvent {
-    let mut event = object.to_event(image_type);
-    event.data.call_stack = vec![S3_TRIGGER.to_owned()];
-    event
-}
-
 /// A deletion as somebody tells of it.
 struct Deletion {
     event: CloudEvent,
@@ -444,7 +433,7 @@ impl Deletion {
     /// Only the name is left to tell the type by.
     fn of_object(object: &S3Object) -> Self {
         let by_name = ImageType::from_name(&object.url.key);
-        let mut event = creation_event(object, by_name.unwrap_or(ImageType::Jpeg));
+        let mut event = object.to_event(by_name.unwrap_or(ImageType::Jpeg));
         if by_name.is_none() {
             event.data.document.mime_type = UNKNOWN_TYPE.to_owned();
             event.data.source.mime_type = UNKNOWN_TYPE.to_owned();

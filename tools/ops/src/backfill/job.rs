@@ -10,9 +10,6 @@ use super::counts::Skip;
 use crate::cli::{KNOWN_MODELS, parse_queue, parse_type};
 use crate::units::{parse_date, parse_size};
 
-/// The middleware whose place the backfill takes.
-const S3_TRIGGER: &str = "s3-event-trigger";
-
 /// The namespaces of the ids (version 5 UUIDs) of backfilled events and of
 /// their chains. Changing one makes every later event a new one.
 const EVENT_NAMESPACE: Uuid = uuid!("9d1c0a52-6c0e-4f0b-8b53-0d6f4a1c7e21");
@@ -137,7 +134,6 @@ impl Job {
         event.id = id.to_string();
         event.data.chain_id =
             event_id(CHAIN_NAMESPACE, &url_text, &object.etag, &self.model).to_string();
-        event.data.call_stack = vec![S3_TRIGGER.to_owned()];
         Ok(Wanted {
             vector_key: vector::key(&self.cache_prefix, &url_text, &object.etag, &self.model),
             size: object.size.unwrap_or(0),
