@@ -2,7 +2,10 @@
 //! model, images to put into it, and the outside view on what comes out.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -275,6 +278,36 @@ pub fn check_contract(event: &Value) -> anyhow::Result<()> {
     ensure!(embeddings["model"].is_string(), "{embeddings}");
     ensure!(embeddings["dimensions"].is_number(), "{embeddings}");
     Ok(())
+}
+
+/// Fails unless Lakechain's own SDK, which the package of `infra/cdk` has, takes the events.
+pub fn check_with_sdk(events: &[&Value]) -> anyhow::Result<()> {
+    let Some(package) = cdk_package("the events against Lakechain's SDK") else {
+        return Ok(());
+    };
+    let mut check = Command::new("node")
+        .current_dir(package)
+        .arg("scripts/check-events.mjs")
+        .stdin(Stdio::piped())
+        .spawn()?;
+    let mut input = check.stdin.take().context("no standard input")?;
+    input.write_all(&serde_json::to_vec(events)?)?;
+    drop(input);
+    let status = check.wait()?;
+    ensure!(status.success(), "the SDK does not take them: {status}");
+    Ok(())
+}
+
+/// The folder of the package of `infra/cdk`; None, and said to `cargo xtask test`, where it is not
+/// installed.
+pub fn cdk_package(purpose: &str) -> Option<OsString> {
+    let package = std::env::var_os("CDK_PACKAGE");
+    if package.is_none() {
+        // Past the test runner, which keeps what a passing test prints to itself.
+        let line = format!("\nnot run: {purpose} (CDK_PACKAGE is not set)\n");
+        let _ = std::io::stdout().write_all(line.as_bytes());
+    }
+    package
 }
 
 /// A 24-bit BMP of a pattern that depends on the seed, so that each image has

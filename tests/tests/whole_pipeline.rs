@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use local::cloud::{Task, TaskStatus};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
-use pipeline_tests::{PATIENCE, Pipeline, bmp, by_document, check_contract, samples, vector_url};
+use pipeline_tests::{
+    PATIENCE, Pipeline, bmp, by_document, cdk_package, check_contract, check_with_sdk, samples,
+    vector_url,
+};
 use serde_json::{Value, json};
 
 const SOURCE: &str = "s3://clip-source";
@@ -33,6 +36,7 @@ async fn images_put_into_s3_come_out_as_events_with_vectors_and_the_cluster_is_b
 
     let events = pipeline.events_of(images.len()).await.unwrap();
 
+    check_with_sdk(&events.iter().collect::<Vec<_>>()).unwrap();
     let documents = by_document(&events);
     for key in images.keys() {
         let url = events::S3Url::new(SOURCE_BUCKET, key).to_string();
@@ -108,15 +112,9 @@ async fn an_image_goes_through_the_pipeline_that_cdk_synthesises() {
     pipeline.stop().await;
 }
 
-/// The template of a stack with the CDK construct, for one machine; None, and said to
-/// `cargo xtask test`, where the package at `CDK_PACKAGE` is not installed.
+/// The template of a stack with the CDK construct, for one machine.
 fn cdk_template() -> Option<tempfile::NamedTempFile> {
-    let Some(package) = std::env::var_os("CDK_PACKAGE") else {
-        // Past the test runner, which keeps what a passing test prints to itself.
-        let line = "\nnot run: the pipeline that CDK synthesises (CDK_PACKAGE is not set)\n";
-        std::io::stdout().write_all(line.as_bytes()).unwrap();
-        return None;
-    };
+    let package = cdk_package("the pipeline that CDK synthesises")?;
     let mut parameters = local_parameters();
     parameters.insert("SourceEvents".to_owned(), "None".to_owned());
     // The construct takes numbers as such.
@@ -451,6 +449,7 @@ async fn a_deletion_reaches_the_output_takes_the_vector_along_and_starts_no_gpu(
 
     let event = receive(&pipeline, &queue).await;
     assert_eq!(event["type"], "document-deleted");
+    check_with_sdk(&[&event]).unwrap();
     assert_eq!(
         event["data"]["document"],
         json!({"url": format!("{SOURCE}/here.bmp"), "type": "image/bmp"})
@@ -505,6 +504,7 @@ async fn a_cloudevent_of_another_middleware_keeps_what_it_carries() {
     let output = pipeline.events_of(1).await.unwrap().remove(0);
 
     check_contract(&output).unwrap();
+    check_with_sdk(&[&output]).unwrap();
     for same in [
         "/id",
         "/time",
@@ -681,6 +681,7 @@ async fn topic_bus_and_queue_are_ways_out_and_all_get_every_event() {
     let from_queue = receive(&pipeline, &output_queue).await;
     let from_bus = receive(&pipeline, &on_bus).await;
     check_contract(&from_topic).unwrap();
+    check_with_sdk(&[&from_topic]).unwrap();
     assert_eq!(from_topic, from_queue);
     assert_eq!(from_bus["detail-type"], "document-created");
     let detail = &from_bus["detail"];
