@@ -20,6 +20,7 @@ mod precision;
 pub mod synthesize;
 pub mod tokenizer;
 mod towers;
+mod widen;
 
 pub use architecture::Architecture;
 pub use bundle::{Bundle, BundleError, Manifest, WeightsOrigin};

@@ -133,12 +133,23 @@ fn options() -> EngineOptions {
     EngineOptions {
         provider: provider.parse().expect("an execution provider"),
         max_batch: 4,
+        // What a GPU computes is to be tested here.
+        widen: false,
         ..EngineOptions::default()
     }
 }
 
 fn vision_error(bundle: &Bundle, golden: &Golden, suffix: &str) -> f64 {
-    let mut vision = VisionEngine::load(bundle, &options()).expect("a vision engine");
+    vision_error_with(&options(), bundle, golden, suffix)
+}
+
+fn vision_error_with(
+    options: &EngineOptions,
+    bundle: &Bundle,
+    golden: &Golden,
+    suffix: &str,
+) -> f64 {
+    let mut vision = VisionEngine::load(bundle, options).expect("a vision engine");
     let found = vision
         .embed(&pixels(vision.image_size()), IMAGES)
         .expect("embeddings");
@@ -163,6 +174,15 @@ fn agrees(model: &str, precision: Precision, limit: f64) {
     assert!(bundle.manifest().is_synthesized());
     let (vision, text) = errors(&bundle, &Golden::read(model), "");
     println!("{model} {precision}: relative L2 error {vision:.1e} vision, {text:.1e} text");
+    if precision == Precision::Fp16 {
+        let widen = EngineOptions {
+            widen: true,
+            ..options()
+        };
+        let widened = vision_error_with(&widen, &bundle, &Golden::read(model), "");
+        println!("{model} {precision}, computed in 32 bits: {widened:.1e}");
+        assert!(widened <= vision, "{widened:e} computed in 32 bits");
+    }
     assert!(
         vision <= limit,
         "vision tower of {model} in {precision}: {vision:e}"

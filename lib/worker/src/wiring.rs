@@ -48,6 +48,7 @@ pub fn load(config: &Config, sdk: &SdkConfig) -> Loading {
         // A spinning thread takes a core from the decoders.
         spinning: false,
         max_batch: config.settings.batch_size,
+        widen: true,
     };
     engine::load(bundle_folder(config, sdk), options, config.extract_labels)
 }

@@ -49,6 +49,19 @@ pub const PROGRAMS: &[Program] = &[
         // task only opens the bundle that it made.
         never_run: &["lib/model/src/main.rs", "lib/model/src/fetch.rs"],
     },
+    Program {
+        name: "express",
+        own: &["functions/express/src"],
+        shared: &[
+            "lib/worker/src",
+            "lib/delivery/src",
+            "events/src",
+            "lib/platform/src",
+            "lib/model/src",
+            "lib/image/src",
+        ],
+        never_run: &["lib/model/src/main.rs", "lib/model/src/fetch.rs"],
+    },
 ];
 
 #[derive(Clone, Debug, Default)]

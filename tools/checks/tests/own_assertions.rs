@@ -638,3 +638,70 @@ fn a_synthesised_template_that_lacks_what_the_template_has() {
     project.synthesised.push(synthesised);
     expect(&project, "InputQueue: has no dead-letter queue");
 }
+
+#[test]
+fn an_express_lane_that_would_lose_something() {
+    for (from, to, says) in [
+        (
+            "!If [HasExpress, !GetAtt GpuQueue.Arn, !GetAtt DeadLetterQueue.Arn]",
+            "!GetAtt DeadLetterQueue.Arn",
+            "must get to the GPU queue",
+        ),
+        (
+            "maxReceiveCount: 7",
+            "maxReceiveCount: 5",
+            "must leave tasks four deliveries",
+        ),
+        (
+            "{ Name: GPU_QUEUE_URL, Value: !Ref GpuQueue }",
+            "{ Name: GPU_QUEUE_URL, Value: !Ref InputQueue }",
+            "nobody else reads",
+        ),
+        (
+            "          GPU_QUEUE_URL: !Ref GpuQueue\n",
+            "          GPU_QUEUE_URL: !Ref DeadLetterQueue\n",
+            "the queue that tasks read",
+        ),
+        (
+            "          VISIBILITY_TIMEOUT_SECONDS: 60\n",
+            "          VISIBILITY_TIMEOUT_SECONDS: 50\n",
+            "is not the input queue's",
+        ),
+        (
+            "      BatchSize: !If [HasExpressBatchSize,",
+            "      BatchSize: !If [HasExpress,",
+            "BATCH_SIZE is not the mapping's",
+        ),
+        (
+            "      BatchSize: !If [HasExpressBatchSize, !Ref ExpressBatchSize, !If [IsLargeModel, 4, 10]]\n      FunctionResponseTypes: [ReportBatchItemFailures]",
+            "      BatchSize: 10",
+            "bring its whole batch back",
+        ),
+        (
+            "      Layers: [!Ref OnnxRuntimeLayer]\n",
+            "      ReservedConcurrentExecutions: 5\n",
+            "reserved concurrency",
+        ),
+        (
+            "VisibilityTimeout: !If [HasExpress, 60,",
+            "VisibilityTimeout: !If [HasExpress, 45,",
+            "less than 2 times",
+        ),
+    ] {
+        template_mistake(from, to, says);
+    }
+}
+
+#[test]
+fn a_lane_that_is_off_and_leaves_a_trace() {
+    template_mistake(
+        "!If [HasExpress, 60, !Ref VisibilityTimeoutSeconds]",
+        "60",
+        "VISIBILITY",
+    );
+    template_mistake(
+        "- !If [HasExpress, { Name: GPU_QUEUE_URL, Value: !Ref GpuQueue }, !Ref AWS::NoValue]",
+        "- { Name: GPU_QUEUE_URL, Value: \"\" }",
+        "knows of the lane",
+    );
+}

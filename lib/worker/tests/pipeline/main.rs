@@ -4,7 +4,6 @@
 mod killers;
 mod world;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use serde_json::json;
 use tokio::time::Instant;
 use worker::services::QueueFacts;
 use worker::{Ended, Fatal};
-use world::{Content, FakeOutput, World, created, image, vector_key};
+use world::{Content, World, created, image, vector_key};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -370,8 +369,7 @@ async fn what_this_worker_has_no_room_or_time_for_goes_to_a_larger_one_and_is_no
     let mut world = World::new();
     world.settings.memory_budget = 96 << 20;
     world.settings.max_image_bytes = 1 << 30;
-    let larger = Arc::new(FakeOutput::default());
-    world.larger = Some(larger.clone());
+    world.has_larger = true;
     let mut bodies = Vec::new();
     for (name, words) in [
         ("giant.png", "id:1 memory:500000000"),
@@ -389,11 +387,7 @@ async fn what_this_worker_has_no_room_or_time_for_goes_to_a_larger_one_and_is_no
         (summary.images, summary.rejected, summary.handed_over),
         (1, 0, 3)
     );
-    let mut handed: Vec<String> = larger
-        .rejections()
-        .into_iter()
-        .map(|(body, _)| body)
-        .collect();
+    let mut handed = world.output.handed_over();
     let mut sent: Vec<String> = bodies
         .iter()
         .map(|id| world.queue.message(id).body)

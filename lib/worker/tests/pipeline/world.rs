@@ -301,13 +301,11 @@ fn check_order(body: &str, output: &FakeOutput, vectors: &FakeVectors) {
     let Ok(event) = CloudEvent::parse(body.as_bytes()) else {
         return;
     };
-    if output
-        .rejects
-        .lock()
-        .unwrap()
-        .iter()
-        .any(|(rejected, _)| rejected == body)
-    {
+    let is_in = |letters: &Mutex<Vec<(String, Rejection)>>| {
+        let letters = letters.lock().unwrap();
+        letters.iter().any(|(letter, _)| letter == body)
+    };
+    if is_in(&output.rejects) || is_in(&output.handed_over) {
         return;
     }
     let url = &event.data.document.url;
@@ -507,6 +505,8 @@ pub struct FakeOutput {
     /// Words of events that fail so many times more.
     pub failures: Mutex<HashMap<String, u32>>,
     /// How often the dead-letter queue still fails.
+    /// What went to a larger worker.
+    handed_over: Mutex<Vec<(String, Rejection)>>,
     pub reject_failures: AtomicUsize,
     death: Death,
     latency: Duration,
@@ -529,6 +529,11 @@ impl FakeOutput {
             .collect();
         urls.sort();
         urls
+    }
+
+    pub fn handed_over(&self) -> Vec<String> {
+        let letters = self.handed_over.lock().unwrap();
+        letters.iter().map(|(body, _)| body.clone()).collect()
     }
 
     pub fn rejections(&self) -> Vec<(String, Rejection)> {
@@ -571,6 +576,17 @@ impl Destination for FakeOutput {
 
 /// The dead-letter queue, on the other side of the output's books.
 struct FakeRejects(Arc<FakeOutput>);
+
+/// The queue of a larger worker, likewise.
+struct FakeLarger(Arc<FakeOutput>);
+
+#[async_trait]
+impl Rejects for FakeLarger {
+    async fn reject_all(&self, handed: &[(String, Rejection)]) -> Vec<Result<(), aws::Error>> {
+        self.0.handed_over.lock().unwrap().extend_from_slice(handed);
+        vec![Ok(()); handed.len()]
+    }
+}
 
 #[async_trait]
 impl Rejects for FakeRejects {
@@ -716,8 +732,8 @@ pub struct World {
     pub documents: Arc<FakeDocuments>,
     pub vectors: Arc<FakeVectors>,
     pub output: Arc<FakeOutput>,
-    /// The queue of a larger worker, if there is one: its `rejections`.
-    pub larger: Option<Arc<FakeOutput>>,
+    /// Whether there is a larger worker to hand over to.
+    pub has_larger: bool,
     pub preparer: Arc<FakePreparer>,
     pub batches: Batches,
     pub settings: Settings,
@@ -766,7 +782,7 @@ impl World {
             }),
             vectors,
             output,
-            larger: None,
+            has_larger: false,
             preparer: Arc::new(FakePreparer {
                 death: death.clone(),
                 ..FakePreparer::default()
@@ -832,9 +848,8 @@ impl World {
             outputs: Outputs::new(vec![self.output.clone()]),
             rejects: Arc::new(FakeRejects(self.output.clone())),
             larger: self
-                .larger
-                .clone()
-                .map(|larger| -> Arc<dyn Rejects> { Arc::new(FakeRejects(larger)) }),
+                .has_larger
+                .then(|| -> Arc<dyn Rejects> { Arc::new(FakeLarger(self.output.clone())) }),
             preparer: self.preparer.clone(),
             notes: self.vectors.clone(),
         };

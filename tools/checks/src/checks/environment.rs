@@ -23,6 +23,8 @@ const NOT_SET: &[(&str, &str)] = &[
     ("AWS_ENDPOINT_URL", "set only against an emulator"),
     ("AWS_ENDPOINT_URL_S3", "set only against an emulator"),
     ("AWS_LAMBDA_RUNTIME_API", "set by Lambda"),
+    ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "set by Lambda"),
+    ("GPU_QUEUE_URL", "set only with the express lane"),
     (
         "MODEL_PATH",
         "instead of MODEL_URI, for a bundle that is part of the image",
@@ -82,9 +84,15 @@ fn deployed(
         .map(str::to_owned)
         .collect();
     of_task.extend(container::variables(&project.dockerfile));
-    vec![
+    let express = stack
+        .resources
+        .contains_key("ExpressFunction")
+        .then(|| ("express", "ExpressFunction", of_function("ExpressFunction")));
+    let mut deployed = vec![
         ("intake", "IntakeFunction", of_function("IntakeFunction")),
         ("scaler", "ScalerFunction", of_function("ScalerFunction")),
         ("gpu-task", "TaskDefinition", of_task),
-    ]
+    ];
+    deployed.extend(express);
+    deployed
 }

@@ -4,6 +4,7 @@ mod compute;
 mod container;
 mod contract;
 mod environment;
+mod lane;
 mod operation;
 mod permissions;
 mod storage;
@@ -24,6 +25,8 @@ pub const ALL: &[Check] = &[
     container::dockerfile,
     contract::subscription,
     environment::variables,
+    lane::deliveries,
+    lane::off,
     operation::alarms_and_dashboard,
     operation::functions,
     operation::log_groups,
@@ -78,6 +81,7 @@ const EVERYTHING: &[(&str, &str)] = &[
     ("Purchase1", "spot"),
     ("InstanceType3", "g5.xlarge"),
     ("ReserveScalerConcurrency", "true"),
+    ("ExpressLane", "on"),
     ("RetentionDays", "3"),
     ("VectorRetentionDays", "0"),
 ];
@@ -85,6 +89,7 @@ const EVERYTHING: &[(&str, &str)] = &[
 /// Every option off, on top of [`REQUIRED`].
 const LEAST: &[(&str, &str)] = &[
     ("SourceEvents", "None"),
+    ("ExpressLane", "off"),
     ("InstanceType2", ""),
     ("OutputKind", "queue"),
     ("CacheBucketName", "vectors"),

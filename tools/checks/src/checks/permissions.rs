@@ -123,6 +123,26 @@ const BY_THE_PLATFORM: &[(&str, &str, &str)] = &[
         "the function's encrypted environment",
     ),
     (
+        "ExpressRole",
+        "logs:CreateLogStream",
+        "Lambda writes the function's log",
+    ),
+    (
+        "ExpressRole",
+        "logs:PutLogEvents",
+        "Lambda writes the function's log",
+    ),
+    (
+        "ExpressRole",
+        "kms:Decrypt",
+        "encrypted queues, topic, bucket, images and environment",
+    ),
+    (
+        "ExpressRole",
+        "kms:GenerateDataKey",
+        "encrypted queues, topic and bucket",
+    ),
+    (
         "TaskRole",
         "elasticfilesystem:ClientMount",
         "ECS mounts the model cache",
@@ -149,6 +169,7 @@ const ROLES: &[(&str, &str)] = &[
     ("intake", "IntakeRole"),
     ("scaler", "ScalerRole"),
     ("gpu-task", "TaskRole"),
+    ("express", "ExpressRole"),
 ];
 
 /// Actions without a resource level in the service authorisation reference,

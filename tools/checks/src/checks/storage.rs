@@ -18,7 +18,12 @@ pub fn visibility(project: &Project) -> Vec<Finding> {
             findings.push(Finding::new(CHECK, place, problem));
         };
         let queue = stack.properties("InputQueue");
-        let visibility = number(&queue["VisibilityTimeout"]).unwrap_or(30.0);
+        // The queue whose messages only tasks work on.
+        let of_tasks = match stack.properties("GpuQueue") {
+            Value::Null => queue,
+            own => own,
+        };
+        let visibility = number(&of_tasks["VisibilityTimeout"]).unwrap_or(30.0);
         for (id, task) in stack.of_type("AWS::ECS::TaskDefinition") {
             for container in list(&task["ContainerDefinitions"]) {
                 let told =
@@ -42,18 +47,29 @@ pub fn visibility(project: &Project) -> Vec<Finding> {
                 }
             }
         }
-        // AWS: at least six times the function's time-out.
+        // AWS: at least six times the function's time-out, so that what is throttled for long is
+        // no dead letter. Where the redrive policy leads to other workers, twice is enough.
+        let times = |source: &Value| {
+            let next = referred(&source["RedrivePolicy"]["deadLetterTargetArn"]);
+            let next = stack.properties(next.unwrap_or_default());
+            if next["RedrivePolicy"].is_null() {
+                6.0
+            } else {
+                2.0
+            }
+        };
         for (id, mapping) in stack.of_type("AWS::Lambda::EventSourceMapping") {
             let source = stack.properties(referred(&mapping["EventSourceArn"]).unwrap_or_default());
             let function = stack.properties(referred(&mapping["FunctionName"]).unwrap_or_default());
             let timeout = number(&function["Timeout"]).unwrap_or(3.0);
             if let Some(visibility) = number(&source["VisibilityTimeout"])
-                && visibility < 6.0 * timeout
+                && visibility < times(source) * timeout
             {
                 fail(
                     id,
                     format!(
-                        "the queue's visibility timeout is {visibility} s, less than six times the function's {timeout} s"
+                        "the queue's visibility timeout is {visibility} s, less than {} times the function's {timeout} s",
+                        times(source)
                     ),
                 );
             }

@@ -46,7 +46,9 @@ pub enum DeployError {
     },
     #[error("{path}: {source}")]
     File { path: PathBuf, source: io::Error },
-    #[error("{0} is not there: build it first (cargo build -p gpu-task -p intake -p scaler)")]
+    #[error(
+        "{0} is not there: build it first (cargo build -p express -p gpu-task -p intake -p scaler)"
+    )]
     NotBuilt(PathBuf),
     /// A resource could not be created, or a call failed.
     #[error(transparent)]
@@ -224,6 +226,8 @@ pub struct Deployment {
     template: Template,
     /// The ARN of the newest revision.
     task_definition: Mutex<String>,
+    /// Identifiers of event source mappings, by their names in the template.
+    mappings: Mutex<BTreeMap<String, String>>,
 }
 
 impl Drop for Deployment {
@@ -298,6 +302,7 @@ impl Deployment {
             options,
             template,
             task_definition: Mutex::new(task_definition),
+            mappings: Mutex::default(),
         };
         deployment.create_storage().await?;
         deployment.create_cluster()?;

@@ -10,7 +10,10 @@ use std::{
 
 use aws_sdk_lambda::{
     primitives::Blob,
-    types::{DestinationConfig, Environment, FunctionCode, OnFailure, Runtime},
+    types::{
+        DestinationConfig, Environment, FunctionCode, FunctionResponseType, OnFailure, Runtime,
+        ScalingConfig,
+    },
 };
 use aws_sdk_s3::types::{
     Event, EventBridgeConfiguration, LambdaFunctionConfiguration, NotificationConfiguration,
@@ -36,16 +39,23 @@ const ROLE_ARN: &str = "arn:aws:iam::000000000000:role/local";
 /// A function of the template is ready to be invoked well within this.
 const FUNCTION_READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// What does not fit on AWS's side of the container: these variables of the task
-/// definition are replaced, since this machine has no GPU and no EFS.
-/// Everything else in the task's environment is the template's.
-const TASK_VARIABLES_LEFT_OUT: [&str; 2] = ["MODEL_URI", "CACHE_DIR"];
 /// What an update of the stack may change here.
 const UPDATED_TYPES: [&str; 3] = [
     "AWS::ECS::TaskDefinition",
     "AWS::Lambda::Function",
     "AWS::Serverless::Function",
 ];
+
+/// Replaces what does not fit on this machine, which has no GPU, no EFS and no
+/// layers: everything else in a worker's environment is the template's.
+fn localise(variables: &mut BTreeMap<String, String>, bundle: &Path) {
+    variables.retain(|name, _| !["MODEL_URI", "CACHE_DIR"].contains(&name.as_str()));
+    variables.insert("EXECUTION_PROVIDER".to_owned(), "cpu".to_owned());
+    variables.insert("MODEL_PATH".to_owned(), bundle.display().to_string());
+    if let Ok(library) = std::env::var("ORT_DYLIB_PATH") {
+        variables.insert("ORT_DYLIB_PATH".to_owned(), library);
+    }
+}
 
 impl Deployment {
     pub(super) async fn create_storage(&self) -> Result<(), DeployError> {
@@ -147,12 +157,16 @@ impl Deployment {
                 .map(|name| (name.to_owned(), self.cloud_endpoint.clone())),
         );
         let declared = function["Environment"]["Variables"].as_object();
-        variables.extend(
-            declared
-                .into_iter()
-                .flatten()
-                .map(|(name, value)| (name.clone(), text_of(value))),
-        );
+        let mappings = self.mappings.lock();
+        let mappings = mappings.unwrap_or_else(PoisonError::into_inner);
+        variables.extend(declared.into_iter().flatten().map(|(name, value)| {
+            let value = text_of(value);
+            let uuid = mappings.get(&value).cloned();
+            (name.clone(), uuid.unwrap_or(value))
+        }));
+        if variables.contains_key("MODEL_URI") {
+            localise(&mut variables, &self.options.bundle);
+        }
         variables.extend(self.options.function_environment.clone());
         Environment::builder()
             .set_variables(Some(variables.into_iter().collect()))
@@ -177,9 +191,8 @@ impl Deployment {
                 .environment(self.function_environment(function))
                 .code(FunctionCode::builder().zip_file(Blob::new(code)).build());
             sent(format!("creating function {id}"), create.send()).await?;
-        }
-        for (id, ..) in functions {
             self.until_ready(&name(id)).await?;
+            self.create_mappings(&name(id)).await?;
         }
         for (id, config) in self.stack.of_type("AWS::Lambda::EventInvokeConfig") {
             let destination = config["DestinationConfig"]["OnFailure"]["Destination"].as_str();
@@ -195,6 +208,30 @@ impl Deployment {
                 .set_maximum_retry_attempts(integer(&config["MaximumRetryAttempts"]))
                 .set_destination_config(destination);
             sent(format!("configuring invocations, {id}"), put.send()).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the template's mappings of a function bring it their queues' messages.
+    async fn create_mappings(&self, function: &str) -> Result<(), DeployError> {
+        let all = self.stack.of_type("AWS::Lambda::EventSourceMapping");
+        for (id, mapping) in
+            all.filter(|(_, mapping)| text_of(&mapping["FunctionName"]) == function)
+        {
+            let concurrency = integer(&mapping["ScalingConfig"]["MaximumConcurrency"]);
+            let scaling = ScalingConfig::builder().set_maximum_concurrency(concurrency);
+            let create = self
+                .lambda
+                .create_event_source_mapping()
+                .function_name(function)
+                .event_source_arn(text_of(&mapping["EventSourceArn"]))
+                .set_batch_size(integer(&mapping["BatchSize"]))
+                .function_response_types(FunctionResponseType::ReportBatchItemFailures)
+                .set_scaling_config(concurrency.map(|_| scaling.build()));
+            let created = sent(format!("creating mapping {id}"), create.send()).await?;
+            let mappings = self.mappings.lock();
+            let mut mappings = mappings.unwrap_or_else(PoisonError::into_inner);
+            mappings.insert(name(id), created.uuid.unwrap_or_default());
         }
         Ok(())
     }
@@ -308,7 +345,7 @@ impl Deployment {
 }
 
 fn integer(value: &Value) -> Option<i32> {
-    value.as_i64().and_then(|value| i32::try_from(value).ok())
+    number(value).map(|value| value as i32)
 }
 
 fn group_of(logical_id: &str, cluster: &str, group: &Value) -> GroupConfig {
@@ -369,13 +406,8 @@ pub(super) fn task_definition(
     let mut variables: BTreeMap<String, String> = list(&container["environment"])
         .into_iter()
         .map(|one| (text_of(&one["name"]), text_of(&one["value"])))
-        .filter(|(name, _)| !TASK_VARIABLES_LEFT_OUT.contains(&name.as_str()))
         .collect();
-    variables.insert("EXECUTION_PROVIDER".to_owned(), "cpu".to_owned());
-    variables.insert(
-        "MODEL_PATH".to_owned(),
-        options.bundle.display().to_string(),
-    );
+    localise(&mut variables, &options.bundle);
     variables.extend(options.task_environment.clone());
     container["environment"] = variables
         .iter()

@@ -1,0 +1,144 @@
+//! The express lane: nothing is lost between its queues, and off it leaves no
+//! trace.
+
+use serde_json::Value;
+
+use super::storage::container_variable;
+use super::{LEAST, REQUIRED, in_each_stack};
+use crate::{Finding, Project};
+use template::{NotDeployed, Stack, list, number, referred};
+
+/// What the lane brings, and what it changes.
+const BRINGS: &[&str] = &[
+    "ExpressErrorsAlarm",
+    "ExpressFunction",
+    "ExpressLogGroup",
+    "ExpressMapping",
+    "ExpressRole",
+    "GpuQueue",
+    "GpuQueuePolicy",
+    "OnnxRuntimeLayer",
+];
+const CHANGES: &[&str] = &[
+    "Dashboard",
+    "InputQueue",
+    "ScalerFunction",
+    "ScalerRole",
+    "TaskDefinition",
+    "TaskRole",
+];
+
+/// What the lane cannot do gets to a GPU, and is counted and told as it is.
+pub fn deliveries(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "express lane";
+    in_each_stack(project, |stack| {
+        let mapping = stack.properties("ExpressMapping");
+        if mapping.is_null() {
+            return Vec::new();
+        }
+        let function = stack.properties("ExpressFunction");
+        let told = &function["Environment"]["Variables"];
+        let (input, gpu) = (stack.properties("InputQueue"), stack.properties("GpuQueue"));
+        let next = |queue: &Value| {
+            referred(&queue["RedrivePolicy"]["deadLetterTargetArn"]).map(str::to_owned)
+        };
+        let receives =
+            |queue: &Value| number(&queue["RedrivePolicy"]["maxReceiveCount"]).unwrap_or_default();
+        let container = &stack.properties("TaskDefinition")["ContainerDefinitions"][0];
+        let task = container_variable(container, "GPU_QUEUE_URL");
+        let rules = [
+            (
+                next(input).as_deref() == Some("GpuQueue"),
+                "InputQueue",
+                "what the lane fails at must get to the GPU queue",
+            ),
+            (
+                next(gpu).as_deref() == Some("DeadLetterQueue"),
+                "GpuQueue",
+                "has no dead-letter queue",
+            ),
+            (
+                receives(gpu) >= receives(input) + 4.0,
+                "GpuQueue",
+                "a message keeps its receive count: maxReceiveCount must leave tasks four deliveries",
+            ),
+            (
+                task.and_then(referred) == Some("GpuQueue"),
+                "TaskDefinition",
+                "GPU_QUEUE_URL is not the queue that nobody else reads",
+            ),
+            (
+                referred(&told["GPU_QUEUE_URL"]) == Some("GpuQueue"),
+                "ExpressFunction",
+                "GPU_QUEUE_URL is not the queue that tasks read",
+            ),
+            (
+                number(&told["VISIBILITY_TIMEOUT_SECONDS"]) == number(&input["VisibilityTimeout"]),
+                "ExpressFunction",
+                "VISIBILITY_TIMEOUT_SECONDS is not the input queue's",
+            ),
+            (
+                number(&told["BATCH_SIZE"]) == number(&mapping["BatchSize"]),
+                "ExpressFunction",
+                "BATCH_SIZE is not the mapping's",
+            ),
+            (
+                list(&mapping["FunctionResponseTypes"])
+                    .contains(&&Value::from("ReportBatchItemFailures")),
+                "ExpressMapping",
+                "one message that fails would bring its whole batch back",
+            ),
+            (
+                function["ReservedConcurrentExecutions"].is_null(),
+                "ExpressFunction",
+                "what reserved concurrency throttles counts as received: MaximumConcurrency is the limit",
+            ),
+        ];
+        rules
+            .into_iter()
+            .filter(|(holds, ..)| !holds)
+            .map(|(_, place, problem)| Finding::new(CHECK, place, problem))
+            .collect()
+    })
+}
+
+/// Without the lane the stack is as if there were none.
+pub fn off(project: &Project) -> Vec<Finding> {
+    const CHECK: &str = "express lane off";
+    let resolve = |lane: &str| {
+        let least = LEAST.iter().filter(|(name, _)| *name != "ExpressLane");
+        let given = REQUIRED.iter().chain(least).copied();
+        let given = given.chain([("ExpressLane", lane)]);
+        let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        project.template.resolve(&given.collect(), &NotDeployed)
+    };
+    let (Ok(on), Ok(off)) = (resolve("on"), resolve("off")) else {
+        return vec![Finding::new(CHECK, "template", "cannot be resolved")];
+    };
+    let without: Vec<Finding> = traces(&off)
+        .into_iter()
+        .map(|place| Finding::new(CHECK, place, "knows of the lane, which is off"))
+        .collect();
+    let others = on.resources.iter().filter(|(id, resource)| {
+        let same = off.resources.get(*id).map(|one| &one.properties);
+        same != Some(&resource.properties)
+            && !BRINGS.contains(&id.as_str())
+            && !CHANGES.contains(&id.as_str())
+    });
+    let others = others.map(|(id, _)| Finding::new(CHECK, id, "differs with the lane"));
+    without.into_iter().chain(others).collect()
+}
+
+fn traces(stack: &Stack) -> Vec<&str> {
+    let is_trace = |id: &str, properties: &Value| {
+        let text = properties.to_string().to_lowercase();
+        BRINGS.contains(&id)
+            || text.contains("express")
+            || text.contains("gpu_queue")
+            || text.contains("gpuqueue")
+    };
+    let all = stack.resources.iter();
+    all.filter(|(id, resource)| is_trace(id, &resource.properties))
+        .map(|(id, _)| id.as_str())
+        .collect()
+}
