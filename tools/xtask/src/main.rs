@@ -95,7 +95,14 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Fuzz(arguments) => fuzz::run_command(&tools, &arguments),
         Task::LintDependencies(arguments) => dependencies::lint(&tools, &arguments),
         Task::Demo(rest) => {
-            let programs = ["local", "gpu-task", "intake", "scaler", "clip-model"];
+            let programs = [
+                "local",
+                "gpu-task",
+                "express",
+                "intake",
+                "scaler",
+                "clip-model",
+            ];
             let demo = [OsString::from("demo")];
             let arguments = [&demo[..], &rest.arguments].concat();
             tools.hand_over(&programs, Profile::Debug, &arguments, |demo| {

@@ -1,5 +1,6 @@
 //! What a test or a demo asks of a running pipeline.
 
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, QueueAttributeName};
@@ -59,6 +60,20 @@ impl Deployment {
 
     pub fn input_queue_url(&self) -> String {
         self.variable("INPUT_QUEUE_URL")
+    }
+
+    /// The queue of what only a GPU can do, where there is an express lane.
+    pub fn gpu_queue_url(&self) -> Option<String> {
+        let express = self.stack.properties("ExpressFunction");
+        let url = express["Environment"]["Variables"]["GPU_QUEUE_URL"].as_str();
+        url.map(str::to_owned)
+    }
+
+    /// The identifier of an event source mapping of the template.
+    pub fn mapping_uuid(&self, logical_id: &str) -> Option<String> {
+        let mappings = self.mappings.lock();
+        let mappings = mappings.unwrap_or_else(PoisonError::into_inner);
+        mappings.get(&name(logical_id)).cloned()
     }
 
     pub fn dead_letter_queue_url(&self) -> String {
@@ -251,7 +266,10 @@ impl Deployment {
     pub async fn until_idle(&self, limit: Duration) -> Result<bool, DeployError> {
         let started = Instant::now();
         loop {
-            let messages = self.queue_counts(&self.input_queue_url()).await?.total();
+            let mut messages = self.queue_counts(&self.input_queue_url()).await?.total();
+            if let Some(queue) = self.gpu_queue_url() {
+                messages += self.queue_counts(&queue).await?.total();
+            }
             let now = self.cloud.snapshot();
             if messages == 0 && now.live_tasks() == 0 && now.live_instances() == 0 {
                 return Ok(true);
