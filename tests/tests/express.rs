@@ -57,7 +57,9 @@ async fn told(pipeline: &Pipeline, changes: &[(&str, &str)]) {
     for (name, value) in changes {
         variables.insert((*name).to_owned(), (*value).to_owned());
     }
-    let environment = Environment::builder().set_variables(Some(variables)).build();
+    let environment = Environment::builder()
+        .set_variables(Some(variables))
+        .build();
     let update = lambda
         .update_function_configuration()
         .function_name(FUNCTION)
@@ -132,7 +134,14 @@ async fn an_image_too_large_for_the_function_waits_for_a_gpu_and_is_no_failure()
     pipeline.events_of(4).await.unwrap();
     let queue = pipeline.deployment.gpu_queue_url().unwrap();
     let started = Instant::now();
-    while pipeline.deployment.queue_counts(&queue).await.unwrap().total() == 0 {
+    while pipeline
+        .deployment
+        .queue_counts(&queue)
+        .await
+        .unwrap()
+        .total()
+        == 0
+    {
         assert!(started.elapsed() < PATIENCE, "nothing is handed over");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -219,13 +228,19 @@ fn kill_functions(endpoint: &str) -> usize {
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let is_express = std::fs::read_link(entry.path().join("exe"))
             .is_ok_and(|program| program.file_name() == Some(Path::new("express").as_os_str()));
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
             continue;
         };
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
         if is_express && String::from_utf8_lossy(&environment).contains(endpoint) {
             let pid = rustix::process::Pid::from_raw(pid).unwrap();
-            kills += usize::from(rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok());
+            kills += usize::from(
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok(),
+            );
         }
     }
     kills

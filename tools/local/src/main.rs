@@ -33,6 +33,9 @@ enum Command {
     Demo {
         /// Images, or folders of them (recursively); own sample images without any
         paths: Vec<PathBuf>,
+        /// Upload this many images, made of those files under other names
+        #[arg(long, value_name = "IMAGES", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        burst: Option<u32>,
         /// The model: ViT-B/32, ViT-B/16 or ViT-L/14
         #[arg(long, default_value = "ViT-B/32")]
         model: String,
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
     platform::init_logs("local");
     let Command::Demo {
         paths,
+        burst,
         model,
         bundle,
         weights,
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
     } = Arguments::parse().command;
     let options = DemoOptions {
         paths,
+        burst: burst.map(|count| count as usize),
         model,
         bundle,
         weights,

@@ -61,6 +61,17 @@ pub fn collect(arguments: &[PathBuf]) -> Result<Vec<InputFile>, FilesError> {
     Ok(files)
 }
 
+/// So many images, the files' contents in turn under keys of their own.
+pub fn burst(files: &[InputFile], count: usize) -> Vec<InputFile> {
+    let numbered = files.iter().cycle().take(count).enumerate();
+    numbered
+        .map(|(number, file)| InputFile {
+            path: file.path.clone(),
+            key: format!("burst/{number:06}/{}", file.key),
+        })
+        .collect()
+}
+
 /// The sample images that come with the project.
 pub fn samples() -> Result<Vec<InputFile>, FilesError> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples");

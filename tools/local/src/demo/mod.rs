@@ -63,6 +63,8 @@ const RESULTS: &str = "demo";
 pub struct DemoOptions {
     /// Files and folders; the samples without any.
     pub paths: Vec<PathBuf>,
+    /// So many images instead, made of those files under other names.
+    pub burst: Option<usize>,
     pub model: String,
     /// Its bundle; one of the work folder without it.
     pub bundle: Option<PathBuf>,
@@ -127,6 +129,10 @@ async fn show(options: &DemoOptions, screen: &Screen) -> Result<DemoEnd, DemoErr
         files::samples()?
     } else {
         files::collect(&options.paths)?
+    };
+    let files = match options.burst {
+        Some(count) => files::burst(&files, count),
+        None => files,
     };
     let bundle = bundle::ready(
         options.bundle.as_deref(),
@@ -352,6 +358,7 @@ impl<'a> Show<'a> {
                     show_rejected(self.screen, file);
                 }
             }
+            self.read_express().await?;
             self.watch.show_scaler(self.screen).await?;
             self.logs_read = Some(Instant::now());
         }
@@ -366,6 +373,13 @@ impl<'a> Show<'a> {
             &self.watch.stages.now(),
         );
         Ok(queue)
+    }
+
+    async fn read_express(&mut self) -> Result<(), DemoError> {
+        for line in self.watch.express_lines().await? {
+            self.tally.express_line(&line);
+        }
+        Ok(())
     }
 
     /// Follows the files until each is settled. False when some never were.
@@ -405,6 +419,7 @@ impl<'a> Show<'a> {
         loop {
             self.look().await?;
             if self.watch.is_at_rest() {
+                self.read_express().await?;
                 self.watch.show_scaler(self.screen).await?;
                 return Ok(true);
             }
@@ -502,6 +517,7 @@ fn print_results(screen: &Screen, tally: &Tally, work_time: Duration) {
                     .to_owned(),
                 embeddings(event)["dimensions"].to_string(),
                 format!("{:.1} s", after.unwrap_or_default().as_secs_f64()),
+                if file.is_express { "express" } else { "gpu" }.to_owned(),
                 labels(event),
             ]),
             Some(Fate::Rejected { by, reason }) => {
@@ -525,7 +541,7 @@ fn print_results(screen: &Screen, tally: &Tally, work_time: Duration) {
     rows.truncate(ROWS_SHOWN);
     screen.print("");
     for line in screen::table(
-        &["object", "type", "dimensions", "time", "labels"],
+        &["object", "type", "dimensions", "time", "lane", "labels"],
         &rows,
         screen.columns(),
     ) {

@@ -47,6 +47,8 @@ pub struct TrackedFile {
     pub url: String,
     pub uploaded: Option<Instant>,
     pub fate: Option<Fate>,
+    /// The express lane embedded it, not a task.
+    pub is_express: bool,
 }
 
 #[derive(Debug)]
@@ -68,6 +70,7 @@ impl Tally {
                 input,
                 uploaded: None,
                 fate: None,
+                is_express: false,
             })
             .collect();
         let by_url = files
@@ -102,6 +105,7 @@ impl Tally {
                 },
                 uploaded: None,
                 fate: None,
+                is_express: false,
             });
             Some(self.files.len() - 1)
         })
@@ -146,6 +150,17 @@ impl Tally {
             (None, _) => "given up after too many attempts; the tasks' logs say why".to_owned(),
         };
         self.reject(index, by, reason)
+    }
+
+    /// A line of the express lane's log.
+    pub fn express_line(&mut self, line: &LogLine) {
+        let line = line.json().unwrap_or_default();
+        let object = line["object"].as_str().unwrap_or_default();
+        if line["message"] == "image embedded"
+            && let Some(index) = self.index_of(object)
+        {
+            self.files[index].is_express = true;
+        }
     }
 
     /// A line of intake's log. Answers the file it is about, when intake has

@@ -65,6 +65,7 @@ pub(super) struct Watch<'a> {
     pub stages: Stages,
     intake: Tail,
     scaler: Tail,
+    express: Tail,
     /// Runs that were woken at the same time decide the same: told once.
     last_decision: String,
 }
@@ -79,6 +80,7 @@ impl<'a> Watch<'a> {
             stages: Stages::default(),
             intake: Tail::default(),
             scaler: Tail::default(),
+            express: Tail::default(),
             last_decision: String::new(),
         }
     }
@@ -86,6 +88,11 @@ impl<'a> Watch<'a> {
     /// Lines of intake's log that were not answered before.
     pub async fn intake_lines(&mut self) -> Result<Vec<LogLine>, DeployError> {
         self.intake.read(self.pipeline, "IntakeFunction").await
+    }
+
+    /// Lines of the express lane's log that were not answered before.
+    pub async fn express_lines(&mut self) -> Result<Vec<LogLine>, DeployError> {
+        self.express.read(self.pipeline, "ExpressFunction").await
     }
 
     /// Shows what the scaler decided, where it decided something.
