@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_lambda_events::sqs::SqsBatchResponse;
+use chrono::DateTime;
 use delivery::{Presence, PublishError, Rejection};
 use events::{CloudEvent, Delivery, EventType, ImageType, Item, S3Object, S3Url, deliveries};
 use futures_util::stream::{self, StreamExt};
@@ -53,7 +54,7 @@ pub trait Services: Send + Sync {
     /// Publishes an event to the outputs.
     async fn publish(&self, event: CloudEvent) -> Result<(), PublishError>;
     /// Invokes the scaler asynchronously.
-    async fn wake_scaler(&self) -> Result<(), aws::Error>;
+    async fn wake_scaler(&self, since_ms: Option<i64>) -> Result<(), aws::Error>;
 }
 
 /// Why a delivery must come again. Lambda and SQS count how often, so that
@@ -113,6 +114,8 @@ pub struct Intake<S> {
     services: S,
     wake_interval: Duration,
     last_wake: Mutex<Option<Instant>>,
+    /// When the first event happened that the scaler was not told of, in ms since 1970.
+    waits_since_ms: Mutex<Option<i64>>,
 }
 
 /// What one item of a delivery asks for.
@@ -132,6 +135,7 @@ impl<S: Services> Intake<S> {
             services,
             wake_interval,
             last_wake: Mutex::new(None),
+            waits_since_ms: Mutex::new(None),
         }
     }
 
@@ -222,6 +226,14 @@ impl<S: Services> Intake<S> {
                 .iter()
                 .map(|event| event.data.document.url.clone())
                 .collect();
+            let times = to_enqueue
+                .iter()
+                .filter_map(|event| DateTime::parse_from_rfc3339(&event.time).ok());
+            if let Some(time) = times.min() {
+                let mut since = self.waits_since_ms.lock().await;
+                let time = time.timestamp_millis();
+                *since = Some(since.map_or(time, |since| since.min(time)));
+            }
             let results = self.services.enqueue(to_enqueue).await;
             for (url, result) in urls.into_iter().zip(results) {
                 match result {
@@ -410,7 +422,8 @@ impl<S: Services> Intake<S> {
         if last_wake.is_some_and(|last| last.elapsed() < self.wake_interval) {
             return;
         }
-        match self.services.wake_scaler().await {
+        let since_ms = self.waits_since_ms.lock().await.take();
+        match self.services.wake_scaler(since_ms).await {
             Ok(()) => *last_wake = Some(Instant::now()),
             Err(error) => warn!(%error, "the scaler was not woken: its schedule will run it"),
         }
@@ -615,7 +628,8 @@ mod tests {
             Ok(())
         }
 
-        async fn wake_scaler(&self) -> Result<(), aws::Error> {
+        async fn wake_scaler(&self, since_ms: Option<i64>) -> Result<(), aws::Error> {
+            assert!(since_ms.is_some(), "every event has its time");
             self.note("woken".to_owned());
             Ok(())
         }

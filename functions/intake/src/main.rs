@@ -6,7 +6,6 @@ use std::sync::Arc;
 use intake::{AwsServices, Config, Intake};
 use lambda_runtime::{LambdaEvent, service_fn};
 use platform::env::Reader;
-use platform::metrics::{DEFAULT_NAMESPACE, MetricLine, Unit};
 use serde_json::Value;
 use tracing::error;
 
@@ -23,7 +22,6 @@ It takes no arguments; the Lambda runtime starts it. Its environment:
                          where deletions are published (at least one)
   SCALER_FUNCTION_NAME   the scaler to wake (default: none; its schedule alone runs it)
   WAKE_INTERVAL_SECONDS  wakes it at most once in this time (default 5)
-  METRICS_NAMESPACE      CloudWatch namespace (default ClipImageProcessor)
   LOG_FORMAT, RUST_LOG   json or text; a filter such as debug
 ";
 
@@ -46,9 +44,6 @@ async fn main() -> ExitCode {
     }
     platform::init_logs("intake");
     let env = Reader::process();
-    let namespace = env
-        .optional("METRICS_NAMESPACE")
-        .unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
     let config = match Config::from_env(&env) {
         Ok(config) => config,
         Err(problem) => {
@@ -57,25 +52,12 @@ async fn main() -> ExitCode {
         }
     };
     let wake_interval = config.wake_interval;
-    // Tells one stack's metrics from another's, as the scaler's and the tasks' do.
-    let queue_url = config.input_queue_url.clone();
     let sdk = platform::aws_config().await;
     let intake = Arc::new(Intake::new(AwsServices::new(&sdk, config), wake_interval));
     let serve = service_fn(move |event: LambdaEvent<Value>| {
         let intake = Arc::clone(&intake);
-        let namespace = namespace.clone();
-        let queue = queue_url.rsplit('/').next().unwrap_or_default().to_owned();
         async move {
-            let (answer, counts) = intake.handle(&event.payload).await?;
-            MetricLine::new(&namespace)
-                .dimension("Function", "intake")
-                .dimension("QueueName", &queue)
-                .metric("Enqueued", Unit::Count, counts.enqueued as f64)
-                .metric("Deleted", Unit::Count, counts.deleted as f64)
-                .metric("Rejected", Unit::Count, counts.rejected as f64)
-                .metric("Unsupported", Unit::Count, counts.unsupported as f64)
-                .metric("Failed", Unit::Count, counts.failed as f64)
-                .emit();
+            let (answer, _) = intake.handle(&event.payload).await?;
             Ok::<Value, lambda_runtime::Error>(answer)
         }
     });

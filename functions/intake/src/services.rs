@@ -7,6 +7,7 @@ use aws_sdk_lambda::types::InvocationType;
 use delivery::{DeadLetters, Outputs, Presence, PublishError, Rejection};
 use events::{CloudEvent, DETECTION_BYTES, S3Object, S3Url};
 use platform::aws;
+use serde_json::json;
 
 use crate::config::Config;
 use crate::handler::{Head, Services};
@@ -111,7 +112,7 @@ impl Services for AwsServices {
         self.outputs.publish(&[event]).await.remove(0)
     }
 
-    async fn wake_scaler(&self) -> Result<(), aws::Error> {
+    async fn wake_scaler(&self, since_ms: Option<i64>) -> Result<(), aws::Error> {
         let Some(name) = &self.config.scaler_function_name else {
             return Ok(());
         };
@@ -119,7 +120,9 @@ impl Services for AwsServices {
             .invoke()
             .function_name(name)
             .invocation_type(InvocationType::Event)
-            .payload(Blob::new(r#"{"source":"intake"}"#))
+            .payload(Blob::new(
+                json!({"source": "intake", "sinceMs": since_ms}).to_string(),
+            ))
             .send()
             .await
             .map(|_| ())

@@ -1,12 +1,12 @@
 //! One run: why it was woken, what it saw, what it decided, what came of it.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use planner::boot::{Start, latest_starts};
 use planner::cadence::{NEXT_PASSES, RECALL_LOOK, SECOND_LOOKS};
 use planner::observation::TaskStatus;
-use planner::{Action, Observation, Plan, Policy, plan};
+use planner::{Observation, Plan, Policy, plan};
 use platform::metrics::{MetricLine, Unit};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -168,51 +168,35 @@ pub fn log(record: &RunRecord) {
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
-/// The run's metrics, one line per set of dimensions.
-pub fn metric_lines(record: &RunRecord, config: &Config) -> Vec<MetricLine> {
-    let RunRecord {
-        plan,
-        outcomes,
-        observation,
-        ..
-    } = record;
-    let figures = &plan.figures;
-    let failed = outcomes
+/// A start's phases are told by every run of so many seconds, in which at least one is the
+/// schedule's: what is told twice changes no average.
+const STARTS_TOLD_SECONDS: i64 = 60;
+
+/// The run's metrics: what the dashboard and the alarms read. The rest is in the log line.
+pub fn metric_line(record: &RunRecord, since_ms: Option<i64>, config: &Config) -> MetricLine {
+    let figures = &record.plan.figures;
+    let failed = record
+        .outcomes
         .iter()
         .filter(|outcome| outcome.result == Completion::Failed);
-    let launched: u32 = outcomes.iter().map(|outcome| outcome.launched).sum();
-    let (requested, released) = capacity_changes(plan);
-    let new_line =
-        || MetricLine::new(&config.metrics_namespace).dimension("QueueName", config.queue_name());
-    let mut main = new_line()
+    let mut line = MetricLine::new(&config.metrics_namespace)
+        .dimension("QueueName", config.queue_name())
         .property("cause", record.cause.as_str())
-        .property("verdict", plan.verdict.as_str());
+        .property("verdict", record.plan.verdict.as_str());
     for (name, count) in [
         ("TasksWanted", figures.tasks_wanted),
         ("TasksRunning", figures.running),
         ("TasksStarting", figures.starting),
-        ("TasksStuck", figures.stuck_tasks),
-        ("InstancesWanted", figures.instances_wanted),
         ("Instances", figures.footprint),
-        ("TasksLaunched", launched),
-        ("InstancesRequested", requested),
-        ("InstancesReleased", released),
         ("CrashLoop", figures.crash_loop),
         ("CapacityShortage", figures.options_resting),
         ("FailedActions", failed.count() as u32),
     ] {
-        main = main.metric(name, Unit::Count, f64::from(count));
+        line = line.metric(name, Unit::Count, f64::from(count));
     }
-    main = main
-        .metric("Backlog", Unit::Count, figures.backlog as f64)
-        .metric(
-            "DecisionLatency",
-            Unit::Milliseconds,
-            record.decision_ms as f64,
-        );
     if let Some(spent) = figures.spent {
         let is_reached = spent.total() >= record.policy.max_daily_cost;
-        main = main
+        line = line
             .metric("DollarsToday", Unit::Count, spent.total())
             .metric(
                 "CostCeilingReached",
@@ -220,60 +204,32 @@ pub fn metric_lines(record: &RunRecord, config: &Config) -> Vec<MetricLine> {
                 f64::from(u8::from(is_reached)),
             );
     }
-    if let Some(age) = observation.queue.oldest_age {
-        main = main.metric("OldestMessageAge", Unit::Seconds, age as f64);
+    if let Some(since_ms) = since_ms {
+        let seconds = (epoch_seconds() * 1000 - since_ms) as f64 / 1e3;
+        line = line.metric("EventToDecision", Unit::Seconds, seconds.max(0.0));
     }
-    let mut lines = vec![main];
-    for (cause, times) in failures_by_cause(record) {
-        let line = new_line().dimension("Cause", &cause);
-        lines.push(line.metric("Failures", Unit::Count, f64::from(times)));
-    }
-    lines
-}
-
-/// Instances that the plan asks for, and those that it gives back.
-fn capacity_changes(plan: &Plan) -> (u32, u32) {
-    let (mut requested, mut released) = (0, 0);
-    for action in plan.actions() {
-        match action {
-            Action::SetDesired { from, to, .. } => requested += to.saturating_sub(*from),
-            Action::Release { .. } => released += 1,
-            _ => {}
-        }
-    }
-    (requested, released)
-}
-
-/// Failures of this run: actions that did not happen, by error code; failed
-/// launches; capacity that is not there.
-fn failures_by_cause(record: &RunRecord) -> BTreeMap<String, u32> {
-    let mut causes: BTreeMap<String, u32> = BTreeMap::new();
-    for cause in record
-        .outcomes
-        .iter()
-        .filter_map(|outcome| outcome.cause.as_ref())
-    {
-        *causes.entry(cause.clone()).or_default() += 1;
-    }
-    let figures = &record.plan.figures;
-    for (cause, count) in [
-        ("FailedLaunch", figures.crash_loop),
-        ("NoCapacity", figures.options_resting),
+    let starts: Vec<Start> = latest_starts(&record.observation, STARTS_TOLD_SECONDS).collect();
+    let of = |phase: fn(&Start) -> Option<i64>| {
+        let seconds = starts.iter().filter_map(phase);
+        seconds.map(|seconds| seconds.max(0) as f64).collect()
+    };
+    for (name, seconds) in [
+        (
+            "DecisionToInstance",
+            of(|start| Some(start.running_at? - start.asked_at)),
+        ),
+        (
+            "InstanceToRegistered",
+            of(|start| Some(start.registered_at - start.running_at?)),
+        ),
+        (
+            "RegisteredToTask",
+            of(|start| Some(start.task_running_at - start.registered_at)),
+        ),
     ] {
-        if count > 0 {
-            causes.insert(cause.to_owned(), count);
-        }
+        line = line.values(name, Unit::Seconds, seconds);
     }
-    causes
-}
-
-/// The metric line of a run that could not observe.
-pub fn blind_line(error: &ObserveError, config: &Config) -> MetricLine {
-    MetricLine::new(&config.metrics_namespace)
-        .dimension("QueueName", config.queue_name())
-        .dimension("Cause", "CannotObserve")
-        .property("error", error.to_string())
-        .metric("Failures", Unit::Count, 1.0)
+    line
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use planner::{Policy, plan};
 use platform::env::Reader;
 use scaler::SdkAws;
 use scaler::config::{Config, read_policy};
-use scaler::handler::{Cause, blind_line, log, metric_lines, run};
+use scaler::handler::{Cause, log, metric_line, run};
 use serde_json::{Value, json};
 
 const HELP: &str = "\
@@ -93,9 +93,8 @@ async fn serve() -> Result<(), Error> {
             let cause = Cause::of(&event.payload);
             match run(aws, config, &cause).await {
                 Ok(record) => {
-                    for line in metric_lines(&record, config) {
-                        line.emit();
-                    }
+                    let since_ms = event.payload["sinceMs"].as_i64();
+                    metric_line(&record, since_ms, config).emit();
                     log(&record);
                     Ok(json!({
                         "verdict": record.plan.verdict,
@@ -104,7 +103,6 @@ async fn serve() -> Result<(), Error> {
                     }))
                 }
                 Err(error) => {
-                    blind_line(&error, config).emit();
                     tracing::error!(cause = cause.text(), %error, "nothing was done");
                     // An error, so that Lambda counts it and tries again.
                     Err(Error::from(error))

@@ -577,6 +577,7 @@ impl Aws for SdkAws {
                     kind: ActivityKind::from_description(description),
                     instance: Activity::instance_in(description),
                     started_at: seconds(activity.start_time()).unwrap_or(0),
+                    ended_at: seconds(activity.end_time()),
                     status: activity
                         .status_code()
                         .map_or(ActivityStatus::InProgress, |code| {

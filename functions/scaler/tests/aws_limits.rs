@@ -518,15 +518,14 @@ async fn a_report_becomes_metrics_and_can_be_explained() {
             .insert("SetDesiredCapacity", vec!["ThrottlingException"]);
     });
     let report = wake(&aws, 5, 1).await;
-    let lines = scaler::handler::metric_lines(&report, &config(5, 1));
-    let first = lines[0].to_json(SystemTime::UNIX_EPOCH);
-    assert_eq!(first["Backlog"], 4.0);
-    assert_eq!(first["QueueName"], "input");
-    let causes: Vec<_> = lines[1..]
-        .iter()
-        .map(|line| line.to_json(SystemTime::UNIX_EPOCH)["Cause"].clone())
-        .collect();
-    assert_eq!(causes, ["ThrottlingException"]);
+    let line = scaler::handler::metric_line(&report, Some(0), &config(5, 1));
+    let line = line.to_json(SystemTime::UNIX_EPOCH);
+    assert_eq!(line["FailedActions"], 1.0);
+    assert_eq!(line["QueueName"], "input");
+    assert!(line["EventToDecision"].as_f64() > Some(0.0));
+    assert_eq!(line.get("RegisteredToTask"), None, "nothing has started");
+    let cause = report.outcomes[0].cause.as_deref();
+    assert_eq!(cause, Some("ThrottlingException"));
 
     let line = serde_json::to_string(&report).expect("serialisable");
     let record = planner::explain::read_record(&line).expect("its own log line");

@@ -84,12 +84,33 @@ fn newer(measured: Option<f64>, stored: Option<f64>) -> Option<f64> {
 /// pool does not count: some of its instances were not made but started.
 fn launch_to_running(seen: &Observation) -> Option<f64> {
     let groups = seen.groups.iter().filter(|group| group.warm_pool.is_none());
-    let mut all: Vec<i64> = groups.flat_map(|group| starts_of(group, seen)).collect();
+    let starts = groups.flat_map(|group| starts_of(group, seen));
+    let took = starts.map(|start| start.task_running_at - start.asked_at);
+    let mut all: Vec<i64> = took.filter(|seconds| *seconds > 0).collect();
     all.sort_unstable();
     all.get(all.len() / 2).map(|seconds| *seconds as f64)
 }
 
-fn starts_of<'a>(group: &'a Group, seen: &'a Observation) -> impl Iterator<Item = i64> + 'a {
+/// The steps of an instance's start, in seconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// When its launch began.
+    pub asked_at: i64,
+    /// When its launch was over, where that is known.
+    pub running_at: Option<i64>,
+    /// When its agent joined the cluster.
+    pub registered_at: i64,
+    /// When its first task was RUNNING.
+    pub task_running_at: i64,
+}
+
+/// The starts whose first task began to run in the last `seconds`.
+pub fn latest_starts(seen: &Observation, seconds: i64) -> impl Iterator<Item = Start> {
+    let starts = seen.groups.iter().flat_map(|group| starts_of(group, seen));
+    starts.filter(move |start| seen.at - start.task_running_at < seconds)
+}
+
+fn starts_of<'a>(group: &'a Group, seen: &'a Observation) -> impl Iterator<Item = Start> + 'a {
     let launches = group.activities.iter();
     let launches = launches.filter(|activity| activity.kind == ActivityKind::Launch);
     launches.filter_map(|launch| {
@@ -102,8 +123,12 @@ fn starts_of<'a>(group: &'a Group, seen: &'a Observation) -> impl Iterator<Item 
                 && placed_after.is_some_and(|(at, from)| at - from <= PLACED_AT_ONCE_SECONDS)
         };
         let tasks = seen.tasks.iter().filter(is_first);
-        let running_at = tasks.filter_map(|task| task.started_at).min()?;
-        Some(running_at - launch.started_at).filter(|seconds| *seconds > 0)
+        Some(Start {
+            asked_at: launch.started_at,
+            running_at: launch.ended_at,
+            registered_at: registered.registered_at?,
+            task_running_at: tasks.filter_map(|task| task.started_at).min()?,
+        })
     })
 }
 
@@ -154,6 +179,7 @@ mod tests {
                 kind: ActivityKind::Launch,
                 instance: Some(id.clone()),
                 started_at: 0,
+                ended_at: Some(60),
                 status: ActivityStatus::Successful,
                 message: None,
             });
@@ -197,6 +223,19 @@ mod tests {
         let boot = Boot::of(&seen, &Policy::default());
         assert_eq!((boot.seconds, boot.is_learned), (129.0, true));
         assert_eq!(boot.remember.as_deref(), Some("running=120 first=9"));
+    }
+
+    #[test]
+    fn the_phases_of_the_latest_starts_are_told() {
+        let seen = seen(&[110, 970]);
+        let latest: Vec<Start> = latest_starts(&seen, 60).collect();
+        let start = Start {
+            asked_at: 0,
+            running_at: Some(60),
+            registered_at: 100,
+            task_running_at: 970,
+        };
+        assert_eq!(latest, [start]);
     }
 
     #[test]

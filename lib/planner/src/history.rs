@@ -548,6 +548,7 @@ mod tests {
             kind: ActivityKind::Launch,
             instance: instance.map(str::to_owned),
             started_at,
+            ended_at: None,
             status,
             message: Some("InsufficientInstanceCapacity".to_owned()),
         };

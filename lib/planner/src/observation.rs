@@ -400,6 +400,9 @@ pub struct Activity {
     pub instance: Option<String>,
     /// When it began.
     pub started_at: i64,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<i64>,
     /// How it stands.
     pub status: ActivityStatus,
     /// Auto Scaling's words, for a failure.
@@ -514,6 +517,7 @@ mod tests {
             kind: ActivityKind::Launch,
             instance: None,
             started_at: 0,
+            ended_at: None,
             status: ActivityStatus::Cancelled,
             message: None,
         };

@@ -7,6 +7,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use platform::metrics::{MAX_VALUES_PER_METRIC, MetricLine, Unit};
+use serde_json::{Map, Value};
 
 use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 
@@ -227,17 +228,10 @@ impl Metrics {
         let mut main = self
             .line()
             .metric("Images", Unit::Count, images as f64)
-            .metric("ImagesInWork", Unit::Count, self.images_in_work() as f64)
-            .metric(
-                "BytesRead",
-                Unit::Bytes,
-                self.bytes.swap(0, Ordering::Relaxed) as f64,
-            )
-            .values(
-                "BatchSize",
-                Unit::Count,
-                std::mem::take(&mut *lock(&self.batches)).kept,
-            );
+            .property("ImagesInWork", self.images_in_work())
+            .property("BytesRead", self.bytes.swap(0, Ordering::Relaxed))
+            .property("BatchSize", std::mem::take(&mut *lock(&self.batches)).kept)
+            .property("Failures", self.take_failures());
         if saturated >= MIN_SATURATED && images > 0 {
             let rate = images as f64 / saturated.as_secs_f64();
             main = main.metric("ImagesPerSecond", Unit::CountPerSecond, rate);
@@ -258,25 +252,33 @@ impl Metrics {
             if done == 0 && waiting == 0 {
                 continue;
             }
-            lines.push(
-                self.line()
-                    .dimension("Stage", stage.name())
-                    .metric("QueueLength", Unit::Count, waiting as f64)
-                    .metric("Done", Unit::Count, done as f64)
-                    .metric("BusyTime", Unit::Milliseconds, busy as f64 / 1e6)
-                    .values("Latency", Unit::Milliseconds, samples.kept),
-            );
-        }
-        for ((stage, cause, kind), count) in std::mem::take(&mut *lock(&self.failures)) {
-            lines.push(
-                self.line()
-                    .dimension("Stage", stage.name())
-                    .dimension("Cause", cause.name())
-                    .dimension("Failure", kind)
-                    .metric("Failures", Unit::Count, count as f64),
-            );
+            let busy_ms = busy as f64 / 1e6;
+            let line = self
+                .line()
+                .dimension("Stage", stage.name())
+                .property("QueueLength", waiting)
+                .property("Done", done);
+            // Metrics are what the dashboard shows.
+            let line = match stage {
+                Stage::Infer => line.metric("BusyTime", Unit::Milliseconds, busy_ms),
+                _ => line.property("BusyTime", busy_ms),
+            };
+            lines.push(match stage {
+                Stage::Parse | Stage::Acknowledge => line.property("Latency", samples.kept),
+                _ => line.values("Latency", Unit::Milliseconds, samples.kept),
+            });
         }
         lines
+    }
+
+    /// This interval's failures by stage, cause and kind.
+    fn take_failures(&self) -> Map<String, Value> {
+        let failures = std::mem::take(&mut *lock(&self.failures)).into_iter();
+        let named = failures.map(|((stage, cause, kind), count)| {
+            let name = format!("{} {} {kind}", stage.name(), cause.name());
+            (name, count.into())
+        });
+        named.collect()
     }
 
     /// Writes this interval's figures.
@@ -308,6 +310,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use std::time::SystemTime;
 
     fn stats() -> Metrics {
@@ -347,7 +350,7 @@ mod tests {
         stats.did(Stage::Infer, Duration::from_millis(50));
         let lines = json(&stats);
         let of = |name: &str| lines.iter().find(|line| line["Stage"] == name).unwrap();
-        assert_eq!(of("decode")["QueueLength"], 1.0);
+        assert_eq!(of("decode")["QueueLength"], 1);
         assert_eq!(of("infer")["BusyTime"], 50.0);
         assert_eq!(of("infer")["Latency"], 50.0);
         assert_eq!(lines.len(), 3);
@@ -359,14 +362,12 @@ mod tests {
         let error = TaskError::permanent(Stage::Decode, Cause::Damaged, "x");
         stats.failed(&error);
         stats.failed(&error);
-        let lines = json(&stats);
-        let failures = lines
-            .iter()
-            .find(|line| line["Cause"] == "damaged")
-            .unwrap();
-        assert_eq!(failures["Failures"], 2.0);
-        assert_eq!(failures["Failure"], "permanent");
-        assert!(json(&stats).iter().all(|line| line.get("Cause").is_none()));
+        let failures = |lines: Vec<Value>| lines[0]["Failures"].clone();
+        assert_eq!(
+            failures(json(&stats)),
+            json!({"decode damaged permanent": 2})
+        );
+        assert_eq!(failures(json(&stats)), json!({}));
         assert_eq!(stats.totals(), (0, 2, 0));
     }
 
@@ -379,7 +380,7 @@ mod tests {
         let lines = json(&stats);
         let store = lines.iter().find(|line| line["Stage"] == "store").unwrap();
         assert_eq!(store["Latency"].as_array().unwrap().len(), 100);
-        assert_eq!(store["Done"], 5000.0);
+        assert_eq!(store["Done"], 5000);
     }
 
     #[test]

@@ -540,6 +540,7 @@ pub fn launch(id: Option<&str>, ago: i64, status: ActivityStatus, message: &str)
         kind: ActivityKind::Launch,
         instance: id.map(str::to_owned),
         started_at: now() - ago,
+        ended_at: None,
         status,
         message: (!message.is_empty()).then(|| message.to_owned()),
     }

@@ -127,6 +127,7 @@ impl World {
             kind,
             instance: instance.map(str::to_owned),
             started_at: seconds(self.now),
+            ended_at: None,
             status: match message {
                 Some(_) => ActivityStatus::Failed,
                 None => ActivityStatus::Successful,
