@@ -1,6 +1,9 @@
 //! What the whole-pipeline tests share: a deployed pipeline with a small
 //! model, images to put into it, and the outside view on what comes out.
 
+pub mod proxy;
+pub mod soak;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
@@ -334,6 +337,12 @@ pub fn bmp(seed: u32, side: u32) -> Vec<u8> {
         file.resize(start + row_bytes as usize, 0);
     }
     file
+}
+
+/// Sends a signal to a process that the test may meet after its end.
+pub fn signal(name: &str, pid: u32) {
+    let mut kill = Command::new("kill");
+    let _ = kill.args(["-s", name, &pid.to_string()]).status();
 }
 
 /// The sample images of the demo, by file name.

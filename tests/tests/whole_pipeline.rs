@@ -15,7 +15,7 @@ use local::cloud::{Task, TaskStatus};
 use local::deployment::{SOURCE_BUCKET, WayIn, local_parameters};
 use pipeline_tests::{
     PATIENCE, Pipeline, bmp, by_document, cdk_package, check_contract, check_with_sdk, samples,
-    vector_url,
+    signal, vector_url,
 };
 use serde_json::{Value, json};
 
@@ -346,12 +346,6 @@ async fn in_mid_work(pipeline: &Pipeline) -> Task {
             return tasks.into_iter().find(|one| one.id == task).unwrap();
         }
     }
-}
-
-fn signal(name: &str, pid: u32) {
-    let mut kill = Command::new("kill");
-    kill.args(["-s", name, &pid.to_string()]);
-    assert!(kill.status().unwrap().success());
 }
 
 fn list_of(value: &Value) -> &[Value] {

@@ -43,6 +43,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Run the whole pipeline under faults and audit every object
+    #[command(disable_help_flag = true)]
+    Soak(Rest),
     /// Measure the pipeline beside a reference worker (Python, PyTorch) on this machine
     #[command(disable_help_flag = true)]
     Bench(Rest),
@@ -107,6 +110,13 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             let arguments = [&demo[..], &rest.arguments].concat();
             tools.hand_over(&programs, Profile::Debug, &arguments, |demo| {
                 set_unless_set(demo, &tools.install(Environment::Local)?);
+                Ok(())
+            })
+        }
+        Task::Soak(rest) => {
+            let programs = ["soak", "gpu-task", "intake", "scaler"];
+            tools.hand_over(&programs, Profile::Debug, &rest.arguments, |soak| {
+                set_unless_set(soak, &tools.install(Environment::Local)?);
                 Ok(())
             })
         }
