@@ -25,6 +25,8 @@ pub enum Fault {
     S3Denied,
     /// SNS throttles every second call.
     SnsThrottled,
+    /// Nothing answers.
+    Away,
     /// Every batch of messages is received twice, with the same receipts.
     ReceivedTwice,
 }
@@ -128,6 +130,10 @@ impl Proxy {
                 let error = "<ErrorResponse><Error><Type>Sender</Type><Code>Throttling</Code>\
                     <Message>Rate exceeded</Message></Error></ErrorResponse>";
                 return text(StatusCode::BAD_REQUEST, error);
+            }
+            Some(Fault::Away) => {
+                strike();
+                return text(StatusCode::SERVICE_UNAVAILABLE, "");
             }
             _ => {}
         }

@@ -20,7 +20,7 @@ use crate::{Pipeline, vector_url};
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub images: usize,
-    /// All must be done by then.
+    /// A slow machine uploads fewer images: no more after this time.
     pub limit: Duration,
     pub seed: u64,
 }
@@ -35,6 +35,8 @@ const DELETED_PERCENT: u64 = 5;
 /// Events of a hundred that come twice, and that come with a later chunk.
 const TWICE_PERCENT: u64 = 3;
 const LATE_PERCENT: u64 = 10;
+/// What was uploaded is done in less time than this, once the faults are over, or is lost.
+const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// A killed task's messages come back after this.
 const VISIBILITY_SECONDS: u64 = 20;
 /// Between two faults, and how long the lasting ones last.
@@ -183,6 +185,7 @@ struct Soak<'a> {
     pipeline: &'a Pipeline,
     proxy: Proxy,
     uploaded: AtomicUsize,
+    all_told: AtomicBool,
     waiting: AtomicUsize,
     settled: AtomicUsize,
     is_over: AtomicBool,
@@ -223,6 +226,7 @@ pub async fn run(plan: Plan) -> Result<Report> {
         pipeline: &pipeline,
         proxy,
         uploaded: AtomicUsize::new(0),
+        all_told: AtomicBool::new(false),
         waiting: AtomicUsize::new(0),
         settled: AtomicUsize::new(0),
         is_over: AtomicBool::new(false),
@@ -258,13 +262,17 @@ impl Soak<'_> {
     }
 
     async fn upload(&self) -> Result<()> {
+        let began = Instant::now();
         let mut rng = Rng::with_seed(self.plan.seed ^ 1);
         let mut late = Vec::new();
         let mut doomed: Vec<&Object> = Vec::new();
         let mut sequence = 0;
         for chunk in self.objects.chunks(CHUNK) {
-            while self.waiting.load(Ordering::Relaxed) > MOST_WAITING && !self.is_over() {
+            while self.waiting.load(Ordering::Relaxed) > MOST_WAITING {
                 tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            if began.elapsed() > self.plan.limit {
+                break;
             }
             let puts = chunk.iter().map(|object| {
                 self.pipeline
@@ -303,6 +311,7 @@ impl Soak<'_> {
             late.push(self.delete(object, &mut sequence).await?);
         }
         self.tell(late).await;
+        self.all_told.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -334,14 +343,12 @@ impl Soak<'_> {
     async fn break_things(&self) -> Result<BTreeMap<String, u64>> {
         let mut rng = Rng::with_seed(self.plan.seed ^ 2);
         let mut done = BTreeMap::new();
-        let mut kinds = 0;
         let mut round = Vec::new();
-        while !self.is_over() {
+        while !self.all_told.load(Ordering::Relaxed) {
             tokio::time::sleep(FAULT_EVERY).await;
             if round.is_empty() {
-                round = (0..10).collect();
+                round = (0..11).collect();
                 rng.shuffle(&mut round);
-                kinds += 1;
             }
             let Some(kind) = round.pop() else { continue };
             let cloud = &self.pipeline.deployment.cloud;
@@ -393,6 +400,10 @@ impl Soak<'_> {
                     lasting(Fault::SnsThrottled).await;
                     "SNS throttled"
                 }
+                (9, _) => {
+                    lasting(Fault::Away).await;
+                    "every service restarted"
+                }
                 _ => {
                     lasting(Fault::ReceivedTwice).await;
                     "received twice"
@@ -404,7 +415,6 @@ impl Soak<'_> {
             "calls that failed at S3, SNS and SQS".to_owned(),
             self.proxy.struck(),
         );
-        eprintln!("{kinds} rounds of faults");
         Ok(done)
     }
 
@@ -433,9 +443,9 @@ impl Soak<'_> {
             self.waiting.store(waiting, Ordering::Relaxed);
             let settled = outcomes.events.len() + outcomes.letters.len();
             self.settled.store(settled, Ordering::Relaxed);
-            let all_told = self.uploaded.load(Ordering::Relaxed) == self.objects.len();
+            let all_told = self.all_told.load(Ordering::Relaxed);
             let is_idle = all_told && waiting == 0 && deployment.cloud.snapshot().live_tasks() == 0;
-            if is_idle || began.elapsed() > self.plan.limit {
+            if is_idle || began.elapsed() > self.plan.limit + DRAIN_LIMIT {
                 if self.is_over.swap(true, Ordering::Relaxed) {
                     return Ok(outcomes);
                 }
@@ -484,7 +494,7 @@ impl Soak<'_> {
         let mut report = Report::default();
         let keys: BTreeSet<String> = self.pipeline.vector_keys().await?.into_iter().collect();
         let mut owned = 0;
-        for object in self.objects {
+        for object in &self.objects[..self.uploaded.load(Ordering::Relaxed)] {
             let url = events::S3Url::new(SOURCE_BUCKET, &object.key).to_string();
             let event = outcomes.events.get(&url);
             let has_vector = event.is_some_and(|(key, _)| keys.contains(key));

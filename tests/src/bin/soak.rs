@@ -13,7 +13,7 @@ use pipeline_tests::soak::{Plan, draw, run};
 struct Arguments {
     #[arg(long, default_value_t = 10_000)]
     images: usize,
-    /// What is not done by then is lost
+    /// No more uploads after this time
     #[arg(long, default_value_t = 5)]
     minutes: u64,
     /// Of the files, their order and the faults
