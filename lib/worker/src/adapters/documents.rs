@@ -1,6 +1,8 @@
 //! Documents from S3 and over HTTPS.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::OnceLock;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -9,6 +11,7 @@ use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::error::display::DisplayErrorContext;
 use bytes::Bytes;
 use events::S3Url;
+use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
@@ -17,8 +20,10 @@ use hyper::{Request, Response, StatusCode, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use hyper_util::rt::TokioExecutor;
 use platform::aws;
+use tower_service::Service;
 
 use crate::rules::failure::{Cause, Stage, TaskError};
 use crate::services::{Documents, OpenDocument};
@@ -109,22 +114,89 @@ fn sdk_body(body: SdkBody, url: String) -> BoxStream<'static, Result<Bytes, Task
     .boxed()
 }
 
-type HttpsClient = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+type HttpsClient = Client<HttpsConnector<HttpConnector<PublicNames>>, Empty<Bytes>>;
+
+/// Whoever sends an event names the host: it must not be one that only the
+/// task can reach (metadata of the instance, services of the VPC).
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is inside the network, where nothing is fetched but s3://")]
+struct Inside(String);
+
+/// Addresses of names, but for those inside the network: looked at where the
+/// connection is made, so that a name cannot change between look and use.
+#[derive(Clone)]
+struct PublicNames {
+    accepts_all: bool,
+}
+
+impl Service<Name> for PublicNames {
+    type Response = std::vec::IntoIter<SocketAddr>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Self::Response, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
+        let (host, accepts_all) = (name.to_string(), self.accepts_all);
+        async move {
+            let found = GaiResolver::new().call(name).await?;
+            let public = found.filter(|place| accepts_all || is_public(place.ip()));
+            let public: Vec<_> = public.collect();
+            match public.is_empty() {
+                true => Err(Inside(host).into()),
+                false => Ok(public.into_iter()),
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Whether the address is one of the open internet's.
+fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => {
+            let [a, b, c, _] = address.octets();
+            // What is shared, reserved or for tests, beside what the library knows.
+            let is_special = matches!(
+                (a, b, c),
+                (0 | 240.., _, _) | (100, 64..128, _) | (192, 0, 0) | (198, 18 | 19, _)
+            );
+            !(is_special
+                || address.is_private()
+                || address.is_loopback()
+                || address.is_link_local()
+                || address.is_multicast()
+                || address.is_documentation())
+        }
+        IpAddr::V6(address) => match address.segments() {
+            // NAT64 leads to the IPv4 address at its end.
+            [0x64, 0xff9b, 0, 0, 0, 0, high, low] => is_public(IpAddr::from(
+                (u32::from(high) << 16 | u32::from(low)).to_be_bytes(),
+            )),
+            // Global unicast, without documentation and tunnels.
+            [0x2001, 0..0x200 | 0xdb8, ..] | [0x2002, ..] => false,
+            [first, ..] => first & 0xe000 == 0x2000,
+        },
+    }
+}
 
 /// Documents over HTTPS: no other scheme, few redirects, bounded waits.
 struct Https {
     /// Made when the first such document comes: reading the system's
     /// certificates costs start-up time that most tasks never need to pay.
     client: OnceLock<HttpsClient>,
-    /// Plain HTTP too, for this module's tests.
-    accepts_http: bool,
+    /// Plain HTTP, and this machine, too: for this module's tests.
+    accepts_all: bool,
 }
 
 impl Https {
-    fn new(accepts_http: bool) -> Self {
+    fn new(accepts_all: bool) -> Self {
         Self {
             client: OnceLock::new(),
-            accepts_http,
+            accepts_all,
         }
     }
 
@@ -139,11 +211,14 @@ impl Https {
                 TaskError::transient(Stage::Download, Cause::Internal, message)
             })?;
         Ok(self.client.get_or_init(|| {
-            let connector = if self.accepts_http {
-                builder.https_or_http().enable_http1().build()
-            } else {
-                builder.https_only().enable_http1().build()
+            let accepts_all = self.accepts_all;
+            let mut connector = HttpConnector::new_with_resolver(PublicNames { accepts_all });
+            connector.enforce_http(false);
+            let builder = match accepts_all {
+                true => builder.https_or_http(),
+                false => builder.https_only(),
             };
+            let connector = builder.enable_http1().wrap_connector(connector);
             Client::builder(TokioExecutor::new()).build(connector)
         }))
     }
@@ -183,7 +258,7 @@ impl Https {
             .map_err(|error| permanent(format!("{url:?} is no URL: {error}")))?;
         let is_accepted = match uri.scheme_str() {
             Some("https") => true,
-            Some("http") => self.accepts_http,
+            Some("http") => self.accepts_all,
             _ => false,
         };
         if !is_accepted || uri.host().is_none() {
@@ -191,7 +266,14 @@ impl Https {
                 format!("{url:?} is neither s3:// nor https://, which are all that is fetched");
             return Err(permanent(message));
         }
-        Ok(uri)
+        // Addresses are not resolved.
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        match host.parse() {
+            Ok(address) if !self.accepts_all && !is_public(address) => {
+                Err(permanent(Inside(host.to_owned()).to_string()))
+            }
+            _ => Ok(uri),
+        }
     }
 
     async fn get(&self, place: &Uri) -> Result<Response<Incoming>, TaskError> {
@@ -214,13 +296,21 @@ impl Https {
                 let why = format!("no answer in {} s", HEAD_TIMEOUT.as_secs());
                 Err(transient(Cause::Timeout, why))
             }
-            Ok(Err(error)) => Err(transient(
-                Cause::Unavailable,
-                DisplayErrorContext(&error).to_string(),
-            )),
+            Ok(Err(error)) => Err(match inside(&error) {
+                Some(inside) => {
+                    let message = format!("cannot get {place}: {inside}");
+                    TaskError::permanent(Stage::Download, Cause::AccessDenied, message)
+                }
+                None => transient(Cause::Unavailable, DisplayErrorContext(&error).to_string()),
+            }),
             Ok(Ok(response)) => Ok(response),
         }
     }
+}
+
+fn inside<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Inside> {
+    std::iter::successors(Some(error), |error| error.source())
+        .find_map(|error| error.downcast_ref())
 }
 
 /// A redirect's target. Servers send absolute URLs, or absolute paths.
@@ -403,6 +493,68 @@ mod tests {
         ] {
             let error = failure(&Https::new(false), url).await;
             assert_eq!(error.failure, Failure::Permanent, "{url}");
+        }
+    }
+
+    #[test]
+    fn addresses_inside_the_network_are_known() {
+        for inside in [
+            "10.0.0.1",
+            "172.31.0.2",
+            "192.168.1.1",
+            "127.0.0.1",
+            "169.254.169.254",
+            "169.254.170.2",
+            "100.64.0.1",
+            "0.0.0.0",
+            "255.255.255.255",
+            "198.18.0.1",
+            "224.0.0.1",
+            "::1",
+            "::",
+            "::ffff:169.254.169.254",
+            "64:ff9b::a9fe:a9fe",
+            "fd00:ec2::254",
+            "fe80::1",
+            "2002:a00:1::",
+        ] {
+            assert!(!is_public(inside.parse().unwrap()), "{inside}");
+        }
+        for outside in [
+            "8.8.8.8",
+            "172.32.0.1",
+            "100.128.0.1",
+            "2600:9000::1",
+            "64:ff9b::808:808",
+        ] {
+            assert!(is_public(outside.parse().unwrap()), "{outside}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_inside_the_network_is_fetched_by_address_name_or_redirect() {
+        let https = Https::new(false);
+        for url in [
+            "https://169.254.169.254/latest/meta-data/",
+            "https://[fd00:ec2::254]/latest/meta-data/",
+            "https://10.0.0.5:8443/a.png",
+            "https://localhost/a.png",
+        ] {
+            let error = failure(&https, url).await;
+            assert_eq!(error.failure, Failure::Permanent, "{error}");
+            assert!(error.to_string().contains("inside the network"), "{error}");
+        }
+        // Each hop is held against the same rule.
+        let here = "https://example.com/a".parse().unwrap();
+        for location in [
+            "http://169.254.170.2/v2/credentials",
+            "//169.254.169.254/",
+            "https://[::1]/",
+        ] {
+            assert!(
+                https.accept(&resolve(&here, location)).is_err(),
+                "{location}"
+            );
         }
     }
 }
