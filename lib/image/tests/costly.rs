@@ -38,6 +38,8 @@ struct Case {
     make: fn() -> Vec<u8>,
     expected: Expected,
     time_limit: Duration,
+    /// What the system gives the process beyond what it has.
+    memory: u64,
 }
 
 fn case(name: &'static str, kind: ImageType, make: fn() -> Vec<u8>, expected: Expected) -> Case {
@@ -47,6 +49,7 @@ fn case(name: &'static str, kind: ImageType, make: fn() -> Vec<u8>, expected: Ex
         make,
         expected,
         time_limit: clip_image::DEFAULT_TIME_LIMIT,
+        memory: MOST_MEMORY,
     }
 }
 
@@ -169,6 +172,34 @@ fn cases() -> Vec<Case> {
             || lossless((1024, 1024), Some(11)),
             Refused("bytes of memory"),
         ),
+        // Where the system refuses a decoder in C what it asks for.
+        Case {
+            memory: 300 * MIB,
+            ..case(
+                "webp_without_memory",
+                Webp,
+                || lossless((16_383, 10_000), None),
+                Refused("memory"),
+            )
+        },
+        Case {
+            memory: 100 * MIB,
+            ..case(
+                "jpeg_without_memory",
+                Jpeg,
+                || arithmetic_scans(6000, 1),
+                Refused("memory"),
+            )
+        },
+        Case {
+            memory: 32 * MIB,
+            ..case(
+                "tiff_lzma_without_memory",
+                Tiff,
+                lzma_of_a_large_dictionary,
+                Refused("memory"),
+            )
+        },
         Case {
             time_limit: Duration::from_millis(300),
             ..case(
@@ -225,6 +256,9 @@ tests! {
     webp_of_163_megapixels
     webp_of_many_groups
     webp_of_many_large_groups
+    webp_without_memory
+    jpeg_without_memory
+    tiff_lzma_without_memory
     time_that_is_over
 }
 
@@ -257,7 +291,7 @@ fn one_case() {
     let mut crop = vec![0; (options.size * options.size * 3) as usize];
     let before = memory("VmRSS");
     forget_peak();
-    keep_within(memory("VmSize") + MOST_MEMORY);
+    keep_within(memory("VmSize") + case.memory);
     let started = cpu_seconds();
     let announced = memory_needed(&bytes, case.kind, &options).unwrap_or(0);
     let result = prepare(&bytes, case.kind, &options, &mut crop);
@@ -432,6 +466,21 @@ fn lzma_bomb() -> Vec<u8> {
     }
     let data = encoder.finish().unwrap();
     one_strip(&data, tags((1, 1), (1, 8), 34_925, 1))
+}
+
+fn lzma_of_a_large_dictionary() -> Vec<u8> {
+    let mut options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
+    options.dict_size(64 << 20);
+    let mut filters = liblzma::stream::Filters::new();
+    filters.lzma2(&options);
+    let check = liblzma::stream::Check::None;
+    let stream = liblzma::stream::Stream::new_stream_encoder(&filters, check).unwrap();
+    let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
+    encoder.write_all(&[7; 100]).unwrap();
+    one_strip(
+        &encoder.finish().unwrap(),
+        tags((10, 10), (1, 8), 34_925, 1),
+    )
 }
 
 fn offsets_as_bytes() -> Vec<u8> {
