@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::bundle::Bundle;
 use crate::engine::{self, EngineError, EngineOptions, ExecutionProvider, VisionEngine};
-use crate::onnx::{Dim, GraphBuilder, element};
+use crate::onnx::{Dim, GraphBuilder, element, int};
 use crate::precision::Precision;
 
 /// The matrix product that is the ceiling: the perceptron's of 32 images of ViT-B/32.
@@ -37,7 +37,7 @@ pub struct Plan {
     #[arg(long, default_value_t = 4.0)]
     pub seconds: f64,
     /// What computes.
-    #[arg(long, env = "EXECUTION_PROVIDER", default_value_t = ExecutionProvider::Cpu)]
+    #[arg(long, env = "EXECUTION_PROVIDER", value_enum, default_value_t)]
     pub provider: ExecutionProvider,
 }
 
@@ -225,8 +225,8 @@ fn write_product(folder: &Path, path: &Path, precision: Precision) -> std::io::R
             graph.push("", "MatMul", &[&input, &weight], vec!["c".to_owned()], &[])
         }
         Precision::Fp16 => {
-            let to = |kind: i32| [("to", crate::onnx::Setting::Int(i64::from(kind)))];
-            let half = graph.node("Cast", &[&input], &to(element::FLOAT16));
+            let to = int("to", i64::from(element::FLOAT16));
+            let half = graph.node("Cast", &[&input], &[to]);
             graph.push("", "MatMul", &[&half, &weight], vec!["c".to_owned()], &[]);
         }
     }

@@ -90,12 +90,51 @@ enum Store {
     Synthesized(SynthesizedWeights),
 }
 
-/// An opened checkpoint whose architecture is known.
-pub struct Checkpoint {
+/// Tensors by the names of their layout.
+struct Weights {
     origin: String,
     path: Option<PathBuf>,
     store: Store,
     layout: Layout,
+}
+
+/// A tensor's or a layer's name in OpenAI's layout and in Hugging Face's.
+type Names = (&'static str, &'static str);
+
+const PATCHES: Names = (
+    "visual.conv1.weight",
+    "vision_model.embeddings.patch_embedding.weight",
+);
+const CLASS_TOKEN: Names = (
+    "visual.class_embedding",
+    "vision_model.embeddings.class_embedding",
+);
+const TOKENS: Names = (
+    "token_embedding.weight",
+    "text_model.embeddings.token_embedding.weight",
+);
+pub(crate) const ATTENTION_NORM: Names = ("ln_1", "layer_norm1");
+pub(crate) const ATTENTION_OUT: Names = ("attn.out_proj", "self_attn.out_proj");
+pub(crate) const PERCEPTRON_NORM: Names = ("ln_2", "layer_norm2");
+pub(crate) const PERCEPTRON_IN: Names = ("mlp.c_fc", "mlp.fc1");
+pub(crate) const PERCEPTRON_OUT: Names = ("mlp.c_proj", "mlp.fc2");
+
+fn positions(tower: Tower) -> Names {
+    match tower {
+        Tower::Vision => (
+            "visual.positional_embedding",
+            "vision_model.embeddings.position_embedding.weight",
+        ),
+        Tower::Text => (
+            "positional_embedding",
+            "text_model.embeddings.position_embedding.weight",
+        ),
+    }
+}
+
+/// An opened checkpoint whose architecture is known.
+pub struct Checkpoint {
+    weights: Weights,
     architecture: Architecture,
     synthesized_seed: Option<u64>,
     assumptions: Vec<String>,
@@ -159,32 +198,36 @@ impl Checkpoint {
         let mark = metadata
             .get(MARK_KEY)
             .and_then(|json| serde_json::from_str::<Mark>(json).ok());
-        let mut checkpoint = Checkpoint {
+        let weights = Weights {
             origin,
             path: Some(path.to_owned()),
             store,
             layout,
-            // Replaced below, when the tensors have been looked at.
-            architecture: mark.map_or_else(placeholder, |mark| mark.architecture),
-            synthesized_seed: mark.map(|mark| mark.seed),
-            assumptions: Vec::new(),
         };
-        if mark.is_none() {
-            checkpoint.architecture = checkpoint.infer(overrides)?;
-        }
-        check(&checkpoint.architecture, &checkpoint.origin)?;
-        Ok(checkpoint)
+        let (architecture, assumptions) = match mark {
+            Some(mark) => (mark.architecture, Vec::new()),
+            None => weights.infer(overrides)?,
+        };
+        check(&architecture, &weights.origin)?;
+        Ok(Checkpoint {
+            weights,
+            architecture,
+            synthesized_seed: mark.map(|mark| mark.seed),
+            assumptions,
+        })
     }
 
     /// Seeded weights as if they had been read from a file.
     pub fn synthesized(weights: SynthesizedWeights) -> Checkpoint {
         Checkpoint {
-            origin: format!("synthesized weights (seed {})", weights.seed()),
-            path: None,
-            layout: Layout::OpenAi,
             architecture: *weights.architecture(),
             synthesized_seed: Some(weights.seed()),
-            store: Store::Synthesized(weights),
+            weights: Weights {
+                origin: format!("synthesized weights (seed {})", weights.seed()),
+                path: None,
+                layout: Layout::OpenAi,
+                store: Store::Synthesized(weights),
+            },
             assumptions: Vec::new(),
         }
     }
@@ -201,7 +244,7 @@ impl Checkpoint {
 
     /// The file it was read from.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
+        self.weights.path.as_deref()
     }
 
     /// What had to be assumed because nothing beside the tensors said it.
@@ -211,22 +254,22 @@ impl Checkpoint {
 
     /// One tensor as 32-bit floats, after checking its shape.
     pub(crate) fn tensor(&self, name: &str, wanted: &[usize]) -> Result<Vec<f32>, CheckpointError> {
-        let Some(found) = self.store.shape(name) else {
+        let Some(found) = self.weights.store.shape(name) else {
             return Err(CheckpointError::Missing {
-                origin: self.origin.clone(),
+                origin: self.weights.origin.clone(),
                 name: name.to_owned(),
                 wanted: wanted.to_vec(),
             });
         };
         if found != wanted {
             return Err(CheckpointError::Shape {
-                origin: self.origin.clone(),
+                origin: self.weights.origin.clone(),
                 name: name.to_owned(),
                 found,
                 wanted: wanted.to_vec(),
             });
         }
-        match &self.store {
+        match &self.weights.store {
             Store::Synthesized(weights) => Ok(weights.values(name).unwrap_or_default()),
             Store::File {
                 map,
@@ -239,7 +282,7 @@ impl Checkpoint {
                 let (start, end) = info.data_offsets;
                 let bytes = &map[header_end + start..header_end + end];
                 decode(bytes, info.dtype).ok_or_else(|| CheckpointError::Type {
-                    origin: self.origin.clone(),
+                    origin: self.weights.origin.clone(),
                     name: name.to_owned(),
                     found: format!("{:?}", info.dtype),
                 })
@@ -256,16 +299,15 @@ impl Checkpoint {
             vision.patch_size,
             vision.patch_size,
         ];
-        self.tensor(self.patch_name(), &shape)
+        self.tensor(self.weights.pick(PATCHES), &shape)
     }
 
     /// The class token `[width]`.
     pub(crate) fn class_token(&self) -> Result<Vec<f32>, CheckpointError> {
-        let name = self.pick(
-            "visual.class_embedding",
-            "vision_model.embeddings.class_embedding",
-        );
-        self.tensor(name, &[self.architecture.vision.transformer.width])
+        self.tensor(
+            self.weights.pick(CLASS_TOKEN),
+            &[self.architecture.vision.transformer.width],
+        )
     }
 
     /// The learnt positions `[tokens, width]` of a tower.
@@ -275,36 +317,38 @@ impl Checkpoint {
             Tower::Text => self.architecture.text.context,
         };
         let shape = [tokens, self.transformer(tower).width];
-        self.tensor(self.positions_name(tower), &shape)
+        self.tensor(self.weights.pick(positions(tower)), &shape)
     }
 
     /// The token embedding `[vocabulary, width]`.
     pub(crate) fn token_embedding(&self) -> Result<Vec<f32>, CheckpointError> {
         let text = &self.architecture.text;
         let shape = [text.vocabulary, text.transformer.width];
-        self.tensor(self.token_embedding_name(), &shape)
+        self.tensor(self.weights.pick(TOKENS), &shape)
     }
 
     /// The normalisation before the vision tower's first block.
     pub(crate) fn norm_before(&self) -> Result<Norm, CheckpointError> {
         // The misspelling is Hugging Face's.
-        let name = self.pick("visual.ln_pre", "vision_model.pre_layrnorm");
+        let name = self
+            .weights
+            .pick(("visual.ln_pre", "vision_model.pre_layrnorm"));
         self.norm(name, self.architecture.vision.transformer.width)
     }
 
     pub(crate) fn norm_after(&self, tower: Tower) -> Result<Norm, CheckpointError> {
-        let name = match tower {
-            Tower::Vision => self.pick("visual.ln_post", "vision_model.post_layernorm"),
-            Tower::Text => self.pick("ln_final", "text_model.final_layer_norm"),
+        let names = match tower {
+            Tower::Vision => ("visual.ln_post", "vision_model.post_layernorm"),
+            Tower::Text => ("ln_final", "text_model.final_layer_norm"),
         };
-        self.norm(name, self.transformer(tower).width)
+        self.norm(self.weights.pick(names), self.transformer(tower).width)
     }
 
     /// The projection into the shared space as `[width, dimensions]`, row-major.
     pub(crate) fn projection(&self, tower: Tower) -> Result<Vec<f32>, CheckpointError> {
         let width = self.transformer(tower).width;
         let dimensions = self.architecture.dimensions;
-        match (self.layout, tower) {
+        match (self.weights.layout, tower) {
             (Layout::OpenAi, Tower::Vision) => self.tensor("visual.proj", &[width, dimensions]),
             (Layout::OpenAi, Tower::Text) => self.tensor("text_projection", &[width, dimensions]),
             (Layout::HuggingFace, _) => {
@@ -318,22 +362,25 @@ impl Checkpoint {
         }
     }
 
-    pub(crate) fn attention_norm(
+    pub(crate) fn block_norm(
         &self,
         tower: Tower,
         layer: usize,
+        names: Names,
     ) -> Result<Norm, CheckpointError> {
-        let name = self.block(tower, layer, "ln_1", "layer_norm1");
+        let name = self.weights.block(tower, layer, names);
         self.norm(&name, self.transformer(tower).width)
     }
 
-    pub(crate) fn perceptron_norm(
+    pub(crate) fn block_linear(
         &self,
         tower: Tower,
         layer: usize,
-    ) -> Result<Norm, CheckpointError> {
-        let name = self.block(tower, layer, "ln_2", "layer_norm2");
-        self.norm(&name, self.transformer(tower).width)
+        names: Names,
+        out: usize,
+        into: usize,
+    ) -> Result<Linear, CheckpointError> {
+        self.linear(&self.weights.block(tower, layer, names), out, into)
     }
 
     /// The projections to queries, keys and values of a block.
@@ -343,9 +390,9 @@ impl Checkpoint {
         layer: usize,
     ) -> Result<[Linear; 3], CheckpointError> {
         let width = self.transformer(tower).width;
-        match self.layout {
+        match self.weights.layout {
             Layout::OpenAi => {
-                let prefix = self.block(tower, layer, "attn", "");
+                let prefix = self.weights.block(tower, layer, ("attn", ""));
                 let weight =
                     self.tensor(&format!("{prefix}.in_proj_weight"), &[3 * width, width])?;
                 let bias = self.tensor(&format!("{prefix}.in_proj_bias"), &[3 * width])?;
@@ -357,103 +404,18 @@ impl Checkpoint {
             }
             Layout::HuggingFace => {
                 let part = |name: &str| {
-                    let prefix = self.block(tower, layer, "", &format!("self_attn.{name}"));
-                    self.linear(&prefix, width, width)
+                    let attention = self.weights.block(tower, layer, ("", "self_attn"));
+                    self.linear(&format!("{attention}.{name}"), width, width)
                 };
                 Ok([part("q_proj")?, part("k_proj")?, part("v_proj")?])
             }
         }
     }
 
-    pub(crate) fn attention_out(
-        &self,
-        tower: Tower,
-        layer: usize,
-    ) -> Result<Linear, CheckpointError> {
-        let width = self.transformer(tower).width;
-        let prefix = self.block(tower, layer, "attn.out_proj", "self_attn.out_proj");
-        self.linear(&prefix, width, width)
-    }
-
-    pub(crate) fn perceptron_in(
-        &self,
-        tower: Tower,
-        layer: usize,
-    ) -> Result<Linear, CheckpointError> {
-        let Transformer { width, hidden, .. } = *self.transformer(tower);
-        self.linear(
-            &self.block(tower, layer, "mlp.c_fc", "mlp.fc1"),
-            hidden,
-            width,
-        )
-    }
-
-    pub(crate) fn perceptron_out(
-        &self,
-        tower: Tower,
-        layer: usize,
-    ) -> Result<Linear, CheckpointError> {
-        let Transformer { width, hidden, .. } = *self.transformer(tower);
-        self.linear(
-            &self.block(tower, layer, "mlp.c_proj", "mlp.fc2"),
-            width,
-            hidden,
-        )
-    }
-
     pub(crate) fn transformer(&self, tower: Tower) -> &Transformer {
         match tower {
             Tower::Vision => &self.architecture.vision.transformer,
             Tower::Text => &self.architecture.text.transformer,
-        }
-    }
-
-    fn patch_name(&self) -> &'static str {
-        self.pick(
-            "visual.conv1.weight",
-            "vision_model.embeddings.patch_embedding.weight",
-        )
-    }
-
-    fn positions_name(&self, tower: Tower) -> &'static str {
-        match tower {
-            Tower::Vision => self.pick(
-                "visual.positional_embedding",
-                "vision_model.embeddings.position_embedding.weight",
-            ),
-            Tower::Text => self.pick(
-                "positional_embedding",
-                "text_model.embeddings.position_embedding.weight",
-            ),
-        }
-    }
-
-    fn token_embedding_name(&self) -> &'static str {
-        self.pick(
-            "token_embedding.weight",
-            "text_model.embeddings.token_embedding.weight",
-        )
-    }
-
-    fn pick(&self, open_ai: &'static str, hugging_face: &'static str) -> &'static str {
-        match self.layout {
-            Layout::OpenAi => open_ai,
-            Layout::HuggingFace => hugging_face,
-        }
-    }
-
-    fn block(&self, tower: Tower, layer: usize, open_ai: &str, hugging_face: &str) -> String {
-        match (self.layout, tower) {
-            (Layout::OpenAi, Tower::Vision) => {
-                format!("visual.transformer.resblocks.{layer}.{open_ai}")
-            }
-            (Layout::OpenAi, Tower::Text) => format!("transformer.resblocks.{layer}.{open_ai}"),
-            (Layout::HuggingFace, Tower::Vision) => {
-                format!("vision_model.encoder.layers.{layer}.{hugging_face}")
-            }
-            (Layout::HuggingFace, Tower::Text) => {
-                format!("text_model.encoder.layers.{layer}.{hugging_face}")
-            }
         }
     }
 
@@ -470,9 +432,29 @@ impl Checkpoint {
             bias: self.tensor(&format!("{name}.bias"), &[out])?,
         })
     }
+}
+
+impl Weights {
+    fn pick(&self, (open_ai, hugging_face): Names) -> &'static str {
+        match self.layout {
+            Layout::OpenAi => open_ai,
+            Layout::HuggingFace => hugging_face,
+        }
+    }
+
+    fn block(&self, tower: Tower, layer: usize, names: Names) -> String {
+        let prefix = match (self.layout, tower) {
+            (Layout::OpenAi, Tower::Vision) => "visual.transformer.resblocks",
+            (Layout::OpenAi, Tower::Text) => "transformer.resblocks",
+            (Layout::HuggingFace, Tower::Vision) => "vision_model.encoder.layers",
+            (Layout::HuggingFace, Tower::Text) => "text_model.encoder.layers",
+        };
+        format!("{prefix}.{layer}.{}", self.pick(names))
+    }
 
     /// Works out the architecture from the tensors' shapes and the configuration beside the file.
-    fn infer(&mut self, overrides: Overrides) -> Result<Architecture, CheckpointError> {
+    fn infer(&self, overrides: Overrides) -> Result<(Architecture, Vec<String>), CheckpointError> {
+        let mut assumptions = Vec::new();
         let mut configuration = self.configuration()?;
         // Whatever the configuration of a conversion says, OpenAI trained with QuickGELU; the other
         // activation gives plausible vectors that are wrong.
@@ -481,9 +463,9 @@ impl Checkpoint {
             configuration.vision.activation = Some(Activation::QuickGelu);
             configuration.text.activation = Some(Activation::QuickGelu);
         }
-        let convolution = self.shape_of(self.patch_name(), 4)?;
+        let convolution = self.shape_of(self.pick(PATCHES), 4)?;
         let (vision_width, patch_size) = (convolution[0], convolution[2]);
-        let vision_positions = self.shape_of(self.positions_name(Tower::Vision), 2)?;
+        let vision_positions = self.shape_of(self.pick(positions(Tower::Vision)), 2)?;
         let grid = (vision_positions[0].saturating_sub(1)).isqrt();
         if grid * grid + 1 != vision_positions[0] {
             return Err(self.contradiction(format!(
@@ -496,8 +478,8 @@ impl Checkpoint {
             Layout::OpenAi => self.shape_of("visual.proj", 2)?[1],
             Layout::HuggingFace => self.shape_of("visual_projection.weight", 2)?[0],
         };
-        let token_embedding = self.shape_of(self.token_embedding_name(), 2)?;
-        let text_positions = self.shape_of(self.positions_name(Tower::Text), 2)?;
+        let token_embedding = self.shape_of(self.pick(TOKENS), 2)?;
+        let text_positions = self.shape_of(self.pick(positions(Tower::Text)), 2)?;
         let text_width = token_embedding[1];
 
         let mut tower = |tower: Tower,
@@ -506,21 +488,21 @@ impl Checkpoint {
                          configured: &TowerConfiguration| {
             let layers = (0..)
                 .take_while(|&layer| {
-                    let norm = self.block(tower, layer, "ln_1.weight", "layer_norm1.weight");
+                    let norm = self.block(tower, layer, ATTENTION_NORM) + ".weight";
                     self.store.shape(&norm).is_some()
                 })
                 .count();
             if layers == 0 {
                 return Err(self.contradiction(format!("its {tower:?} tower has no blocks")));
             }
-            let first = self.block(tower, 0, "mlp.c_fc.weight", "mlp.fc1.weight");
+            let first = self.block(tower, 0, PERCEPTRON_IN) + ".weight";
             let hidden = self.shape_of(&first, 2)?[0];
             let by_width = configured.head_width.map(|head| width / head.max(1));
             let heads = match heads.or(configured.heads).or(by_width) {
                 Some(heads) => heads,
                 None => {
                     let heads = (width / OPENAI_HEAD_WIDTH).max(1);
-                    self.assumptions.push(format!(
+                    assumptions.push(format!(
                         "{heads} attention heads in the {tower:?} tower ({OPENAI_HEAD_WIDTH} channels each)"
                     ));
                     heads
@@ -529,7 +511,7 @@ impl Checkpoint {
             let activation = match overrides.activation.or(configured.activation) {
                 Some(activation) => activation,
                 None => {
-                    self.assumptions.push(format!(
+                    assumptions.push(format!(
                         "QuickGELU in the {tower:?} tower, as in OpenAI's models"
                     ));
                     Activation::QuickGelu
@@ -555,7 +537,7 @@ impl Checkpoint {
             overrides.text_heads,
             &configuration.text,
         )?;
-        Ok(Architecture {
+        let architecture = Architecture {
             dimensions,
             vision: VisionTower {
                 image_size,
@@ -567,7 +549,8 @@ impl Checkpoint {
                 vocabulary: token_embedding[0],
                 transformer: text,
             },
-        })
+        };
+        Ok((architecture, assumptions))
     }
 
     fn shape_of(&self, name: &str, rank: usize) -> Result<Vec<usize>, CheckpointError> {
@@ -641,13 +624,10 @@ impl Store {
 }
 
 fn detect_layout(store: &Store, origin: &str) -> Result<Layout, CheckpointError> {
-    if store.shape("visual.conv1.weight").is_some() {
+    if store.shape(PATCHES.0).is_some() {
         return Ok(Layout::OpenAi);
     }
-    if store
-        .shape("vision_model.embeddings.patch_embedding.weight")
-        .is_some()
-    {
+    if store.shape(PATCHES.1).is_some() {
         return Ok(Layout::HuggingFace);
     }
     let mut names = match store {
@@ -659,30 +639,6 @@ fn detect_layout(store: &Store, origin: &str) -> Result<Layout, CheckpointError>
         origin: origin.to_owned(),
         first: names.join(", "),
     })
-}
-
-/// Stands in a checkpoint until its tensors have been looked at.
-fn placeholder() -> Architecture {
-    let nothing = Transformer {
-        width: 0,
-        layers: 0,
-        heads: 1,
-        hidden: 0,
-        activation: Activation::QuickGelu,
-    };
-    Architecture {
-        dimensions: 0,
-        vision: VisionTower {
-            image_size: 0,
-            patch_size: 1,
-            transformer: nothing,
-        },
-        text: TextTower {
-            context: 0,
-            vocabulary: 0,
-            transformer: nothing,
-        },
-    }
 }
 
 fn check(architecture: &Architecture, origin: &str) -> Result<(), CheckpointError> {

@@ -5,6 +5,7 @@ use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use clap::ValueEnum;
 use ort::environment::Environment;
 use ort::ep;
 use ort::logging::LogLevel;
@@ -28,97 +29,46 @@ pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 const TELEMETRY_VARIABLE: &str = "ORT_DISABLE_TELEMETRY";
 
 /// Why a model cannot be loaded or run.
+#[allow(missing_docs)] // The messages say it.
 #[derive(Debug, Error)]
 pub enum EngineError {
-    /// The library's place is not known.
     #[error(
         "{LIBRARY_VARIABLE} is not set; point it at ONNX Runtime's shared library \
          (libonnxruntime.so of the Python package onnxruntime, or onnxruntime-gpu for CUDA)"
     )]
     NoLibrary,
-    /// The library cannot be loaded.
     #[error("cannot load ONNX Runtime from {LIBRARY_VARIABLE}={}: {reason}", path.display())]
-    Library {
-        /// What the variable says.
-        path: PathBuf,
-        /// What the loader says.
-        reason: String,
-    },
-    /// CUDA was asked for and is not to be had.
+    Library { path: PathBuf, reason: String },
     #[error(
         "EXECUTION_PROVIDER=cuda cannot be used: {reason}; it needs an NVIDIA driver, the CUDA \
          libraries, and {LIBRARY_VARIABLE} pointing at the library of onnxruntime-gpu with \
          libonnxruntime_providers_cuda.so beside it"
     )]
-    Cuda {
-        /// What ONNX Runtime says.
-        reason: String,
-    },
-    /// The graph cannot be loaded.
+    Cuda { reason: String },
     #[error("cannot load the graph {}: {reason}", path.display())]
-    Load {
-        /// The graph.
-        path: PathBuf,
-        /// What ONNX Runtime says.
-        reason: String,
-    },
-    /// The machine cannot run an 8-bit bundle, or not correctly.
+    Load { path: PathBuf, reason: String },
     #[error(
         "this bundle is built with `--precision int8`, which {reason}; use one in fp32 or fp16"
     )]
-    EightBits {
-        /// Why not.
-        reason: &'static str,
-    },
-    /// The input has another size than the batch asks for.
+    EightBits { reason: &'static str },
     #[error("{found} values given for {what}, wanted {wanted}")]
     Input {
-        /// What was given.
         what: String,
-        /// Values given.
         found: usize,
-        /// Values wanted.
         wanted: usize,
     },
-    /// A run failed.
     #[error("ONNX Runtime failed: {reason}")]
-    Run {
-        /// What ONNX Runtime says.
-        reason: String,
-    },
+    Run { reason: String },
 }
 
 /// What computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ExecutionProvider {
     /// The processor.
     #[default]
     Cpu,
     /// An NVIDIA GPU. That it cannot be had is an error, never a reason to use the processor.
     Cuda,
-}
-
-impl std::str::FromStr for ExecutionProvider {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "cpu" => Ok(ExecutionProvider::Cpu),
-            "cuda" => Ok(ExecutionProvider::Cuda),
-            other => Err(format!(
-                "unknown execution provider `{other}`; known are cpu and cuda"
-            )),
-        }
-    }
-}
-
-impl std::fmt::Display for ExecutionProvider {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(match self {
-            ExecutionProvider::Cpu => "cpu",
-            ExecutionProvider::Cuda => "cuda",
-        })
-    }
 }
 
 /// How a model is run.
@@ -539,9 +489,9 @@ mod tests {
 
     #[test]
     fn providers_are_read_as_they_are_written() {
-        for provider in [ExecutionProvider::Cpu, ExecutionProvider::Cuda] {
-            assert_eq!(provider.to_string().parse(), Ok(provider));
-        }
-        assert!("gpu".parse::<ExecutionProvider>().is_err());
+        let read = |name| ExecutionProvider::from_str(name, false);
+        assert_eq!(read("cpu"), Ok(ExecutionProvider::Cpu));
+        assert_eq!(read("cuda"), Ok(ExecutionProvider::Cuda));
+        assert!(read("gpu").is_err());
     }
 }

@@ -114,7 +114,7 @@ struct BuildArguments {
 #[derive(Args)]
 struct EngineArguments {
     /// What computes.
-    #[arg(long, env = "EXECUTION_PROVIDER", default_value_t = ExecutionProvider::Cpu)]
+    #[arg(long, env = "EXECUTION_PROVIDER", value_enum, default_value_t)]
     provider: ExecutionProvider,
     /// Threads that share an operator [default: all cores].
     #[arg(long)]

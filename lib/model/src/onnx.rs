@@ -186,6 +186,35 @@ mod attribute_kind {
     pub const INTS: i32 = 7;
 }
 
+fn attribute(name: &str, kind: i32) -> Attribute {
+    Attribute {
+        name: name.to_owned(),
+        kind,
+        ..Attribute::default()
+    }
+}
+
+pub fn float(name: &str, value: f32) -> Attribute {
+    Attribute {
+        f: Some(value),
+        ..attribute(name, attribute_kind::FLOAT)
+    }
+}
+
+pub fn int(name: &str, value: i64) -> Attribute {
+    Attribute {
+        i: Some(value),
+        ..attribute(name, attribute_kind::INT)
+    }
+}
+
+pub fn ints(name: &str, values: &[i64]) -> Attribute {
+    Attribute {
+        ints: values.to_vec(),
+        ..attribute(name, attribute_kind::INTS)
+    }
+}
+
 /// The operator set of ONNX that the graphs use: the first with LayerNormalization.
 const ONNX_OPERATORS: i64 = 17;
 /// The version of the format that came with it.
@@ -199,17 +228,6 @@ const EXTERNAL_FROM_BYTES: usize = 1024;
 /// Where a tensor may begin in the data file. Mapping asks for whole pages; 4 KiB on the machines
 /// this runs on.
 const EXTERNAL_ALIGNMENT: u64 = 4096;
-
-/// A setting of a node.
-#[derive(Clone, Debug)]
-pub enum Setting {
-    /// A float.
-    Float(f32),
-    /// An integer.
-    Int(i64),
-    /// Integers.
-    Ints(Vec<i64>),
-}
 
 /// A dimension of an input or output.
 #[derive(Clone, Copy, Debug)]
@@ -386,14 +404,14 @@ impl GraphBuilder {
     }
 
     /// A node of ONNX's own operators with one output, whose name is returned.
-    pub fn node(&mut self, op: &str, inputs: &[&str], settings: &[(&str, Setting)]) -> String {
+    pub fn node(&mut self, op: &str, inputs: &[&str], settings: &[Attribute]) -> String {
         let output = self.fresh(op);
         self.push("", op, inputs, vec![output.clone()], settings);
         output
     }
 
     /// A node of ONNX Runtime's fused operators with one output, whose name is returned.
-    pub fn contrib(&mut self, op: &str, inputs: &[&str], settings: &[(&str, Setting)]) -> String {
+    pub fn contrib(&mut self, op: &str, inputs: &[&str], settings: &[Attribute]) -> String {
         let output = self.fresh(op);
         self.push(CONTRIB, op, inputs, vec![output.clone()], settings);
         output
@@ -406,39 +424,15 @@ impl GraphBuilder {
         op: &str,
         inputs: &[&str],
         outputs: Vec<String>,
-        settings: &[(&str, Setting)],
+        settings: &[Attribute],
     ) {
-        let attribute = settings
-            .iter()
-            .map(|(name, setting)| {
-                let mut attribute = Attribute {
-                    name: (*name).to_owned(),
-                    ..Attribute::default()
-                };
-                match setting {
-                    Setting::Float(value) => {
-                        attribute.f = Some(*value);
-                        attribute.kind = attribute_kind::FLOAT;
-                    }
-                    Setting::Int(value) => {
-                        attribute.i = Some(*value);
-                        attribute.kind = attribute_kind::INT;
-                    }
-                    Setting::Ints(values) => {
-                        attribute.ints = values.clone();
-                        attribute.kind = attribute_kind::INTS;
-                    }
-                }
-                attribute
-            })
-            .collect();
         let name = format!("{op}_{}", self.graph.node.len());
         self.graph.node.push(Node {
             input: inputs.iter().map(|&input| input.to_owned()).collect(),
             output: outputs,
             name,
             op_type: op.to_owned(),
-            attribute,
+            attribute: settings.to_vec(),
             domain: domain.to_owned(),
         });
     }

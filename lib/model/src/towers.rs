@@ -24,8 +24,11 @@ use std::path::Path;
 use thiserror::Error;
 
 use crate::architecture::{Activation, Architecture, Transformer};
-use crate::checkpoint::{Checkpoint, CheckpointError, Linear, Norm, Tower, transpose};
-use crate::onnx::{CONTRIB, Dim, GraphBuilder, Setting, element};
+use crate::checkpoint::{
+    ATTENTION_NORM, ATTENTION_OUT, Checkpoint, CheckpointError, Linear, Norm, PERCEPTRON_IN,
+    PERCEPTRON_NORM, PERCEPTRON_OUT, Tower, transpose,
+};
+use crate::onnx::{CONTRIB, Dim, GraphBuilder, element, float, int, ints};
 use crate::precision::Precision;
 
 /// Mean of each channel over the images that CLIP was trained on, of values between 0 and 1.
@@ -52,8 +55,8 @@ pub const OUTPUT: &str = "embeddings";
 pub enum CompileError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    #[error("cannot write the {tower:?} graph: {source}")]
-    Write { tower: Tower, source: io::Error },
+    #[error("cannot write a graph: {0}")]
+    Write(#[from] io::Error),
 }
 
 /// Where a tower's graph goes.
@@ -76,17 +79,15 @@ pub fn compile(
     target: Target<'_>,
     progress: &dyn Fn(),
 ) -> Result<(), CompileError> {
-    let write = |source| CompileError::Write { tower, source };
     let name = match tower {
         Tower::Vision => "clip-vision",
         Tower::Text => "clip-text",
     };
-    let builder =
-        GraphBuilder::new(name, target.precision, target.folder, target.data).map_err(write)?;
+    let graph = GraphBuilder::new(name, target.precision, target.folder, target.data)?;
     let mut compiler = Compiler {
         checkpoint,
         tower,
-        graph: builder,
+        graph,
         progress,
     };
     match tower {
@@ -101,10 +102,8 @@ pub fn compile(
             format!("SYNTHESIZED, seed {seed}: embeddings mean nothing"),
         ));
     }
-    compiler
-        .graph
-        .finish(&target.folder.join(target.graph), &metadata)
-        .map_err(write)
+    let path = target.folder.join(target.graph);
+    Ok(compiler.graph.finish(&path, &metadata)?)
 }
 
 /// Blocks of both towers, for a progress bar.
@@ -152,9 +151,11 @@ impl Compiler<'_> {
             ],
         );
         if side != vision.image_size {
-            let starts = self.integers("pixels.start", &[0, 0])?;
-            let ends = self.integers("pixels.end", &[side as i64, side as i64])?;
-            let axes = self.integers("pixels.axes", &[1, 2])?;
+            let starts = self.graph.integers("pixels.start", &[0, 0])?;
+            let ends = self
+                .graph
+                .integers("pixels.end", &[side as i64, side as i64])?;
+            let axes = self.graph.integers("pixels.axes", &[1, 2])?;
             pixels = self
                 .graph
                 .node("Slice", &[&pixels, &starts, &ends, &axes], &[]);
@@ -163,31 +164,37 @@ impl Compiler<'_> {
         // Rows of patches while still bytes: [batch · grid, patch, grid, 3 · patch] with the two
         // inner dimensions swapped.
         let line = (3 * patch) as i64;
-        let rows = self.integers("patches.rows", &[-1, patch as i64, grid as i64, line])?;
+        let rows = self
+            .graph
+            .integers("patches.rows", &[-1, patch as i64, grid as i64, line])?;
         let strips = self.graph.node("Reshape", &[&pixels, &rows], &[]);
-        let order = Setting::Ints(vec![0, 2, 1, 3]);
-        let strips = self.graph.node("Transpose", &[&strips], &[("perm", order)]);
+        let order = ints("perm", &[0, 2, 1, 3]);
+        let strips = self.graph.node("Transpose", &[&strips], &[order]);
         let patch_values = 3 * patch * patch;
-        let flat = self.integers(
+        let flat = self.graph.integers(
             "patches.flat",
             &[-1, (grid * grid) as i64, patch_values as i64],
         )?;
         let patches = self.graph.node("Reshape", &[&strips, &flat], &[]);
         let float = i64::from(self.graph.float());
-        let mut patches = self
-            .graph
-            .node("Cast", &[&patches], &[("to", Setting::Int(float))]);
+        let mut patches = self.graph.node("Cast", &[&patches], &[int("to", float)]);
 
         let (patch_weight, patch_bias, centre) = self.patch_weights()?;
         if let Some(centre) = centre {
             // Both are exact in 16 bits: whole numbers up to 255, and a power of two.
             let values: Vec<f32> = centre.iter().copied().cycle().take(patch_values).collect();
-            let centre = self.weight("patches.centre", &[patch_values], &values)?;
+            let centre = self
+                .graph
+                .weight("patches.centre", &[patch_values], &values)?;
             patches = self.graph.node("Sub", &[&patches, &centre], &[]);
-            let scale = self.weight("patches.scale", &[1], &[1.0 / HALF_PIXEL_SCALE as f32])?;
+            let scale =
+                self.graph
+                    .weight("patches.scale", &[1], &[1.0 / HALF_PIXEL_SCALE as f32])?;
             patches = self.graph.node("Mul", &[&patches, &scale], &[]);
         }
-        let weight = self.weight("patches.weight", &[patch_values, width], &patch_weight)?;
+        let weight = self
+            .graph
+            .weight("patches.weight", &[patch_values, width], &patch_weight)?;
         drop(patch_weight);
         let embedded = self.graph.node("MatMul", &[&patches, &weight], &[]);
 
@@ -205,15 +212,19 @@ impl Compiler<'_> {
                 *value += add;
             }
         }
-        let positions = self.weight("positions", &[1, vision.tokens(), width], &positions)?;
-        let padding = self.integers("class.padding", &[0, 1, 0, 0, 0, 0])?;
+        let positions = self
+            .graph
+            .weight("positions", &[1, vision.tokens(), width], &positions)?;
+        let padding = self.graph.integers("class.padding", &[0, 1, 0, 0, 0, 0])?;
         let padded = self.graph.node("Pad", &[&embedded, &padding], &[]);
         let tokens = self.graph.node("Add", &[&padded, &positions], &[]);
-        let flat = self.integers("flat", &[-1, width as i64])?;
+        let flat = self.graph.integers("flat", &[-1, width as i64])?;
         let tokens = self.graph.node("Reshape", &[&tokens, &flat], &[]);
         let norm = self.checkpoint.norm_before()?;
         let trunk = self.normalise(&tokens, "before", &norm)?;
-        let deep = self.integers("deep", &[-1, vision.tokens() as i64, width as i64])?;
+        let deep = self
+            .graph
+            .integers("deep", &[-1, vision.tokens() as i64, width as i64])?;
         let shapes = Shapes { flat, deep };
         let last = self.transformer_blocks(trunk, &shapes, &Row::First)?;
         self.project(&last, architecture.dimensions)
@@ -268,32 +279,34 @@ impl Compiler<'_> {
             &[Dim::Named("batch"), Dim::Named("tokens")],
         );
         let table = self.checkpoint.token_embedding()?;
-        let table = self.weight("tokens.weight", &[text.vocabulary, width], &table)?;
+        let table = self
+            .graph
+            .weight("tokens.weight", &[text.vocabulary, width], &table)?;
         let embedded = self.graph.node("Gather", &[&table, &ids], &[]);
         // No token sees a later one, so nothing after the end of text is read: a text may be cut
         // there, and the positions are cut to its length.
         let positions = self.checkpoint.positions(Tower::Text)?;
-        let positions = self.weight("positions", &[text.context, width], &positions)?;
-        let length = self.graph.node(
-            "Shape",
-            &[&ids],
-            &[("start", Setting::Int(1)), ("end", Setting::Int(2))],
-        );
-        let start = self.integers("positions.start", &[0])?;
-        let axis = self.integers("positions.axis", &[0])?;
+        let positions = self
+            .graph
+            .weight("positions", &[text.context, width], &positions)?;
+        let length = self
+            .graph
+            .node("Shape", &[&ids], &[int("start", 1), int("end", 2)]);
+        let start = self.graph.integers("positions.start", &[0])?;
+        let axis = self.graph.integers("positions.axis", &[0])?;
         let positions = self
             .graph
             .node("Slice", &[&positions, &start, &length, &axis], &[]);
         let trunk = self.graph.node("Add", &[&embedded, &positions], &[]);
-        let flat = self.integers("flat", &[-1, width as i64])?;
+        let flat = self.graph.integers("flat", &[-1, width as i64])?;
         let trunk = self.graph.node("Reshape", &[&trunk, &flat], &[]);
         let deep = self.graph.node("Shape", &[&embedded], &[]);
         // The end of text has the largest id of all tokens; the reference finds it so. CUDA's ArgMax
         // takes no integers, and would open more of cuDNN.
         let (largest, end) = (self.graph.fresh("largest"), self.graph.fresh("end"));
-        let one = self.integers("end.count", &[1])?;
+        let one = self.graph.integers("end.count", &[1])?;
         let outputs = vec![largest, end.clone()];
-        let axis = [("axis", Setting::Int(1))];
+        let axis = [int("axis", 1)];
         self.graph.push("", "TopK", &[&ids, &one], outputs, &axis);
         let shapes = Shapes { flat, deep };
         let last = self.transformer_blocks(trunk, &shapes, &Row::At(end))?;
@@ -309,14 +322,16 @@ impl Compiler<'_> {
         read: &Row,
     ) -> Result<String, CompileError> {
         let layers = self.transformer().layers;
-        let norm = self.checkpoint.attention_norm(self.tower, 0)?;
+        let norm = self.checkpoint.block_norm(self.tower, 0, ATTENTION_NORM)?;
         let normalised = self.normalise(&trunk, "0.attention.norm", &norm)?;
         let mut stream = Stream { trunk, normalised };
         for layer in 0..layers {
             let is_last = layer + 1 == layers;
             let read = is_last.then_some(read);
             let attended = self.attention(layer, &mut stream, shapes, read)?;
-            let norm = self.checkpoint.perceptron_norm(self.tower, layer)?;
+            let norm = self
+                .checkpoint
+                .block_norm(self.tower, layer, PERCEPTRON_NORM)?;
             let name = format!("{layer}.perceptron.norm");
             stream = self.add_and_normalise(attended, &stream.trunk, &name, &norm, true)?;
             let added = self.perceptron(layer, &stream.normalised)?;
@@ -324,7 +339,9 @@ impl Compiler<'_> {
                 ("after".to_owned(), self.checkpoint.norm_after(self.tower)?)
             } else {
                 let next = layer + 1;
-                let norm = self.checkpoint.attention_norm(self.tower, next)?;
+                let norm = self
+                    .checkpoint
+                    .block_norm(self.tower, next, ATTENTION_NORM)?;
                 (format!("{next}.attention.norm"), norm)
             };
             stream = self.add_and_normalise(added, &stream.trunk, &name, &norm, !is_last)?;
@@ -344,7 +361,9 @@ impl Compiler<'_> {
     ) -> Result<Added, CompileError> {
         let Transformer { width, heads, .. } = self.transformer();
         let [query, key, value] = self.checkpoint.attention_in(self.tower, layer)?;
-        let out = self.checkpoint.attention_out(self.tower, layer)?;
+        let out = self
+            .checkpoint
+            .block_linear(self.tower, layer, ATTENTION_OUT, width, width)?;
         let out_bias = fold_value_bias(&out, &value.bias);
 
         let rows = stream.normalised.clone();
@@ -353,7 +372,7 @@ impl Compiler<'_> {
         if let Some(Row::First) = read {
             asking = self.first_row(&asking, shapes)?;
             stream.trunk = self.first_row(&stream.trunk, shapes)?;
-            asking_shape = self.integers("row.deep", &[-1, 1, width as i64])?;
+            asking_shape = self.graph.integers("row.deep", &[-1, 1, width as i64])?;
         }
         let name = |part: &str| format!("{layer}.{part}");
         let queries = self.linear(
@@ -368,14 +387,14 @@ impl Compiler<'_> {
         let queries = self.graph.node("Reshape", &[&queries, &asking_shape], &[]);
         let keys = self.graph.node("Reshape", &[&keys, &shapes.deep], &[]);
         let values = self.graph.node("Reshape", &[&values, &shapes.deep], &[]);
-        let mut settings = vec![("num_heads", Setting::Int(heads as i64))];
+        let mut settings = vec![int("num_heads", heads as i64)];
         if self.tower == Tower::Text {
-            settings.push(("unidirectional", Setting::Int(1)));
+            settings.push(int("unidirectional", 1));
         }
         let inputs = [queries.as_str(), &keys, &values];
         let mut mixed = self.graph.contrib("MultiHeadAttention", &inputs, &settings);
         if let Some(Row::At(index)) = read {
-            let each = [("batch_dims", Setting::Int(1))];
+            let each = [int("batch_dims", 1)];
             mixed = self.graph.node("GatherND", &[&mixed, index], &each);
             let deep = self
                 .graph
@@ -389,10 +408,10 @@ impl Compiler<'_> {
     /// The first row of each sequence of `value` `[batch · tokens, width]`.
     fn first_row(&mut self, value: &str, shapes: &Shapes) -> Result<String, CompileError> {
         let deep = self.graph.node("Reshape", &[value, &shapes.deep], &[]);
-        let first = self.index("row.first", 0)?;
+        let first = self.graph.index("row.first", 0)?;
         Ok(self
             .graph
-            .node("Gather", &[&deep, &first], &[("axis", Setting::Int(1))]))
+            .node("Gather", &[&deep, &first], &[int("axis", 1)]))
     }
 
     fn perceptron(&mut self, layer: usize, input: &str) -> Result<Added, CompileError> {
@@ -402,8 +421,12 @@ impl Compiler<'_> {
             activation,
             ..
         } = self.transformer();
-        let mut first = self.checkpoint.perceptron_in(self.tower, layer)?;
-        let mut second = self.checkpoint.perceptron_out(self.tower, layer)?;
+        let mut first =
+            self.checkpoint
+                .block_linear(self.tower, layer, PERCEPTRON_IN, hidden, width)?;
+        let mut second =
+            self.checkpoint
+                .block_linear(self.tower, layer, PERCEPTRON_OUT, width, hidden)?;
         if activation == Activation::QuickGelu {
             for value in first.weight.iter_mut().chain(first.bias.iter_mut()) {
                 *value *= QUICK_GELU;
@@ -417,7 +440,7 @@ impl Compiler<'_> {
         let active = match activation {
             Activation::QuickGelu => {
                 self.graph
-                    .contrib("QuickGelu", &[&sum], &[("alpha", Setting::Float(1.0))])
+                    .contrib("QuickGelu", &[&sum], &[float("alpha", 1.0)])
             }
             Activation::Gelu => self.graph.contrib("Gelu", &[&sum], &[]),
         };
@@ -444,11 +467,13 @@ impl Compiler<'_> {
         if self.graph.precision() == Precision::Int8 {
             return self.linear_in_8_bits(input, name, out, &weight, bias);
         }
-        let weight = self.weight(&format!("{name}.weight"), &[into, out], &weight)?;
+        let weight = self
+            .graph
+            .weight(&format!("{name}.weight"), &[into, out], &weight)?;
         let Some(bias) = bias else {
             return Ok(self.graph.node("MatMul", &[input, &weight], &[]));
         };
-        let bias = self.weight(&format!("{name}.bias"), &[out], bias)?;
+        let bias = self.graph.weight(&format!("{name}.bias"), &[out], bias)?;
         Ok(match self.graph.precision() {
             Precision::Fp32 | Precision::Int8 => {
                 self.graph.node("Gemm", &[input, &weight, &bias], &[])
@@ -469,17 +494,17 @@ impl Compiler<'_> {
         weight: &[f32],
         bias: Option<&[f32]>,
     ) -> Result<String, CompileError> {
-        let tower = self.tower;
-        let (weight, scale) = self
+        let into = weight.len() / out;
+        let stored = self
             .graph
-            .quantized_weight(&format!("{name}.weight"), weight.len() / out, out, weight)
-            .map_err(|source| CompileError::Write { tower, source })?;
+            .quantized_weight(&format!("{name}.weight"), into, out, weight);
+        let (weight, scale) = stored?;
         let mut inputs = vec![input.to_owned(), weight, scale];
         if let Some(bias) = bias {
             // An empty name leaves the zero point out.
             inputs.extend([
                 String::new(),
-                self.weight(&format!("{name}.bias"), &[out], bias)?,
+                self.graph.weight(&format!("{name}.bias"), &[out], bias)?,
             ]);
         }
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
@@ -503,7 +528,7 @@ impl Compiler<'_> {
             }
             Precision::Fp16 => {
                 let value = self.linear(input, name, out, weight, None)?;
-                let bias = self.weight(&format!("{name}.bias"), &[out], bias)?;
+                let bias = self.graph.weight(&format!("{name}.bias"), &[out], bias)?;
                 Ok(Added {
                     value,
                     bias: Some(bias),
@@ -514,15 +539,16 @@ impl Compiler<'_> {
 
     fn normalise(&mut self, input: &str, name: &str, norm: &Norm) -> Result<String, CompileError> {
         let width = self.transformer().width;
-        let scale = self.weight(&format!("{name}.scale"), &[width], &norm.scale)?;
-        let offset = self.weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        let scale = self
+            .graph
+            .weight(&format!("{name}.scale"), &[width], &norm.scale)?;
+        let offset = self
+            .graph
+            .weight(&format!("{name}.offset"), &[width], &norm.offset)?;
         Ok(self.graph.node(
             "LayerNormalization",
             &[input, &scale, &offset],
-            &[
-                ("axis", Setting::Int(-1)),
-                ("epsilon", Setting::Float(NORM_EPSILON)),
-            ],
+            &[int("axis", -1), float("epsilon", NORM_EPSILON)],
         ))
     }
 
@@ -541,8 +567,12 @@ impl Compiler<'_> {
             return Ok(Stream { trunk, normalised });
         };
         let width = self.transformer().width;
-        let scale = self.weight(&format!("{name}.scale"), &[width], &norm.scale)?;
-        let offset = self.weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        let scale = self
+            .graph
+            .weight(&format!("{name}.scale"), &[width], &norm.scale)?;
+        let offset = self
+            .graph
+            .weight(&format!("{name}.offset"), &[width], &norm.offset)?;
         let normalised = self.graph.fresh("skiplayernormalization");
         let sum = self.graph.fresh("sum");
         let mut outputs = vec![normalised.clone()];
@@ -555,7 +585,7 @@ impl Compiler<'_> {
             "SkipLayerNormalization",
             &[&added.value, trunk, &scale, &offset, &bias],
             outputs,
-            &[("epsilon", Setting::Float(NORM_EPSILON))],
+            &[float("epsilon", NORM_EPSILON)],
         );
         Ok(Stream {
             trunk: sum,
@@ -566,7 +596,9 @@ impl Compiler<'_> {
     fn project(&mut self, row: &str, dimensions: usize) -> Result<(), CompileError> {
         let width = self.transformer().width;
         let projection = self.checkpoint.projection(self.tower)?;
-        let projection = self.weight("projection", &[width, dimensions], &projection)?;
+        let projection = self
+            .graph
+            .weight("projection", &[width, dimensions], &projection)?;
         let shape = [Dim::Named("batch"), Dim::Fixed(dimensions)];
         match self.graph.precision() {
             Precision::Fp32 | Precision::Int8 => {
@@ -580,40 +612,13 @@ impl Compiler<'_> {
             }
             Precision::Fp16 => {
                 let product = self.graph.node("MatMul", &[row, &projection], &[]);
-                let to = [("to", Setting::Int(i64::from(element::FLOAT)))];
+                let to = [int("to", i64::from(element::FLOAT))];
                 self.graph
                     .push("", "Cast", &[&product], vec![OUTPUT.to_owned()], &to);
             }
         }
         self.graph.output(OUTPUT, element::FLOAT, &shape);
         Ok(())
-    }
-
-    fn weight(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        values: &[f32],
-    ) -> Result<String, CompileError> {
-        let tower = self.tower;
-        self.graph
-            .weight(name, shape, values)
-            .map_err(|source| CompileError::Write { tower, source })
-    }
-
-    /// A single index, which gathering with drops the dimension it indexes.
-    fn index(&mut self, name: &str, index: i64) -> Result<String, CompileError> {
-        let tower = self.tower;
-        self.graph
-            .index(name, index)
-            .map_err(|source| CompileError::Write { tower, source })
-    }
-
-    fn integers(&mut self, name: &str, values: &[i64]) -> Result<String, CompileError> {
-        let tower = self.tower;
-        self.graph
-            .integers(name, values)
-            .map_err(|source| CompileError::Write { tower, source })
     }
 }
 

@@ -7,10 +7,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use clap::ValueEnum;
 use clip_model::architecture::Activation;
 use clip_model::build::{BuildOptions, build};
 use clip_model::checkpoint::{Checkpoint, Overrides};
-use clip_model::engine::{EngineOptions, TextEngine, VisionEngine};
+use clip_model::engine::{EngineOptions, ExecutionProvider, TextEngine, VisionEngine};
 use clip_model::synthesize::SynthesizedWeights;
 use clip_model::{Architecture, Bundle, Precision};
 use safetensors::SafeTensors;
@@ -131,7 +132,7 @@ fn options() -> EngineOptions {
     // The processor unless `EXECUTION_PROVIDER` says cuda.
     let provider = std::env::var("EXECUTION_PROVIDER").unwrap_or_else(|_| "cpu".to_owned());
     EngineOptions {
-        provider: provider.parse().expect("an execution provider"),
+        provider: ExecutionProvider::from_str(&provider, false).expect("an execution provider"),
         max_batch: 4,
         // What a GPU computes is to be tested here.
         widen: false,
