@@ -108,7 +108,7 @@ fn start(bundle: &Bundle, options: &EngineOptions) -> Result<Vec<Box<dyn Embedde
     let loaded = started.elapsed();
     engine.warm_up().map_err(failed)?;
     tracing::info!(
-        provider = %options.provider,
+        provider = ?options.provider,
         load_ms = loaded.as_millis() as u64,
         warm_ms = (started.elapsed() - loaded).as_millis() as u64,
         "model ready"
