@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use fastrand::Rng;
 use futures_util::future::join_all;
-use local::cloud::{ApiFault, ApiFaultKind, TaskStatus, TaskView};
+use local::cloud::{ApiFault, ApiFaultKind, Task, TaskStatus};
 use local::deployment::SOURCE_BUCKET;
 use serde_json::{Value, json};
 
@@ -364,7 +364,7 @@ impl Soak<'_> {
             };
             let name = match (kind, newest) {
                 (0, Some(task)) if cloud.kill_task(&task.id) => "SIGKILL",
-                (1, Some(TaskView { pid: Some(pid), .. })) => {
+                (1, Some(Task { pid: Some(pid), .. })) => {
                     crate::signal("TERM", pid);
                     "SIGTERM"
                 }

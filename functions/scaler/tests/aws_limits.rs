@@ -9,7 +9,7 @@ use planner::streak::OPTION_KEY;
 use scaler::act::Completion;
 use scaler::aws::Aws;
 use scaler::config::Config;
-use scaler::handler::{Cause, RunRecord, metric_lines, run};
+use scaler::handler::{Cause, RunRecord, metric_line, run};
 
 fn visible(count: u64) -> Queue {
     Queue {
@@ -518,7 +518,7 @@ async fn a_report_becomes_metrics_and_can_be_explained() {
             .insert("SetDesiredCapacity", vec!["ThrottlingException"]);
     });
     let report = wake(&aws, 5, 1).await;
-    let line = scaler::handler::metric_line(&report, Some(0), &config(5, 1));
+    let line = metric_line(&report, Some(0), &config(5, 1));
     let line = line.to_json(SystemTime::UNIX_EPOCH);
     assert_eq!(line["FailedActions"], 1.0);
     assert_eq!(line["QueueName"], "input");
@@ -608,7 +608,7 @@ async fn the_days_ceiling_is_a_metric_and_reads_what_the_lane_used() {
         "{}",
         record.plan.verdict
     );
-    let lines = metric_lines(&record, &config);
-    let json = lines[0].to_json(std::time::SystemTime::now());
+    let line = metric_line(&record, None, &config);
+    let json = line.to_json(std::time::SystemTime::now());
     assert_eq!(json["CostCeilingReached"], 1.0);
 }
