@@ -153,6 +153,27 @@ async fn a_damaged_file_is_never_used_and_a_later_fetch_mends_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_writes_nowhere_but_into_its_own_folder() {
+    for name in ["../outside", "/tmp/outside", "a/b", "..", "."] {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = tiny(folder.path());
+        let manifest = bundle.join("manifest.json");
+        let text = std::fs::read_to_string(&manifest).unwrap();
+        let more = format!("\"files\": {{\"{name}\": {{\"sha256\": \"00\", \"bytes\": 1}},");
+        std::fs::write(&manifest, text.replace("\"files\": {", &more)).unwrap();
+        let server = serve(bundle).await;
+        let cache = folder.path().join("cache");
+        let error = fetch(&server.s3, "models", "clip", &cache)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, FetchError::Manifest { .. }),
+            "{name}: {error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_prefix_without_a_bundle_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let server = serve(folder.path().join("empty")).await;

@@ -382,6 +382,11 @@ fn wildcards_in_policies() {
         "iam:PassRole has a resource level",
     );
     template_mistake(
+        "                  - !Sub \"arn:${AWS::Partition}:s3:::${SourceBucket1}/${SourcePrefix}*\"\n",
+        "                  - !Sub \"arn:${AWS::Partition}:s3:::*\"\n",
+        "s3:GetObject has a resource level",
+    );
+    template_mistake(
         "                # Knows no resource level.\n",
         "",
         "a comment must say why",

@@ -213,7 +213,7 @@ impl Source {
         std::fs::create_dir_all(partial).map_err(failed)?;
         for (name, digest) in &manifest.files {
             // The manifest comes from elsewhere: its names must stay inside.
-            if Path::new(name).components().count() != 1 || name.contains(['/', '\\']) {
+            if Path::new(name).file_name() != Some(name.as_ref()) || name.contains('\\') {
                 return Err(FetchError::Manifest {
                     bucket: self.bucket.clone(),
                     key: self.key(MANIFEST),

@@ -669,6 +669,30 @@ async fn a_document_without_a_length_is_bounded_while_it_is_read() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_that_never_ends_is_given_up_with_its_reason() {
+    let mut world = World::new();
+    world.settings.download_timeout = Duration::from_millis(300);
+    world.facts = Ok(QueueFacts {
+        max_receives: Some(1),
+        ..QueueFacts::default()
+    });
+    let endless = Content {
+        bytes: image("id:1"),
+        hides_length: true,
+        never_ends: true,
+        ..Content::default()
+    };
+    let url = world.put_content("endless.png", endless);
+    world.send(&url);
+    world.run_until_empty(LONG).await;
+    let rejections = world.output.rejections();
+    assert!(
+        rejections[0].1.reason.contains("was not read in"),
+        "{rejections:?}"
+    );
+}
+
 #[derive(Clone, Debug)]
 enum Kind {
     Good,

@@ -347,6 +347,8 @@ pub struct Content {
     pub is_cut: bool,
     /// The server does not say the length.
     pub hides_length: bool,
+    /// A byte now and then, for ever.
+    pub never_ends: bool,
 }
 
 #[derive(Default)]
@@ -385,11 +387,16 @@ impl Documents for FakeDocuments {
         if content.is_cut {
             chunks[1] = Err(unavailable(Stage::Download));
         }
+        let drip = stream::repeat(()).then(|()| async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Ok(Bytes::from_static(b"."))
+        });
+        let more = if content.never_ends { usize::MAX } else { 0 };
         Ok(OpenDocument {
             content_type: content.content_type,
             length: (!content.hides_length).then_some(content.bytes.len() as u64),
             etag: Some(format!("{:x}", content.bytes.len())),
-            body: stream::iter(chunks).boxed(),
+            body: stream::iter(chunks).chain(drip.take(more)).boxed(),
         })
     }
 }

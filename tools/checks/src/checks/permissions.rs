@@ -326,7 +326,11 @@ fn statement_findings(id: &str, statement: &Value) -> Vec<Finding> {
         ));
     }
     let resources = list(&statement["Resource"]);
-    let is_anything = resources.iter().any(|resource| **resource == "*");
+    // Events name buckets: which ones may be read is for the template to say.
+    let is_anything = resources.iter().any(|resource| {
+        let text = resource.as_str().or(resource["Fn::Sub"].as_str());
+        text.is_some_and(|text| text == "*" || text.contains(":s3:::*"))
+    });
     if resources.is_empty() {
         findings.push(Finding::new(CHECK, id, "a statement without a resource"));
     }
