@@ -48,6 +48,18 @@ impl fmt::Display for Finding {
     }
 }
 
+/// What one check finds.
+pub struct Findings {
+    check: &'static str,
+    all: Vec<Finding>,
+}
+
+impl Findings {
+    fn add(&mut self, place: impl Into<String>, problem: impl Into<String>) {
+        self.all.push(Finding::new(self.check, place, problem));
+    }
+}
+
 #[derive(Clone)]
 pub struct Project {
     /// `infra/template.yaml`.
@@ -91,7 +103,13 @@ impl Project {
     }
 
     pub fn findings(&self) -> Vec<Finding> {
-        let mut findings: Vec<Finding> = checks::ALL.iter().flat_map(|check| check(self)).collect();
+        let run = |(check, look): &(&'static str, checks::Check)| {
+            let all = Vec::new();
+            let mut findings = Findings { check, all };
+            look(self, &mut findings);
+            findings.all
+        };
+        let mut findings: Vec<Finding> = checks::ALL.iter().flat_map(run).collect();
         findings.sort();
         findings.dedup();
         findings

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::in_each_stack;
 use super::storage::container_variable;
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{Stack, list, number, referred};
 
 /// Longest stop timeout: Fargate's limit, and the two minutes' notice of a
@@ -22,15 +22,13 @@ const TASK_MEMORY_MAX_MIB: f64 = 15.0 * 1024.0;
 
 /// Groups start from zero, belong to the scaler alone, and never keep a stack
 /// from being deleted.
-pub fn auto_scaling_groups(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "Auto Scaling groups";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn auto_scaling_groups(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         let maximum =
             stack.properties("ScalerFunction")["Environment"]["Variables"]["MAX_INSTANCES"].clone();
         let guarded = guarded_groups(stack);
         for (id, group) in stack.of_type("AWS::AutoScaling::AutoScalingGroup") {
-            let mut fail = |problem: &str| findings.push(Finding::new(CHECK, id, problem));
+            let mut fail = |problem: &str| findings.add(id, problem);
             if number(&group["MinSize"]) != Some(0.0) {
                 fail("MinSize must be 0: the scaler keeps the minimum, over all groups");
             }
@@ -61,14 +59,12 @@ pub fn auto_scaling_groups(project: &Project) -> Vec<Finding> {
             if provider["ManagedTerminationProtection"] == "ENABLED"
                 && !(is_managed && is_protected)
             {
-                findings.push(Finding::new(
-                    CHECK,
+                findings.add(
                     id,
                     "managed termination protection needs managed scaling and protected instances",
-                ));
+                );
             }
         }
-        findings
     })
 }
 
@@ -96,12 +92,10 @@ fn guarded_groups(stack: &Stack) -> BTreeSet<String> {
 
 /// Instances: IMDSv2, no way from a container to the instance's role, nothing
 /// reachable from outside, nothing that survives.
-pub fn instances(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "instances";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn instances(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (id, template) in stack.of_type("AWS::EC2::LaunchTemplate") {
-            let mut fail = |problem: &str| findings.push(Finding::new(CHECK, id, problem));
+            let mut fail = |problem: &str| findings.add(id, problem);
             let data = &template["LaunchTemplateData"];
             let metadata = &data["MetadataOptions"];
             if metadata["HttpTokens"] != "required" {
@@ -130,31 +124,23 @@ pub fn instances(project: &Project) -> Vec<Finding> {
                 .iter()
                 .any(|rule| !rule["CidrIp"].is_null() || !rule["CidrIpv6"].is_null());
             if is_open {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    "takes connections from an address range",
-                ));
+                findings.add(id, "takes connections from an address range");
             }
         }
-        findings
     })
 }
 
 /// The task definition: limits, isolation, volumes.
-pub fn tasks(project: &Project) -> Vec<Finding> {
-    in_each_stack(project, |stack| {
-        stack
-            .of_type("AWS::ECS::TaskDefinition")
-            .flat_map(|(id, task)| task_findings(stack, id, task))
-            .collect()
-    })
+pub fn tasks(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
+        for (id, task) in stack.of_type("AWS::ECS::TaskDefinition") {
+            task_findings(stack, id, task, findings);
+        }
+    });
 }
 
-fn task_findings(stack: &Stack, id: &str, task: &Value) -> Vec<Finding> {
-    const CHECK: &str = "task definition";
-    let mut findings = Vec::new();
-    let mut fail = |problem: String| findings.push(Finding::new(CHECK, id, problem));
+fn task_findings(stack: &Stack, id: &str, task: &Value, findings: &mut Findings) {
+    let mut fail = |problem: String| findings.add(id, problem);
     if task["Family"].is_null() {
         fail(
             "Family is not set: every update would make a new one, and the scaler would end tasks of the old"
@@ -255,5 +241,4 @@ fn task_findings(stack: &Stack, id: &str, task: &Value) -> Vec<Finding> {
             }
         }
     }
-    findings
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::list;
 
 /// Names of the variables that the Dockerfile's `ENV` instructions set.
@@ -21,8 +21,7 @@ pub fn variables(dockerfile: &str) -> BTreeSet<String> {
 
 /// The health check runs the image's own program with a flag that it knows:
 /// the image has no shell and no other program.
-pub fn health_check(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "health check";
+pub fn health_check(project: &Project, findings: &mut Findings) {
     let container = project
         .template
         .part("/Resources/TaskDefinition/Properties/ContainerDefinitions/0");
@@ -31,11 +30,10 @@ pub fn health_check(project: &Project) -> Vec<Finding> {
         .filter_map(Value::as_str)
         .collect();
     let known = project.programs.of("gpu-task").literals;
-    let mut findings = Vec::new();
     let entry_point = "/usr/local/bin/gpu-task";
     if command.first() != Some(&"CMD") || command.get(1) != Some(&entry_point) {
         let problem = format!("{command:?} must be CMD and {entry_point}: the image has no shell");
-        findings.push(Finding::new(CHECK, "TaskDefinition", problem));
+        findings.add("TaskDefinition", problem);
     }
     for flag in command
         .iter()
@@ -43,19 +41,16 @@ pub fn health_check(project: &Project) -> Vec<Finding> {
         .filter(|flag| !known.contains(flag.trim_start_matches("--")))
     {
         let problem = format!("gpu-task knows no {flag}");
-        findings.push(Finding::new(CHECK, "TaskDefinition", problem));
+        findings.add("TaskDefinition", problem);
     }
-    findings
 }
 
 /// The images run as a fixed, unprivileged user, without a shell, from pinned
 /// parts.
-pub fn dockerfile(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "Dockerfile";
+pub fn dockerfile(project: &Project, findings: &mut Findings) {
     const PLACE: &str = "gpu-task/Dockerfile";
     let text = &project.dockerfile;
-    let mut findings = Vec::new();
-    let mut fail = |problem: String| findings.push(Finding::new(CHECK, PLACE, problem));
+    let mut fail = |problem: String| findings.add(PLACE, problem);
     for target in ["cpu", "cuda"] {
         if !text
             .lines()
@@ -116,5 +111,4 @@ pub fn dockerfile(project: &Project) -> Vec<Finding> {
             fail(format!("{name} {reason}"));
         }
     }
-    findings
 }

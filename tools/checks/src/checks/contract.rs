@@ -6,19 +6,17 @@ use events::ImageType;
 use serde_json::{Value, json};
 
 use super::in_each_stack;
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{list, referred};
 
 /// The input queue's subscription takes exactly what the contract says, raw.
-pub fn subscription(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "wire contract";
-    let mut findings = in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn subscription(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (id, subscription) in stack.of_type("AWS::SNS::Subscription") {
             if referred(&subscription["Endpoint"]) != Some("InputQueue") {
                 continue;
             }
-            let mut fail = |problem: &str| findings.push(Finding::new(CHECK, id, problem));
+            let mut fail = |problem: &str| findings.add(id, problem);
             if subscription["FilterPolicy"] != project.subscription_filter {
                 fail("FilterPolicy differs from events/filters/subscription.json");
             }
@@ -31,19 +29,17 @@ pub fn subscription(project: &Project) -> Vec<Finding> {
         }
         if stack.name == "everything on" && stack.of_type("AWS::SNS::Subscription").next().is_none()
         {
-            findings.push(Finding::new(CHECK, "SourceSubscription", "there is none"));
+            findings.add("SourceSubscription", "there is none");
         }
-        findings
     });
     let example = project
         .example
         .part("/Resources/EmbeddedSubscription/Properties");
     if example["FilterPolicy"] != project.vector_store_filter {
-        findings.push(Finding::new(
-            CHECK,
+        findings.add(
             "infra/examples/existing-bucket.yaml",
             "FilterPolicy differs from events/filters/vector-store.json",
-        ));
+        );
     }
     let types: BTreeSet<&str> = ImageType::ALL.iter().map(|kind| kind.mime()).collect();
     let filter = &project.subscription_filter;
@@ -52,11 +48,9 @@ pub fn subscription(project: &Project) -> Vec<Finding> {
         .filter_map(Value::as_str)
         .collect();
     if listed != types || filter["type"] != json!(["document-created"]) {
-        findings.push(Finding::new(
-            CHECK,
+        findings.add(
             "events/filters/subscription.json",
             "must name document-created and every supported image type",
-        ));
+        );
     }
-    findings
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::{container, in_each_stack};
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{Stack, list};
 
 /// Read by the AWS SDK and its runtime, not by a program.
@@ -32,35 +32,27 @@ const NOT_SET: &[(&str, &str)] = &[
 ];
 
 /// Every variable that a program reads is set, and every one that is set is read.
-pub fn variables(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "environment";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn variables(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (program, place, set) in deployed(stack, project) {
             let read = project.programs.of(program).variables;
             for name in &read {
                 let is_exempt = NOT_SET.iter().any(|(exempt, _)| exempt == name);
                 if !set.contains(name) && !is_exempt {
-                    findings.push(Finding::new(
-                        CHECK,
-                        place,
-                        format!("{program} reads {name}, which is not set"),
-                    ));
+                    findings.add(place, format!("{program} reads {name}, which is not set"));
                 }
             }
             for name in &set {
                 let known = READ_BY_THE_SDK.contains(&name.as_str())
                     || READ_BY_THE_SYSTEM.contains(&name.as_str());
                 if !read.contains(name) && !known {
-                    findings.push(Finding::new(
-                        CHECK,
+                    findings.add(
                         place,
                         format!("{name} is set, but {program} does not read it"),
-                    ));
+                    );
                 }
             }
         }
-        findings
     })
 }
 

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::storage::container_variable;
 use super::{LEAST, REQUIRED, in_each_stack};
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{NotDeployed, Stack, list, number, referred};
 
 /// What the lane brings, and what it changes.
@@ -29,12 +29,11 @@ const CHANGES: &[&str] = &[
 ];
 
 /// What the lane cannot do gets to a GPU, and is counted and told as it is.
-pub fn deliveries(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "express lane";
-    in_each_stack(project, |stack| {
+pub fn deliveries(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         let mapping = stack.properties("ExpressMapping");
         if mapping.is_null() {
-            return Vec::new();
+            return;
         }
         let function = stack.properties("ExpressFunction");
         let told = &function["Environment"]["Variables"];
@@ -94,17 +93,14 @@ pub fn deliveries(project: &Project) -> Vec<Finding> {
                 "what reserved concurrency throttles counts as received: MaximumConcurrency is the limit",
             ),
         ];
-        rules
-            .into_iter()
-            .filter(|(holds, ..)| !holds)
-            .map(|(_, place, problem)| Finding::new(CHECK, place, problem))
-            .collect()
+        for (_, place, problem) in rules.into_iter().filter(|(holds, ..)| !holds) {
+            findings.add(place, problem);
+        }
     })
 }
 
 /// Without the lane the stack is as if there were none.
-pub fn off(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "express lane off";
+pub fn off(project: &Project, findings: &mut Findings) {
     let resolve = |lane: &str| {
         let least = LEAST.iter().filter(|(name, _)| *name != "ExpressLane");
         let given = REQUIRED.iter().chain(least).copied();
@@ -113,20 +109,18 @@ pub fn off(project: &Project) -> Vec<Finding> {
         project.template.resolve(&given.collect(), &NotDeployed)
     };
     let (Ok(on), Ok(off)) = (resolve("on"), resolve("off")) else {
-        return vec![Finding::new(CHECK, "template", "cannot be resolved")];
+        return findings.add("template", "cannot be resolved");
     };
-    let without: Vec<Finding> = traces(&off)
-        .into_iter()
-        .map(|place| Finding::new(CHECK, place, "knows of the lane, which is off"))
-        .collect();
-    let others = on.resources.iter().filter(|(id, resource)| {
-        let same = off.resources.get(*id).map(|one| &one.properties);
-        same != Some(&resource.properties)
-            && !BRINGS.contains(&id.as_str())
-            && !CHANGES.contains(&id.as_str())
-    });
-    let others = others.map(|(id, _)| Finding::new(CHECK, id, "differs with the lane"));
-    without.into_iter().chain(others).collect()
+    for place in traces(&off) {
+        findings.add(place, "knows of the lane, which is off");
+    }
+    for (id, resource) in &on.resources {
+        let same = off.resources.get(id).map(|one| &one.properties);
+        let is_known = BRINGS.contains(&id.as_str()) || CHANGES.contains(&id.as_str());
+        if same != Some(&resource.properties) && !is_known {
+            findings.add(id, "differs with the lane");
+        }
+    }
 }
 
 fn traces(stack: &Stack) -> Vec<&str> {

@@ -13,33 +13,34 @@ use std::ops::Deref;
 
 use template::{NotDeployed, Parameters, Stack, Template};
 
-use crate::{Finding, Project};
+use crate::{Finding, Findings, Project};
 
 /// A check, from the project to what is wrong with it.
-pub type Check = fn(&Project) -> Vec<Finding>;
+pub type Check = fn(&Project, &mut Findings);
 
-pub const ALL: &[Check] = &[
-    compute::auto_scaling_groups,
-    compute::instances,
-    compute::tasks,
-    container::dockerfile,
-    contract::subscription,
-    environment::variables,
-    lane::deliveries,
-    lane::off,
-    operation::alarms_and_dashboard,
-    operation::functions,
-    operation::log_groups,
-    operation::parameters,
-    operation::rules,
-    container::health_check,
-    permissions::api_calls,
-    permissions::literals,
-    permissions::wildcards,
-    storage::encryption,
-    storage::lifetime,
-    storage::tls_only,
-    storage::visibility,
+/// Every check, with the name that its findings bear.
+pub const ALL: &[(&str, Check)] = &[
+    ("Auto Scaling groups", compute::auto_scaling_groups),
+    ("instances", compute::instances),
+    ("task definition", compute::tasks),
+    ("Dockerfile", container::dockerfile),
+    ("wire contract", contract::subscription),
+    ("environment", environment::variables),
+    ("express lane", lane::deliveries),
+    ("express lane off", lane::off),
+    ("metrics", operation::alarms_and_dashboard),
+    ("functions", operation::functions),
+    ("logs", operation::log_groups),
+    ("parameters", operation::parameters),
+    ("rules", operation::rules),
+    ("health check", container::health_check),
+    ("permissions", permissions::api_calls),
+    ("permissions", permissions::literals),
+    ("permissions", permissions::wildcards),
+    ("encryption", storage::encryption),
+    ("lifetimes", storage::lifetime),
+    ("TLS only", storage::tls_only),
+    ("visibility timeout", storage::visibility),
 ];
 
 /// Values for the parameters without a default.
@@ -145,9 +146,13 @@ fn choices(project: &Project) -> Result<Vec<Choice>, Finding> {
 }
 
 /// Runs `check` on the template for each choice of parameters.
-fn in_each_stack(project: &Project, check: impl Fn(&Choice) -> Vec<Finding>) -> Vec<Finding> {
+fn in_each_stack(
+    project: &Project,
+    findings: &mut Findings,
+    check: impl Fn(&Choice, &mut Findings),
+) {
     match choices(project) {
-        Ok(choices) => choices.iter().flat_map(check).collect(),
-        Err(finding) => vec![finding],
+        Ok(choices) => choices.iter().for_each(|choice| check(choice, findings)),
+        Err(finding) => findings.all.push(finding),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use super::{Choice, SYNTHESISED, in_each_stack};
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{Stack, list, number, referred};
 
 /// Where the programs' own metrics go.
@@ -34,16 +34,14 @@ const FUNCTION_TIMEOUT_MAX_SECONDS: f64 = 900.0;
 
 /// The alarms that must be there are; every metric of our own that an alarm or
 /// the dashboard shows is emitted by a program.
-pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "metrics";
+pub fn alarms_and_dashboard(project: &Project, findings: &mut Findings) {
     let emitted: BTreeSet<String> = project
         .programs
         .0
         .values()
         .flat_map(|facts| facts.literals.iter().cloned())
         .collect();
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+    in_each_stack(project, findings, |stack, findings| {
         let mut watched = BTreeSet::new();
         for (id, alarm) in stack.of_type("AWS::CloudWatch::Alarm") {
             let computed = list(&alarm["Metrics"])
@@ -55,20 +53,12 @@ pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
                 let metric = source["MetricName"].as_str().unwrap_or_default();
                 watched.insert(metric);
                 if source["Namespace"] == NAMESPACE && !emitted.contains(metric) {
-                    findings.push(Finding::new(
-                        CHECK,
-                        id,
-                        format!("no program emits {metric}"),
-                    ));
+                    findings.add(id, format!("no program emits {metric}"));
                 }
                 for dimension in list(&source["Dimensions"]) {
                     let name = dimension["Name"].as_str().unwrap_or_default();
                     if source["Namespace"] == NAMESPACE && !emitted.contains(name) {
-                        findings.push(Finding::new(
-                            CHECK,
-                            id,
-                            format!("no metric has the dimension {name}"),
-                        ));
+                        findings.add(id, format!("no metric has the dimension {name}"));
                     }
                 }
             }
@@ -76,46 +66,31 @@ pub fn alarms_and_dashboard(project: &Project) -> Vec<Finding> {
                 && (alarm["TreatMissingData"] != "missing"
                     || !list(&alarm["InsufficientDataActions"]).is_empty());
             if stack.name == "everything on" && !is_told {
-                findings.push(Finding::new(CHECK, id, "reaches nobody"));
+                findings.add(id, "reaches nobody");
             }
             if alarm["TreatMissingData"].is_null() {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    "must say what missing data means (TreatMissingData)",
-                ));
+                findings.add(id, "must say what missing data means (TreatMissingData)");
             }
         }
         for (metric, meaning) in REQUIRED_ALARMS {
             if !watched.contains(metric) {
-                findings.push(Finding::new(
-                    CHECK,
-                    "alarms",
-                    format!("none tells that {meaning} ({metric})"),
-                ));
+                findings.add("alarms", format!("none tells that {meaning} ({metric})"));
             }
         }
         for (id, dashboard) in stack.of_type("AWS::CloudWatch::Dashboard") {
-            findings.extend(dashboard_findings(
-                id,
-                &dashboard["DashboardBody"],
-                &emitted,
-            ));
+            dashboard_findings(id, &dashboard["DashboardBody"], &emitted, findings);
         }
-        findings
     })
 }
 
-fn dashboard_findings(id: &str, body: &Value, emitted: &BTreeSet<String>) -> Vec<Finding> {
-    const CHECK: &str = "metrics";
+fn dashboard_findings(id: &str, body: &Value, emitted: &BTreeSet<String>, findings: &mut Findings) {
     let text = body
         .as_str()
         .or_else(|| body["Fn::Sub"].as_str())
         .unwrap_or_default();
     let Ok(board) = serde_json::from_str::<Value>(text) else {
-        return vec![Finding::new(CHECK, id, "its body is no JSON")];
+        return findings.add(id, "its body is no JSON");
     };
-    let mut findings = Vec::new();
     for widget in list(&board["widgets"]) {
         for metric in list(&widget["properties"]["metrics"]) {
             let is_own = metric[0] == NAMESPACE;
@@ -124,34 +99,26 @@ fn dashboard_findings(id: &str, body: &Value, emitted: &BTreeSet<String>) -> Vec
                 if !emitted.contains(name) {
                     let problem =
                         format!("{}: no program emits {name}", widget["properties"]["title"]);
-                    findings.push(Finding::new(CHECK, id, problem));
+                    findings.add(id, problem);
                 }
             }
         }
     }
-    findings
 }
 
 /// Logs are kept for a time, not for ever, and every function has its group.
-pub fn log_groups(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "logs";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn log_groups(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (id, group) in stack.of_type("AWS::Logs::LogGroup") {
             if number(&group["RetentionInDays"]).is_none() {
-                findings.push(Finding::new(CHECK, id, "keeps its logs for ever"));
+                findings.add(id, "keeps its logs for ever");
             }
         }
         for (id, function) in all_functions(stack) {
             if referred(&function["LoggingConfig"]["LogGroup"]).is_none() {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    "writes to a log group that is not in the template",
-                ));
+                findings.add(id, "writes to a log group that is not in the template");
             }
         }
-        findings
     })
 }
 
@@ -162,21 +129,15 @@ fn all_functions(stack: &Stack) -> impl Iterator<Item = (&str, &Value)> {
 }
 
 /// Time-outs within Lambda's limits, no asynchronous event lost, one scaler.
-pub fn functions(project: &Project) -> Vec<Finding> {
-    in_each_stack(project, function_findings)
+pub fn functions(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, function_findings)
 }
 
-fn function_findings(stack: &Choice) -> Vec<Finding> {
-    const CHECK: &str = "functions";
-    let mut findings = Vec::new();
+fn function_findings(stack: &Choice, findings: &mut Findings) {
     for (id, function) in all_functions(stack) {
         let timeout = number(&function["Timeout"]);
         if timeout.is_none_or(|seconds| !(1.0..=FUNCTION_TIMEOUT_MAX_SECONDS).contains(&seconds)) {
-            findings.push(Finding::new(
-                CHECK,
-                id,
-                format!("Timeout {timeout:?} must be 1 to 900 s"),
-            ));
+            findings.add(id, format!("Timeout {timeout:?} must be 1 to 900 s"));
         }
     }
     let keeps_failures = stack
@@ -186,11 +147,10 @@ fn function_findings(stack: &Choice) -> Vec<Finding> {
                 && !config["DestinationConfig"]["OnFailure"]["Destination"].is_null()
         });
     if !keeps_failures {
-        findings.push(Finding::new(
-            CHECK,
+        findings.add(
             "IntakeFunction",
             "an event that fails three times is lost: no OnFailure destination",
-        ));
+        );
     }
     for (id, rule) in stack.of_type("AWS::Events::Rule") {
         for target in list(&rule["Targets"]) {
@@ -203,36 +163,30 @@ fn function_findings(stack: &Choice) -> Vec<Finding> {
                         && permission["Principal"] == "events.amazonaws.com"
                 });
             if !is_permitted {
-                findings.push(Finding::new(CHECK, id, format!("may not invoke {to}")));
+                findings.add(id, format!("may not invoke {to}"));
             }
             if to == "IntakeFunction" && target["DeadLetterConfig"]["Arn"].is_null() {
-                findings.push(Finding::new(
-                    CHECK,
+                findings.add(
                     id,
                     "an event that cannot be delivered is lost: no DeadLetterConfig",
-                ));
+                );
             }
         }
     }
     let reserved = number(&stack.properties("ScalerFunction")["ReservedConcurrentExecutions"]);
     let wanted = matches!(stack.name, "everything on" | SYNTHESISED).then_some(1.0);
     if reserved != wanted {
-        findings.push(Finding::new(
-            CHECK,
-            "ScalerFunction",
-            format!(
+        findings.add("ScalerFunction", format!(
                 "ReservedConcurrentExecutions is {reserved:?} and must be {wanted:?}: a new account can reserve none"
-            ),
-        ));
+            ));
     }
-    findings
 }
 
 /// The largest MaxInstances that the template's rules compare with MinInstances.
 const LARGEST_RULED_MAXIMUM: usize = 9;
 
 /// A minimum above the maximum is refused before anything is made.
-pub fn rules(project: &Project) -> Vec<Finding> {
+pub fn rules(project: &Project, findings: &mut Findings) {
     let written: BTreeSet<String> = list(
         project
             .template
@@ -241,28 +195,21 @@ pub fn rules(project: &Project) -> Vec<Finding> {
     .into_iter()
     .map(|assertion| assertion["Assert"].to_string())
     .collect();
-    (1..=LARGEST_RULED_MAXIMUM)
-        .filter(|maximum| {
-            let minima: Vec<String> = (0..=*maximum).map(|minimum| minimum.to_string()).collect();
-            let assertion = json!({"Fn::Or": [
-                {"Fn::Not": [{"Fn::Equals": [{"Ref": "MaxInstances"}, maximum.to_string()]}]},
-                {"Fn::Contains": [minima, {"Ref": "MinInstances"}]},
-            ]});
-            !written.contains(&assertion.to_string())
-        })
-        .map(|maximum| {
-            Finding::new(
-                "rules",
-                "MinimumWithinMaximum",
-                format!("takes any MinInstances for MaxInstances {maximum}"),
-            )
-        })
-        .collect()
+    for maximum in 1..=LARGEST_RULED_MAXIMUM {
+        let minima: Vec<String> = (0..=maximum).map(|minimum| minimum.to_string()).collect();
+        let assertion = json!({"Fn::Or": [
+            {"Fn::Not": [{"Fn::Equals": [{"Ref": "MaxInstances"}, maximum.to_string()]}]},
+            {"Fn::Contains": [minima, {"Ref": "MinInstances"}]},
+        ]});
+        if !written.contains(&assertion.to_string()) {
+            let problem = format!("takes any MinInstances for MaxInstances {maximum}");
+            findings.add("MinimumWithinMaximum", problem);
+        }
+    }
 }
 
 /// Every parameter is explained in the README and grouped for the console.
-pub fn parameters(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "parameters";
+pub fn parameters(project: &Project, findings: &mut Findings) {
     let groups = project
         .template
         .part("/Metadata/AWS::CloudFormation::Interface/ParameterGroups");
@@ -271,11 +218,10 @@ pub fn parameters(project: &Project) -> Vec<Finding> {
         .flat_map(|group| list(&group["Parameters"]))
         .filter_map(Value::as_str)
         .collect();
-    let mut findings = Vec::new();
     let parameters = project.template.part("/Parameters").as_object();
     for (name, parameter) in parameters.into_iter().flatten() {
         let description = parameter["Description"].as_str().unwrap_or_default().trim();
-        let mut fail = |problem: &str| findings.push(Finding::new(CHECK, name.as_str(), problem));
+        let mut fail = |problem: &str| findings.add(name.as_str(), problem);
         if description.is_empty() {
             fail("has no description");
         }
@@ -290,5 +236,4 @@ pub fn parameters(project: &Project) -> Vec<Finding> {
             fail("infra/README.md does not list it with its description");
         }
     }
-    findings
 }

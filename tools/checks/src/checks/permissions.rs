@@ -5,10 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::in_each_stack;
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{Stack, list, referred};
-
-const CHECK: &str = "permissions";
 
 /// The IAM actions behind each SDK operation, by the service authorisation
 /// reference. An operation that is not here is reported.
@@ -191,9 +189,8 @@ const WITHOUT_RESOURCE_LEVEL: &[&str] = &[
 ];
 
 /// Every API call in the code is allowed by its role, and nothing more.
-pub fn api_calls(project: &Project) -> Vec<Finding> {
-    let mut findings = in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn api_calls(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         // Outputs that are off take their permissions with them.
         let is_full = stack.name == "everything on";
         for (program, role) in ROLES {
@@ -202,7 +199,7 @@ pub fn api_calls(project: &Project) -> Vec<Finding> {
             for (action, operations) in &needed {
                 if is_full && !allowed.contains(action) {
                     let problem = format!("{program} calls {operations:?}, but may not {action}");
-                    findings.push(Finding::new(CHECK, *role, problem));
+                    findings.add(*role, problem);
                 }
             }
             for action in &allowed {
@@ -211,31 +208,25 @@ pub fn api_calls(project: &Project) -> Vec<Finding> {
                     .any(|(of, known, _)| of == role && known == action);
                 if !needed.contains_key(action) && !by_platform {
                     let problem = format!("{action} is allowed, but {program} never does it");
-                    findings.push(Finding::new(CHECK, *role, problem));
+                    findings.add(*role, problem);
                 }
             }
         }
-        findings
     });
     for (program, _) in ROLES {
         let facts = project.programs.of(program);
         for call in &facts.unknown_calls {
-            findings.push(Finding::new(
-                CHECK,
-                *program,
-                format!("which API call is this? {call}"),
-            ));
+            findings.add(*program, format!("which API call is this? {call}"));
         }
         for operation in &facts.operations {
             if !ACTIONS.iter().any(|(known, _)| known == operation) {
                 let problem = format!(
                     "calls {operation}, whose IAM actions are not in the table of this check"
                 );
-                findings.push(Finding::new(CHECK, *program, problem));
+                findings.add(*program, problem);
             }
         }
     }
-    findings
 }
 
 fn needed_actions(project: &Project, program: &str) -> BTreeMap<String, Vec<String>> {
@@ -279,19 +270,14 @@ fn allowed_actions(stack: &Stack, role: &str) -> BTreeSet<String> {
 
 /// No action with a wildcard; `Resource: "*"` only where the API leaves no
 /// choice, and then with a comment.
-pub fn wildcards(project: &Project) -> Vec<Finding> {
-    let mut findings = in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn wildcards(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         let mut policies: Vec<(String, &Value)> = Vec::new();
         for (id, kind, properties) in stack.all() {
             let is_policy = matches!(kind, "AWS::IAM::Policy" | "AWS::IAM::ManagedPolicy");
             if kind == "AWS::IAM::Role" {
                 if !properties["ManagedPolicyArns"].is_null() {
-                    findings.push(Finding::new(
-                        CHECK,
-                        id,
-                        "managed policies allow more than is needed",
-                    ));
+                    findings.add(id, "managed policies allow more than is needed");
                 }
                 policies.extend(
                     list(&properties["Policies"])
@@ -304,26 +290,19 @@ pub fn wildcards(project: &Project) -> Vec<Finding> {
         }
         for (id, document) in policies {
             for statement in list(&document["Statement"]) {
-                findings.extend(statement_findings(&id, statement));
+                statement_findings(&id, statement, findings);
             }
         }
-        findings
     });
-    findings.extend(uncommented_wildcards(&project.template.text));
-    findings
+    uncommented_wildcards(&project.template.text, findings);
 }
 
-fn statement_findings(id: &str, statement: &Value) -> Vec<Finding> {
-    let mut findings = Vec::new();
+fn statement_findings(id: &str, statement: &Value, findings: &mut Findings) {
     if statement["Effect"] != "Allow" {
-        return findings;
+        return;
     }
     if !statement["NotAction"].is_null() || !statement["NotResource"].is_null() {
-        findings.push(Finding::new(
-            CHECK,
-            id,
-            "NotAction and NotResource allow what nobody listed",
-        ));
+        findings.add(id, "NotAction and NotResource allow what nobody listed");
     }
     let resources = list(&statement["Resource"]);
     // Events name buckets: which ones may be read is for the template to say.
@@ -332,51 +311,41 @@ fn statement_findings(id: &str, statement: &Value) -> Vec<Finding> {
         text.is_some_and(|text| text == "*" || text.contains(":s3:::*"))
     });
     if resources.is_empty() {
-        findings.push(Finding::new(CHECK, id, "a statement without a resource"));
+        findings.add(id, "a statement without a resource");
     }
     for action in list(&statement["Action"])
         .into_iter()
         .filter_map(Value::as_str)
     {
         if action.contains('*') {
-            findings.push(Finding::new(
-                CHECK,
-                id,
-                format!("{action} is a wildcard: name the actions"),
-            ));
+            findings.add(id, format!("{action} is a wildcard: name the actions"));
         }
         if is_anything && !WITHOUT_RESOURCE_LEVEL.contains(&action) {
-            findings.push(Finding::new(
-                CHECK,
+            findings.add(
                 id,
                 format!("{action} has a resource level: name the resource"),
-            ));
+            );
         }
     }
-    findings
 }
 
 /// Every `Resource: "*"` in the text has its reason on the line above.
-fn uncommented_wildcards(text: &str) -> Vec<Finding> {
+fn uncommented_wildcards(text: &str, findings: &mut Findings) {
     let lines: Vec<&str> = text.lines().collect();
-    let mut findings = Vec::new();
     for (index, line) in lines.iter().enumerate() {
         let is_wildcard = line.trim() == r#"Resource: "*""#;
         let has_reason = index > 0 && lines[index - 1].trim().starts_with('#');
         if is_wildcard && !has_reason {
-            findings.push(Finding::new(
-                CHECK,
+            findings.add(
                 format!("infra/template.yaml:{}", index + 1),
                 "a comment must say why the resource is a wildcard",
-            ));
+            );
         }
     }
-    findings
 }
 
 /// No ARN or host name that is right in one partition only.
-pub fn literals(project: &Project) -> Vec<Finding> {
-    let mut findings = Vec::new();
+pub fn literals(project: &Project, findings: &mut Findings) {
     for (index, line) in project.template.text.lines().enumerate() {
         let code = line.split(" #").next().unwrap_or_default();
         // The mapping of partitions to consoles.
@@ -394,11 +363,6 @@ pub fn literals(project: &Project) -> Vec<Finding> {
         } else {
             continue;
         };
-        findings.push(Finding::new(
-            CHECK,
-            format!("infra/template.yaml:{}", index + 1),
-            problem,
-        ));
+        findings.add(format!("infra/template.yaml:{}", index + 1), problem);
     }
-    findings
 }

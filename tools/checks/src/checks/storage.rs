@@ -3,19 +3,17 @@
 use serde_json::Value;
 
 use super::in_each_stack;
-use crate::{Finding, Project};
+use crate::{Findings, Project};
 use template::{Stack, list, number, referred};
 
 /// SQS counts in seconds, S3 in days.
 const SECONDS_PER_DAY: f64 = 86_400.0;
 
 /// A message's visibility timeout must outlast whoever may still work on it.
-pub fn visibility(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "visibility timeout";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn visibility(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         let mut fail = |place: &str, problem: String| {
-            findings.push(Finding::new(CHECK, place, problem));
+            findings.add(place, problem);
         };
         let queue = stack.properties("InputQueue");
         // The queue whose messages only tasks work on.
@@ -77,7 +75,6 @@ pub fn visibility(project: &Project) -> Vec<Finding> {
         if queue["RedrivePolicy"]["deadLetterTargetArn"].is_null() {
             fail("InputQueue", "has no dead-letter queue".to_owned());
         }
-        findings
     })
 }
 
@@ -91,10 +88,8 @@ pub fn container_variable<'a>(container: &'a Value, name: &str) -> Option<&'a Va
 
 /// Vectors live at least as long as the messages that point to them, for
 /// every lifetime on offer.
-pub fn lifetime(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "lifetimes";
-    let mut findings = in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn lifetime(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         let days = stack
             .of_type("AWS::S3::Bucket")
             .flat_map(|(_, bucket)| list(&bucket["LifecycleConfiguration"]["Rules"]))
@@ -104,25 +99,19 @@ pub fn lifetime(project: &Project) -> Vec<Finding> {
         let is_own = chosen("CacheBucketName").is_empty();
         let is_for_ever = chosen("VectorRetentionDays") == "0";
         if days.is_none() == (is_own && !is_for_ever) {
-            findings.push(Finding::new(
-                CHECK,
+            findings.add(
                 "CacheBucket",
                 format!("vectors expire after {days:?} days, which is not what was chosen"),
-            ));
+            );
         }
         let messages = number(&chosen("RetentionDays").into()).unwrap_or_default();
         for (id, queue) in stack.of_type("AWS::SQS::Queue") {
             let seconds = number(&queue["MessageRetentionPeriod"]);
             let outlives = days.is_some_and(|days| days < messages);
             if seconds != Some(messages * SECONDS_PER_DAY) || outlives {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    format!("keeps messages for {seconds:?} s of {messages} days, vectors live for {days:?} days"),
-                ));
+                findings.add(id, format!("keeps messages for {seconds:?} s of {messages} days, vectors live for {days:?} days"));
             }
         }
-        findings
     });
     let mapping = project.template.part("/Mappings/Retention");
     let parameter = project.template.part("/Parameters/RetentionDays");
@@ -132,17 +121,14 @@ pub fn lifetime(project: &Project) -> Vec<Finding> {
         let seconds = number(&mapping[day.to_string().as_str()]["Seconds"]);
         if seconds != Some(f64::from(day) * SECONDS_PER_DAY) {
             let problem = format!("{day} days are not {seconds:?} s");
-            findings.push(Finding::new(CHECK, "Mappings/Retention", problem));
+            findings.add("Mappings/Retention", problem);
         }
     }
-    findings
 }
 
 /// Everything at rest is encrypted.
-pub fn encryption(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "encryption";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn encryption(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (id, kind, properties) in stack.all() {
             let is_encrypted = match kind {
                 "AWS::SQS::Queue" => {
@@ -166,10 +152,9 @@ pub fn encryption(project: &Project) -> Vec<Finding> {
                 _ => true,
             };
             if !is_encrypted {
-                findings.push(Finding::new(CHECK, id, "is not encrypted at rest"));
+                findings.add(id, "is not encrypted at rest");
             }
         }
-        findings
     })
 }
 
@@ -181,10 +166,8 @@ fn is_for_alarms(stack: &Stack, topic: &str) -> bool {
 }
 
 /// Queues, topics, buckets and file systems refuse plain connections.
-pub fn tls_only(project: &Project) -> Vec<Finding> {
-    const CHECK: &str = "TLS only";
-    in_each_stack(project, |stack| {
-        let mut findings = Vec::new();
+pub fn tls_only(project: &Project, findings: &mut Findings) {
+    in_each_stack(project, findings, |stack, findings| {
         for (kind, policy_kind, target) in [
             ("AWS::SQS::Queue", "AWS::SQS::QueuePolicy", "Queues"),
             ("AWS::SNS::Topic", "AWS::SNS::TopicPolicy", "Topics"),
@@ -200,25 +183,16 @@ pub fn tls_only(project: &Project) -> Vec<Finding> {
                     })
                     .any(|(_, policy)| denies_plain(&policy["PolicyDocument"], Some(id)));
                 if !is_denied {
-                    findings.push(Finding::new(
-                        CHECK,
-                        id,
-                        "no policy denies connections without TLS",
-                    ));
+                    findings.add(id, "no policy denies connections without TLS");
                 }
             }
         }
         for (id, system) in stack.of_type("AWS::EFS::FileSystem") {
             if !denies_plain(&system["FileSystemPolicy"], None) {
-                findings.push(Finding::new(
-                    CHECK,
-                    id,
-                    "no policy denies connections without TLS",
-                ));
+                findings.add(id, "no policy denies connections without TLS");
             }
         }
-        findings.extend(plain_mounts(stack));
-        findings
+        plain_mounts(stack, findings);
     })
 }
 
@@ -237,8 +211,7 @@ fn denies_plain(document: &Value, resource: Option<&str>) -> bool {
     })
 }
 
-fn plain_mounts(stack: &Stack) -> Vec<Finding> {
-    let mut findings = Vec::new();
+fn plain_mounts(stack: &Stack, findings: &mut Findings) {
     for (id, task) in stack.of_type("AWS::ECS::TaskDefinition") {
         for volume in list(&task["Volumes"]) {
             let efs = &volume["EFSVolumeConfiguration"];
@@ -249,16 +222,14 @@ fn plain_mounts(stack: &Stack) -> Vec<Finding> {
                 && efs["AuthorizationConfig"]["IAM"] == "ENABLED"
                 && !efs["AuthorizationConfig"]["AccessPointId"].is_null();
             if !is_safe {
-                findings.push(Finding::new(
-                    "TLS only",
+                findings.add(
                     id,
                     format!(
                         "volume {} is mounted without TLS, IAM or an access point",
                         volume["Name"]
                     ),
-                ));
+                );
             }
         }
     }
-    findings
 }
