@@ -37,91 +37,50 @@ const SQS_PREFIX: &str = "AWS.SimpleQueueService.";
 /// lists of the API references of S3, SQS, SNS, EventBridge, Lambda, ECS and
 /// Auto Scaling. What is not known to be permanent is transient: a wrong retry
 /// costs seconds, a wrong rejection costs an image.
-const CODES: &[(ErrorKind, Failure, &[&str])] = &[
+const CODES: &[(ErrorKind, Failure, &str)] = &[
     // Transient: a role that is being fixed must not cost the images that
     // arrive meanwhile.
     (
         ErrorKind::Access,
         Failure::Transient,
-        &[
-            "AccessDenied",
-            "AccessDeniedException",
-            "AuthorizationError",
-            "ExpiredToken",
-            "ExpiredTokenException",
-            "InvalidAccessKeyId",
-            "InvalidClientTokenId",
-            "InvalidSignatureException",
-            "KMSAccessDenied",
-            "KMSAccessDeniedException",
-            "KmsAccessDenied",
-            "MissingAuthenticationToken",
-            "NotAuthorized",
-            "SignatureDoesNotMatch",
-            "UnrecognizedClientException",
-        ],
+        "AccessDenied AccessDeniedException AuthorizationError ExpiredToken \
+         ExpiredTokenException InvalidAccessKeyId InvalidClientTokenId \
+         InvalidSignatureException KMSAccessDenied KMSAccessDeniedException KmsAccessDenied \
+         MissingAuthenticationToken NotAuthorized SignatureDoesNotMatch \
+         UnrecognizedClientException",
     ),
     // What the input names is gone.
     (
         ErrorKind::NotFound,
         Failure::Permanent,
-        &["NoSuchBucket", "NoSuchKey", "NoSuchVersion", "NotFound"],
+        "NoSuchBucket NoSuchKey NoSuchVersion NotFound",
     ),
     // What the configuration names is missing, which is not the input's fault.
     (
         ErrorKind::NotFound,
         Failure::Transient,
-        &[
-            "ClusterNotFoundException",
-            "InvalidAddress",
-            "NonExistentQueue",
-            "QueueDoesNotExist",
-            "ResourceNotFoundException",
-        ],
+        "ClusterNotFoundException InvalidAddress NonExistentQueue QueueDoesNotExist \
+         ResourceNotFoundException",
     ),
     // Beside the SDK's own list.
     (
         ErrorKind::Throttled,
         Failure::Transient,
-        &[
-            "KMSThrottling",
-            "KMSThrottlingException",
-            "KmsThrottled",
-            "OverLimit",
-            "Throttled",
-        ],
+        "KMSThrottling KMSThrottlingException KmsThrottled OverLimit Throttled",
     ),
     (
         ErrorKind::TooLarge,
         Failure::Permanent,
-        &[
-            "BatchRequestTooLong",
-            "EntityTooLarge",
-            "KeyTooLongError",
-            "MessageTooLong",
-            "RequestEntityTooLargeException",
-            "RequestTooLargeException",
-        ],
+        "BatchRequestTooLong EntityTooLarge KeyTooLongError MessageTooLong \
+         RequestEntityTooLargeException RequestTooLargeException",
     ),
     (
         ErrorKind::Refused,
         Failure::Permanent,
-        &[
-            "InvalidArgument",
-            "InvalidBucketName",
-            "InvalidMessageContents",
-            "InvalidObjectState",
-            "InvalidParameter",
-            "InvalidParameterValue",
-            "InvalidRange",
-            "InvalidRequest",
-            "MalformedDetail",
-            "MessageNotInflight",
-            "MethodNotAllowed",
-            "ReceiptHandleIsInvalid",
-            "ValidationError",
-            "ValidationException",
-        ],
+        "InvalidArgument InvalidBucketName InvalidMessageContents InvalidObjectState \
+         InvalidParameter InvalidParameterValue InvalidRange InvalidRequest MalformedDetail \
+         MessageNotInflight MethodNotAllowed ReceiptHandleIsInvalid ValidationError \
+         ValidationException",
     ),
 ];
 
@@ -149,7 +108,9 @@ impl Error {
     /// What a code means, be it of a whole answer or of a batch's entry.
     pub fn of_code(operation: &'static str, code: &str, message: impl Into<String>) -> Self {
         let code = code.strip_prefix(SQS_PREFIX).unwrap_or(code);
-        let known = CODES.iter().find(|(_, _, codes)| codes.contains(&code));
+        let known = CODES
+            .iter()
+            .find(|(_, _, codes)| codes.split(' ').any(|known| known == code));
         let (kind, failure) = match known {
             Some((kind, failure, _)) => (*kind, *failure),
             None if THROTTLING_ERRORS.contains(&code) => (ErrorKind::Throttled, Failure::Transient),
