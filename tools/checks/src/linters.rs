@@ -198,14 +198,7 @@ impl Linters {
     fn checkov(&self, translated: &Path) -> anyhow::Result<Vec<(String, String, String)>> {
         let mut command = self.tool("checkov");
         command
-            .args([
-                "--framework",
-                "cloudformation",
-                "--output",
-                "json",
-                "--compact",
-                "--quiet",
-            ])
+            .args("--framework cloudformation --output json --compact --quiet".split(' '))
             .args(["--skip-download", "--file"])
             .arg(translated);
         let output = run(&mut command)?;
@@ -247,11 +240,10 @@ impl Linters {
                 Some(index) => {
                     used.insert(index);
                 }
-                None => findings.push(Finding::new(
-                    "checkov",
-                    resource,
-                    format!("{check}: {title}"),
-                )),
+                None => {
+                    let problem = format!("{check}: {title}");
+                    findings.push(Finding::new("checkov", resource, problem));
+                }
             }
         }
         for (index, skip) in skips.iter().enumerate() {
@@ -353,7 +345,6 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim().to_owned()
 }
 
-/// A tool's output lines as findings, if it failed.
 fn lines_of_failure(check: &'static str, place: &str, output: &Output) -> Vec<Finding> {
     if output.status.success() {
         return Vec::new();
@@ -365,11 +356,8 @@ fn lines_of_failure(check: &'static str, place: &str, output: &Output) -> Vec<Fi
         .map(|line| Finding::new(check, place, line.trim()))
         .collect();
     if findings.is_empty() {
-        findings.push(Finding::new(
-            check,
-            place,
-            format!("ended with {}", output.status),
-        ));
+        let problem = format!("ended with {}", output.status);
+        findings.push(Finding::new(check, place, problem));
     }
     findings
 }

@@ -1,7 +1,8 @@
 //! Device memory, and copies from and to it.
 
 use std::collections::BTreeMap;
-use std::ffi::{c_char, c_int, c_long, c_void};
+use std::ffi::{c_int, c_void};
+use std::ptr::null_mut;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use crate::counters::{Counter, add, raise, set};
@@ -13,37 +14,11 @@ pub(crate) const TOTAL_BYTES: usize = 15_843_721_216;
 /// CUDA aligns allocations so.
 const ALIGNMENT: usize = 512;
 
-const PROT_NONE: c_int = 0;
-const PROT_READ_WRITE: c_int = 3;
-const MAP_SHARED: c_int = 1;
-const MAP_PRIVATE_ANONYMOUS_NO_RESERVE: c_int = 0x2 | 0x20 | 0x4000;
-
-unsafe extern "C" {
-    fn mmap(
-        address: *mut c_void,
-        bytes: usize,
-        protection: c_int,
-        flags: c_int,
-        file: c_int,
-        offset: c_long,
-    ) -> *mut c_void;
-    fn memfd_create(name: *const c_char, flags: c_int) -> c_int;
-    fn ftruncate(file: c_int, bytes: c_long) -> c_int;
-}
-
 /// Maps a file for reading and writing.
 pub(crate) fn map_shared(file: c_int, bytes: usize) -> Option<*mut c_void> {
-    let place = unsafe {
-        mmap(
-            std::ptr::null_mut(),
-            bytes,
-            PROT_READ_WRITE,
-            MAP_SHARED,
-            file,
-            0,
-        )
-    };
-    (place.addr() != usize::MAX).then_some(place)
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let place = unsafe { libc::mmap(null_mut(), bytes, access, libc::MAP_SHARED, file, 0) };
+    (place != libc::MAP_FAILED).then_some(place)
 }
 
 struct Device {
@@ -58,20 +33,16 @@ struct Device {
 }
 
 static DEVICE: LazyLock<Mutex<Device>> = LazyLock::new(|| {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let (addresses, bytes) = unsafe {
-        let addresses = mmap(
-            std::ptr::null_mut(),
-            TOTAL_BYTES,
-            PROT_NONE,
-            MAP_PRIVATE_ANONYMOUS_NO_RESERVE,
-            -1,
-            0,
-        );
-        let file = memfd_create(c"cuda-stand-in".as_ptr(), 0);
-        assert_eq!(ftruncate(file, TOTAL_BYTES as c_long), 0);
-        (addresses, map_shared(file, TOTAL_BYTES))
+        let file = libc::memfd_create(c"cuda-stand-in".as_ptr(), 0);
+        assert_eq!(libc::ftruncate(file, TOTAL_BYTES as libc::off_t), 0);
+        (
+            libc::mmap(null_mut(), TOTAL_BYTES, libc::PROT_NONE, flags, -1, 0),
+            map_shared(file, TOTAL_BYTES),
+        )
     };
-    assert_ne!(addresses.addr(), usize::MAX, "no addresses for the device");
+    assert_ne!(addresses, libc::MAP_FAILED, "no addresses for the device");
     Mutex::new(Device {
         addresses: addresses.addr(),
         bytes: bytes.expect("memory for the device").addr(),
@@ -191,7 +162,6 @@ pub(crate) fn free_bytes() -> usize {
     TOTAL_BYTES - device().used()
 }
 
-/// Whether an address is the device's.
 pub(crate) fn is_of_device(pointer: *const c_void) -> bool {
     device().offset(pointer).is_some()
 }

@@ -184,10 +184,6 @@ refuse!(remember(NOT_SUPPORTED);
     cudaStreamBeginCapture cudaStreamEndCapture
 );
 
-unsafe extern "C" {
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-}
-
 export! {
     fn __cudaRegisterFatBinary(_binary: *mut c_void) -> *mut c_void { handle() }
 
@@ -262,7 +258,7 @@ export! {
         found: *mut c_int,
     ) -> i32 {
         // A null library: whatever is loaded beside this one, and so itself.
-        *function = dlsym(std::ptr::null_mut(), symbol);
+        *function = libc::dlsym(std::ptr::null_mut(), symbol);
         if !found.is_null() {
             *found = c_int::from((*function).is_null());
         }

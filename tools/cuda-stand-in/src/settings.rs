@@ -2,7 +2,6 @@
 
 use std::sync::OnceLock;
 
-/// What the stand-in is told by environment variables.
 pub(crate) struct Settings {
     /// `CUDA_STAND_IN_IMAGE_BYTES`: bytes of one image's pixels.
     pub image_bytes: usize,
@@ -14,7 +13,6 @@ pub(crate) struct Settings {
     pub fault: Option<(String, u64, bool)>,
 }
 
-/// The settings, read once.
 pub(crate) fn settings() -> &'static Settings {
     static SETTINGS: OnceLock<Settings> = OnceLock::new();
     SETTINGS.get_or_init(|| {

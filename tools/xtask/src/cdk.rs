@@ -11,7 +11,6 @@ use crate::tools::{Tools, Variables, run, set_unless_set};
 /// The oldest Node that the package says it runs on.
 const OLDEST_NODE: u32 = 20;
 
-/// The package, with its dependencies installed.
 pub struct Package {
     pub folder: PathBuf,
 }

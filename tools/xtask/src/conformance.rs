@@ -34,13 +34,9 @@ pub fn run_command(tools: &Tools, arguments: Arguments) -> anyhow::Result<ExitCo
         .context("the reference environment names no Python")?;
     tools.build(&["clip-image", "clip-model"], Profile::Release)?;
     let mut crops = tools.program("clip-image", Profile::Release, &environment);
-    crops
-        .arg("conformance")
-        .arg(&arguments.folder)
-        .arg("--python")
-        .arg(&python)
-        .arg("--out")
-        .arg(&arguments.out);
+    crops.arg("conformance").arg(&arguments.folder);
+    crops.arg("--python").arg(&python);
+    crops.arg("--out").arg(&arguments.out);
     let crops_agree = crops
         .status()
         .context("clip-image cannot be started")?
@@ -59,17 +55,12 @@ pub fn run_command(tools: &Tools, arguments: Arguments) -> anyhow::Result<ExitCo
     };
     let clip_model = tools.program("clip-model", Profile::Release, &[]);
     let mut embeddings = Command::new(&python);
-    embeddings
-        .arg(tools.root.join("tests/conformance/embeddings.py"))
-        .arg("--crops")
-        .arg(&arguments.out)
-        .arg("--weights")
-        .arg(&weights)
-        .arg("--bundle")
-        .arg(&bundle)
-        .arg("--clip-model")
-        .arg(clip_model.get_program())
-        .envs(environment);
+    embeddings.arg(tools.root.join("tests/conformance/embeddings.py"));
+    embeddings.arg("--crops").arg(&arguments.out);
+    embeddings.arg("--weights").arg(&weights);
+    embeddings.arg("--bundle").arg(&bundle);
+    embeddings.arg("--clip-model").arg(clip_model.get_program());
+    embeddings.envs(environment);
     let embeddings_agree = embeddings
         .status()
         .context("Python cannot be started")?

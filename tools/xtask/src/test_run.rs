@@ -100,7 +100,6 @@ fn cargo_test(tools: &Tools, arguments: &[OsString]) -> anyhow::Result<Command> 
 /// VNNI)`. It writes to standard output itself, since the runner keeps what a passing test prints.
 const NOT_RUN: &str = "not run: ";
 
-/// The sum over the summaries of all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Tally {
     passed: u64,

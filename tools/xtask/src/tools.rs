@@ -59,10 +59,8 @@ impl Environment {
     }
 }
 
-/// Variables for the programs that a command starts.
 pub type Variables = [(&'static str, OsString)];
 
-/// The workspace's tools, all below `.tools/`.
 pub struct Tools {
     pub root: PathBuf,
 }
@@ -152,7 +150,6 @@ impl Tools {
         command
     }
 
-    /// Where a build puts a program.
     pub fn built(&self, name: &str, profile: Profile) -> PathBuf {
         let target = match std::env::var_os("CARGO_TARGET_DIR") {
             Some(target) => PathBuf::from(target),
@@ -175,20 +172,15 @@ impl Tools {
         let bundle = models.join("rehearsal");
         // Another compiler of graphs makes another bundle.
         let made = |path: &Path| fs::metadata(path).and_then(|found| found.modified()).ok();
-        if made(&bundle.join("manifest.json")) >= made(&self.built("clip-model", profile)) {
-            return Ok(bundle);
+        if made(&bundle.join("manifest.json")) < made(&self.built("clip-model", profile)) {
+            let _ = fs::remove_dir_all(&bundle);
+            let weights = models.join("rehearsal.safetensors");
+            self.synthesize(&weights, profile, variables)?;
+            let mut build = self.program("clip-model", profile, variables);
+            build.args(["build", "--precision", "fp16", "--no-labels", "--weights"]);
+            run(build.arg(&weights).arg("--output").arg(&bundle))?;
+            fs::remove_file(&weights)?;
         }
-        let _ = fs::remove_dir_all(&bundle);
-        fs::create_dir_all(&models)?;
-        let weights = models.join("rehearsal.safetensors");
-        let mut synthesize = self.program("clip-model", profile, variables);
-        run(synthesize
-            .args(["synthesize", "ViT-B/32", "--output"])
-            .arg(&weights))?;
-        let mut build = self.program("clip-model", profile, variables);
-        build.args(["build", "--precision", "fp16", "--no-labels", "--weights"]);
-        run(build.arg(&weights).arg("--output").arg(&bundle))?;
-        fs::remove_file(&weights)?;
         Ok(bundle)
     }
 
@@ -196,20 +188,26 @@ impl Tools {
     /// that need some model; made once. `clip-model` must be built for release.
     pub fn synthesized_model(&self, variables: &Variables) -> anyhow::Result<(PathBuf, PathBuf)> {
         let models = self.root.join(".local/models");
-        fs::create_dir_all(&models)?;
         let weights = models.join("synthesized.safetensors");
         if !weights.is_file() {
-            let mut synthesize = self.program("clip-model", Profile::Release, variables);
-            synthesize
-                .args(["synthesize", "ViT-B/32", "--output"])
-                .arg(&weights);
-            run(&mut synthesize)?;
+            self.synthesize(&weights, Profile::Release, variables)?;
         }
         let bundle = models.join("synthesized");
         if !bundle.join("manifest.json").is_file() {
             self.build_bundle(&weights, &bundle, variables)?;
         }
         Ok((weights, bundle))
+    }
+
+    fn synthesize(
+        &self,
+        weights: &Path,
+        profile: Profile,
+        variables: &Variables,
+    ) -> anyhow::Result<()> {
+        let mut synthesize = self.program("clip-model", profile, variables);
+        synthesize.args(["synthesize", "ViT-B/32", "--output"]);
+        run(synthesize.arg(weights))
     }
 
     pub fn build_bundle(
@@ -224,7 +222,6 @@ impl Tools {
     }
 }
 
-/// Sets variables, leaving alone what the user has set.
 pub fn set_unless_set(command: &mut Command, variables: &Variables) {
     for (name, value) in variables {
         if std::env::var_os(name).is_none() {

@@ -1,7 +1,7 @@
 //! Downloads and unpacks what the image is made of.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -42,7 +42,6 @@ pub(super) struct Image {
     pub layers: Vec<(&'static str, PathBuf)>,
 }
 
-/// Assembles the image's layers and its root filesystem.
 pub(super) fn assemble(request: &Request<'_>) -> anyhow::Result<Image> {
     let name = request.variant.name();
     let folder = request.work.join(name);
@@ -74,17 +73,13 @@ pub(super) fn assemble(request: &Request<'_>) -> anyhow::Result<Image> {
 fn base(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
     let packages = request.work.join("debian-packages");
     fs::create_dir_all(&packages)?;
-    let has = |name: &str| find_package(&packages, name).map(|found| found.is_some());
     for name in BASE_PACKAGES {
-        if !has(name)? {
+        if find_package(&packages, name)?.is_none() {
             eprintln!("downloading Debian's {name} …");
-            run(Command::new("apt-get").current_dir(&packages).args([
-                "--quiet=2",
-                "--option",
-                "APT::Sandbox::User=root",
-                "download",
-                name,
-            ]))
+            run(Command::new("apt-get")
+                .current_dir(&packages)
+                .args("--quiet=2 --option APT::Sandbox::User=root download".split(' '))
+                .arg(name))
             .context("Debian's packages cannot be had (apt-get update?)")?;
         }
         let package = find_package(&packages, name)?
@@ -108,16 +103,7 @@ fn base(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
         layer.join("etc/group"),
         format!("root:x:0:\nnonroot:x:{USER}:\n"),
     )?;
-    for folder in [
-        "tmp",
-        "proc",
-        "sys",
-        "dev",
-        "run",
-        "cache",
-        "models",
-        "home/nonroot",
-    ] {
+    for folder in "tmp proc sys dev run cache models home/nonroot".split(' ') {
         fs::create_dir_all(layer.join(folder))?;
     }
     fs::set_permissions(layer.join("tmp"), fs::Permissions::from_mode(0o1777))?;
@@ -125,26 +111,20 @@ fn base(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
 }
 
 fn find_package(folder: &Path, name: &str) -> anyhow::Result<Option<PathBuf>> {
+    let start = format!("{name}_");
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if entry
-            .file_name()
-            .to_string_lossy()
-            .starts_with(&format!("{name}_"))
-        {
+        if entry.file_name().to_string_lossy().starts_with(&start) {
             return Ok(Some(entry.path()));
         }
     }
     Ok(None)
 }
 
-/// What `update-ca-certificates` makes: one file with every authority.
 fn certificates(layer: &Path) -> anyhow::Result<()> {
-    let mut authorities = Vec::new();
-    for entry in fs::read_dir(layer.join("usr/share/ca-certificates/mozilla"))? {
-        authorities.push(entry?.path());
-    }
-    authorities.sort();
+    let authorities = fs::read_dir(layer.join("usr/share/ca-certificates/mozilla"))?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<anyhow::Result<BTreeSet<_>>>()?;
     let mut bundle = String::new();
     for path in authorities {
         bundle.push_str(&fs::read_to_string(path)?);
@@ -167,32 +147,18 @@ pub(super) fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<(
         };
         eprintln!("downloading the native libraries (about {size}) …");
         let mut pip = Command::new(request.python);
-        pip.args([
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ])
-        .args([
-            "--only-binary",
-            ":all:",
-            "--require-hashes",
-            "--python-version",
-            "3.13",
-        ])
-        // The Dockerfile's Python; the shared objects are the same in every wheel.
-        .args([
-            "--platform",
-            "manylinux_2_28_x86_64",
-            "--platform",
-            "manylinux_2_27_x86_64",
-        ])
-        .args(["--platform", "manylinux2014_x86_64", "--dest"])
-        .arg(&wheels)
-        .arg("--requirement")
-        .arg(&requirements);
+        pip.args("-m pip download --quiet --disable-pip-version-check --no-deps".split(' '))
+            .args("--only-binary :all: --require-hashes --python-version 3.13".split(' '))
+            // The Dockerfile's Python; the shared objects are the same in every wheel.
+            .args([
+                "--platform=manylinux_2_28_x86_64",
+                "--platform=manylinux_2_27_x86_64",
+            ])
+            .arg("--platform=manylinux2014_x86_64")
+            .arg("--dest")
+            .arg(&wheels)
+            .arg("--requirement")
+            .arg(&requirements);
         run(&mut pip)?;
     }
     run(Command::new(request.python)
@@ -220,11 +186,7 @@ fn sha256(path: &Path) -> anyhow::Result<String> {
     let mut file = fs::File::open(path)?;
     let mut digest = Sha256::new();
     std::io::copy(&mut file, &mut digest)?;
-    Ok(digest
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hex::encode(digest.finalize()))
 }
 
 fn program(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
@@ -243,14 +205,7 @@ fn program(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
 /// archive, gzip.
 pub(super) fn sizes(folder: &Path) -> anyhow::Result<(u64, u64)> {
     let mut tar = Command::new("tar")
-        .args([
-            "--create",
-            "--sort=name",
-            "--mtime=@0",
-            "--owner=0",
-            "--group=0",
-            "--directory",
-        ])
+        .args("--create --sort=name --mtime=@0 --owner=0 --group=0 --directory".split(' '))
         .arg(folder)
         .arg(".")
         .stdout(Stdio::piped())
@@ -263,15 +218,8 @@ pub(super) fn sizes(folder: &Path) -> anyhow::Result<(u64, u64)> {
         .stdout(Stdio::piped())
         .spawn()
         .context("gzip cannot be started")?;
-    let mut compressed = 0;
     let mut output = gzip.stdout.take().context("gzip has no output")?;
-    let mut block = vec![0; 1 << 20];
-    loop {
-        match output.read(&mut block)? {
-            0 => break,
-            read => compressed += read as u64,
-        }
-    }
+    let compressed = std::io::copy(&mut output, &mut std::io::sink())?;
     ensure!(
         tar.wait()?.success() && gzip.wait()?.success(),
         "the layer cannot be compressed"

@@ -35,16 +35,13 @@ const ROOTS: &[&str] = &["usr/local/bin", "opt/clip"];
 #[derive(Debug, Default)]
 pub struct Summary {
     pub objects: usize,
-    /// Needed libraries that the driver brings.
     pub left_to_the_driver: Vec<String>,
-    /// What is missing or must not be there.
     pub problems: Vec<String>,
 }
 
 #[derive(Default)]
 struct Object {
     needed: Vec<String>,
-    /// Versions that it wants of each library.
     wants: Vec<(String, String)>,
     /// Versions that it has.
     has: BTreeSet<String>,
@@ -99,7 +96,6 @@ pub fn resolve(root: &Path) -> anyhow::Result<Summary> {
     Ok(summary)
 }
 
-/// What becomes of a needed library.
 #[derive(Debug, PartialEq, Eq)]
 enum Fate {
     Found(PathBuf),
@@ -174,7 +170,6 @@ fn is_driver_symbol(symbol: &str) -> bool {
         .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_uppercase()))
 }
 
-/// The libraries that a program or library links.
 pub(super) fn links(path: &Path) -> anyhow::Result<Vec<String>> {
     Ok(read(path)?.needed)
 }

@@ -43,15 +43,12 @@ impl Variant {
 pub struct Request<'a> {
     pub variant: Variant,
     pub root: &'a Path,
-    /// The release build of gpu-task.
     pub gpu_task: &'a Path,
     pub model: &'a Path,
-    /// Downloads and root filesystems are kept here.
     pub work: &'a Path,
     /// A Python with pip, for the wheels.
     pub python: &'a Path,
     pub emulator: &'a Path,
-    /// The stand-in for CUDA's libraries, for the rehearsal.
     pub stand_in: &'a Path,
     /// The program that runs a model over it, `cuda-soak`.
     pub soak: &'a Path,

@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::assemble::{remove, run};
-use super::trial::{Emulator, REGION};
+use super::trial::{Emulator, document_created};
 use super::{Request, elf};
 
 /// Libraries of the image that are rehearsed themselves; for the others stand-ins are loaded, which
@@ -68,7 +68,6 @@ struct Fault {
     /// The task's largest batch, where the fault needs another than its own.
     batch_size: Option<&'static str>,
     exit: i32,
-    /// What the log must say.
     says: &'static str,
 }
 
@@ -313,7 +312,6 @@ impl Stage {
         run(&mut compiler)
     }
 
-    /// A program with the image's environment.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         let search = format!("{}:{}", self.image().display(), self.driver().display());
@@ -334,7 +332,6 @@ impl Stage {
         self.folder.join("counters")
     }
 
-    /// Runs the task until its queue is empty.
     fn task(
         &self,
         request: &Request<'_>,
@@ -345,19 +342,14 @@ impl Stage {
         command
             .env("EXECUTION_PROVIDER", "cuda")
             .env("MODEL_PATH", request.rehearsal_model)
-            .env("AWS_ENDPOINT_URL", world.emulator.url())
-            .env("AWS_REGION", REGION)
-            .env("AWS_ACCESS_KEY_ID", "test")
-            .env("AWS_SECRET_ACCESS_KEY", "test")
+            .envs(world.emulator.variables())
             .env("INPUT_QUEUE_URL", &world.input)
             .env("DEAD_LETTER_QUEUE_URL", &world.dead)
             .env("OUTPUT_QUEUE_URL", &world.output)
-            .env("CACHE_BUCKET", "cache")
             .env("EXTRACT_LABELS", "false")
             .env("VISIBILITY_TIMEOUT_SECONDS", "10")
             .env("IDLE_EXIT_SECONDS", "2")
-            .env("IMAGE_LINES_PER_SECOND", "0")
-            .env("LOG_FORMAT", "json");
+            .env("IMAGE_LINES_PER_SECOND", "0");
         if let Some(fault) = fault {
             command.env("CUDA_STAND_IN_FAULT", &fault.what);
             command.envs(fault.batch_size.map(|size| ("BATCH_SIZE", size)));
@@ -426,10 +418,8 @@ impl Stage {
     }
 }
 
-/// What a program did.
 struct Run {
     exit: Option<i32>,
-    /// On standard output.
     said: String,
     /// On standard error, but for what is no trouble.
     log: String,
@@ -444,7 +434,6 @@ impl Run {
         &self.log[self.log.ceil_char_boundary(start)..]
     }
 
-    /// What would not be well in the image.
     fn problems(&self, stage: &Stage) -> Vec<String> {
         let mut problems = Vec::new();
         if self.exit != Some(0) {
@@ -530,7 +519,6 @@ impl Counters {
     }
 }
 
-/// Buckets and queues of the task.
 struct World {
     emulator: Emulator,
     input: String,
@@ -547,15 +535,10 @@ impl World {
         for image in 0..IMAGES.max(IMAGES_PER_FAULT) {
             emulator.s3("PUT", &object(image), &bitmap(colour(image)))?;
         }
-        let queue = |name: &str| -> anyhow::Result<String> {
-            let answer = emulator.sqs("CreateQueue", json!({ "QueueName": name }))?;
-            let url = answer["QueueUrl"].as_str();
-            Ok(url.context("the emulator made no queue")?.to_owned())
-        };
         Ok(Self {
-            input: queue("input")?,
-            dead: queue("dead")?,
-            output: queue("output")?,
+            input: emulator.queue("input")?,
+            dead: emulator.queue("dead")?,
+            output: emulator.queue("output")?,
             emulator,
         })
     }
@@ -643,26 +626,13 @@ fn object(image: usize) -> String {
     format!("images/{image:04}.bmp")
 }
 
-/// A colour for each image.
 fn colour(image: usize) -> [u8; 3] {
     [image as u8, (image >> 8) as u8 + 100, 255 - image as u8]
 }
 
 fn event(image: usize) -> Value {
     let url = format!("s3://{}", object(image));
-    let size = bitmap(colour(image)).len();
-    let document = json!({ "url": url, "type": "image/bmp", "size": size });
-    json!({
-        "specversion": "1.0",
-        "id": format!("1780d5de-fd6f-4530-98d7-{image:012}"),
-        "type": "document-created",
-        "time": "2026-01-01T00:00:00.000Z",
-        "data": {
-            "chainId": format!("6ebf76e4-f70c-440c-98f9-{image:012}"),
-            "source": document,
-            "document": document,
-        },
-    })
+    document_created(image, &url, "image/bmp", bitmap(colour(image)).len())
 }
 
 /// A small image of one colour, which stays that colour at any size.

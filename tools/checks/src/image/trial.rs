@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use ministack::MiniStack;
-pub(super) use ministack::REGION;
+use ministack::REGION;
 use serde_json::{Value, json};
 
 use super::Request;
@@ -56,7 +56,6 @@ pub(super) fn run(request: &Request<'_>, root: &Path) -> anyhow::Result<Vec<Stri
     Ok(lines)
 }
 
-/// Runs gpu-task in the image.
 fn enter(
     request: &Request<'_>,
     root: &Path,
@@ -66,17 +65,8 @@ fn enter(
     ensure_root()?;
     let mut command = Command::new("unshare");
     command
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "sh",
-            "-c",
-            ENTER,
-            "sh",
-        ])
+        .args("--mount --propagation private --pid --fork sh -c".split(' '))
+        .args([ENTER, "sh"])
         .arg(root)
         .arg(request.model)
         .arg(USER.to_string())
@@ -117,46 +107,26 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
         emulator.s3("PUT", bucket, b"")?;
     }
     emulator.s3("PUT", "images/trial.png", IMAGE)?;
-    let queue = |name: &str| -> anyhow::Result<String> {
-        let answer = emulator.sqs("CreateQueue", json!({ "QueueName": name }))?;
-        Ok(answer["QueueUrl"]
-            .as_str()
-            .context("the emulator made no queue")?
-            .to_owned())
-    };
-    let (input, dead, output) = (queue("input")?, queue("dead")?, queue("output")?);
-    let document =
-        json!({ "url": "s3://images/trial.png", "type": "image/png", "size": IMAGE.len() });
-    let event = json!({
-        "specversion": "1.0",
-        "id": "1780d5de-fd6f-4530-98d7-82ebee85ea39",
-        "type": "document-created",
-        "time": "2026-01-01T00:00:00.000Z",
-        "data": {
-            "chainId": "6ebf76e4-f70c-440c-98f9-3e3e7eb34c79",
-            "source": document,
-            "document": document,
-        },
-    });
+    let (input, dead, output) = (
+        emulator.queue("input")?,
+        emulator.queue("dead")?,
+        emulator.queue("output")?,
+    );
+    let event = document_created(0, "s3://images/trial.png", "image/png", IMAGE.len());
     emulator.sqs(
         "SendMessage",
         json!({ "QueueUrl": input, "MessageBody": event.to_string() }),
     )?;
-    let variables = [
-        ("AWS_ENDPOINT_URL", emulator.url()),
-        ("AWS_REGION", REGION.to_owned()),
-        ("AWS_ACCESS_KEY_ID", "test".to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
+    let mut variables = emulator.variables();
+    variables.extend([
         ("INPUT_QUEUE_URL", input),
         ("DEAD_LETTER_QUEUE_URL", dead.clone()),
         ("OUTPUT_QUEUE_URL", output.clone()),
-        ("CACHE_BUCKET", "cache".to_owned()),
         ("MODEL_PATH", "/models".to_owned()),
         // The CUDA image's library runs models on the processor as well.
         ("EXECUTION_PROVIDER", "cpu".to_owned()),
         ("IDLE_EXIT_SECONDS", "3".to_owned()),
-        ("LOG_FORMAT", "json".to_owned()),
-    ];
+    ]);
     let start = Instant::now();
     let run = enter(request, root, &variables, &[])?;
     let took = start.elapsed();
@@ -193,7 +163,6 @@ fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
     ))
 }
 
-/// The AWS emulator, until it is dropped.
 pub(super) struct Emulator(MiniStack);
 
 impl Emulator {
@@ -201,8 +170,23 @@ impl Emulator {
         Ok(Self(MiniStack::start(program, Path::new("/dev/null"))?))
     }
 
-    pub(super) fn url(&self) -> String {
-        self.0.endpoint().to_owned()
+    /// What a task needs to find it, but for its queues.
+    pub(super) fn variables(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("AWS_ENDPOINT_URL", self.0.endpoint().to_owned()),
+            ("AWS_REGION", REGION.to_owned()),
+            ("AWS_ACCESS_KEY_ID", "test".to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
+            ("CACHE_BUCKET", "cache".to_owned()),
+            ("LOG_FORMAT", "json".to_owned()),
+        ]
+    }
+
+    /// Makes a queue; answers its URL.
+    pub(super) fn queue(&self, name: &str) -> anyhow::Result<String> {
+        let answer = self.sqs("CreateQueue", json!({ "QueueName": name }))?;
+        let url = answer["QueueUrl"].as_str();
+        Ok(url.context("the emulator made no queue")?.to_owned())
     }
 
     pub(super) fn s3(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<Vec<u8>> {
@@ -247,6 +231,22 @@ impl Emulator {
         let headers = [headers, &[("Authorization", signed.as_str())]].concat();
         Ok(self.0.request(method, path, &headers, body)?)
     }
+}
+
+/// The event of an image, with ids that end in its number.
+pub(super) fn document_created(number: usize, url: &str, kind: &str, size: usize) -> Value {
+    let document = json!({ "url": url, "type": kind, "size": size });
+    json!({
+        "specversion": "1.0",
+        "id": format!("1780d5de-fd6f-4530-98d7-{number:012}"),
+        "type": "document-created",
+        "time": "2026-01-01T00:00:00.000Z",
+        "data": {
+            "chainId": format!("6ebf76e4-f70c-440c-98f9-{number:012}"),
+            "source": document,
+            "document": document,
+        },
+    })
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -93,7 +93,6 @@ fn run() -> Outcome {
     ))
 }
 
-/// Bytes of device memory, and of this process's own.
 fn memory() -> Result<(u64, u64), Box<dyn std::error::Error>> {
     let counters = std::fs::read(std::env::var("CUDA_STAND_IN_COUNTERS")?)?;
     let place = counters.get(DEVICE_BYTES_AT..DEVICE_BYTES_AT + 8);
