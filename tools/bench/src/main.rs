@@ -310,7 +310,6 @@ const REPEATS: usize = 5;
 /// The sets that are measured when none is named.
 const DEFAULT_SETS: [&str; 2] = ["mixed", "web"];
 
-/// The sets of images, by name.
 fn sets(arguments: &Arguments) -> Result<Vec<(String, PathBuf)>> {
     let mut names: Vec<&str> = arguments.sets.iter().map(String::as_str).collect();
     if names.is_empty() {
@@ -395,14 +394,12 @@ fn print_floors(floors: &Floors) {
     }
 }
 
-/// The built-in labels, for the reference worker.
 fn labels(work: &Path) -> Result<PathBuf> {
     let path = work.join("labels.txt");
     std::fs::write(&path, include_str!("../../../lib/model/labels.txt"))?;
     Ok(path)
 }
 
-/// The model's own benchmark beside the machine's ceiling.
 fn model_figures(clip_model: &Path, bundle: &Path) -> Result<serde_json::Value> {
     let output = Command::new(clip_model)
         .args(["bench", "--json"])

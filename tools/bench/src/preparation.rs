@@ -43,7 +43,6 @@ fn once(bytes: &[u8], kind: ImageType, decode: DecodeMode) -> Result<f64> {
     Ok(thread_time()? - started)
 }
 
-/// This thread's processor time in milliseconds.
 fn thread_time() -> Result<f64> {
     let mut time = libc::timespec {
         tv_sec: 0,

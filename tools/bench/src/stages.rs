@@ -19,7 +19,6 @@ const STAGES: [&str; 8] = [
     "acknowledge",
 ];
 
-/// One stage over a whole run.
 #[derive(Clone, Debug, Serialize)]
 pub struct StageFigures {
     pub stage: &'static str,
@@ -89,7 +88,6 @@ fn summarise(output: &str, seconds: f64) -> Vec<StageFigures> {
         .collect()
 }
 
-/// Prints the stages of one run.
 pub fn print(stages: &[StageFigures]) {
     println!("  stage        done   busy, s  workers busy  waiting  median, ms");
     for one in stages {

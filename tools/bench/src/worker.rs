@@ -21,7 +21,6 @@ const FIRST_POLL: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `gpu-task`.
     Task,
     /// One message at a time, in Python.
     Reference,
@@ -36,7 +35,6 @@ impl Kind {
     }
 }
 
-/// How to start a worker.
 pub struct Worker {
     pub kind: Kind,
     pub program: PathBuf,
@@ -57,7 +55,6 @@ pub struct Finished {
 }
 
 impl Worker {
-    /// Runs the worker until the queue is empty.
     pub async fn run(
         &self,
         cloud: &Cloud,
@@ -112,7 +109,6 @@ impl Worker {
     }
 }
 
-/// Waits until the queue is empty.
 async fn watch(
     cloud: &Cloud,
     run: &Run,
@@ -168,7 +164,6 @@ fn cpu_so_far(pid: u32) -> Result<Duration> {
     Ok(Duration::from_secs_f64(ticks / USER_HZ))
 }
 
-/// The most memory that a running process ever had.
 fn peak_bytes(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

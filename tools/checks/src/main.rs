@@ -94,7 +94,6 @@ fn read_template(path: &Path) -> anyhow::Result<Template> {
     Ok(Template::parse(&text)?)
 }
 
-/// Whether all is well.
 fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     let root = arguments.root.canonicalize()?;
     match &arguments.command {

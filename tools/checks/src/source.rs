@@ -13,9 +13,7 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 pub struct Program {
     pub name: &'static str,
-    /// Folders with its own sources.
     own: &'static [&'static str],
-    /// Folders of library crates that it runs.
     shared: &'static [&'static str],
     /// Files in those folders that it never runs.
     never_run: &'static [&'static str],
@@ -66,7 +64,6 @@ pub const PROGRAMS: &[Program] = &[
 
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Environment variables that it reads.
     pub variables: BTreeSet<String>,
     /// SDK operations that it calls, in snake case.
     pub operations: BTreeSet<String>,

@@ -64,7 +64,6 @@ pub fn kill(pid: u32) -> bool {
     signal(pid, Signal::KILL)
 }
 
-/// SIGKILL to a process group.
 pub fn kill_group(leader: u32) -> bool {
     pid_of(leader).is_some_and(|pid| rustix::process::kill_process_group(pid, Signal::KILL).is_ok())
 }

@@ -99,7 +99,6 @@ pub struct BackfillArgs {
 }
 
 impl BackfillArgs {
-    /// What decides which objects go where.
     pub fn job(&self) -> Job {
         let mut job = self.asked.clone();
         job.bucket.clone_from(&self.source.bucket);

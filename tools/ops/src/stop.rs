@@ -10,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 const INTERRUPTED: i32 = 130;
 const TERMINATED: i32 = 143;
 
-/// A wish to stop, which a signal expresses.
 #[derive(Clone)]
 pub struct Stop {
     /// Cancelled with the first signal.

@@ -14,7 +14,6 @@ use thiserror::Error;
 
 pub use yaml::read_yaml;
 
-/// Values of parameters, by name.
 pub type Parameters = BTreeMap<String, String>;
 
 #[derive(Debug, Error, PartialEq)]
@@ -68,7 +67,6 @@ pub struct Template {
     root: Value,
 }
 
-/// A resource with everything resolved that can be.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resource {
     /// Such as `AWS::SQS::Queue`.

@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 
 use crate::{TemplateError, text_of};
 
-/// A collection whose end has not come yet.
 struct Open {
     tag: Option<String>,
     content: Content,

@@ -130,7 +130,6 @@ pub fn instances(project: &Project, findings: &mut Findings) {
     })
 }
 
-/// The task definition: limits, isolation, volumes.
 pub fn tasks(project: &Project, findings: &mut Findings) {
     in_each_stack(project, findings, |stack, findings| {
         for (id, task) in stack.of_type("AWS::ECS::TaskDefinition") {

@@ -78,7 +78,6 @@ pub fn visibility(project: &Project, findings: &mut Findings) {
     })
 }
 
-/// A container's environment variable.
 pub fn container_variable<'a>(container: &'a Value, name: &str) -> Option<&'a Value> {
     list(&container["Environment"])
         .into_iter()

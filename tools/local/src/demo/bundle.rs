@@ -64,7 +64,6 @@ pub struct ReadyBundle {
     pub folder: PathBuf,
     pub model: String,
     pub synthesized: bool,
-    /// Its arithmetic, such as `fp32`.
     pub precision: String,
 }
 

@@ -103,7 +103,6 @@ pub enum DemoEnd {
     Good,
     /// Some have none, each with its reason, or the cluster is not at zero.
     SomeFailed,
-    /// Ctrl-C.
     Interrupted,
 }
 
@@ -503,7 +502,6 @@ fn embeddings(event: &Value) -> &Value {
     &event["data"]["metadata"]["properties"]["attrs"]["embeddings"]
 }
 
-/// The table, and whatever has no row in it.
 fn print_results(screen: &Screen, tally: &Tally, work_time: Duration) {
     let mut rows = Vec::new();
     let mut failed = Vec::new();

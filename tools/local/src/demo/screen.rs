@@ -48,7 +48,6 @@ impl Screen {
         self.line("demo", text);
     }
 
-    /// Something that must not be overlooked.
     pub fn loud(&self, lines: &[String]) {
         let width = lines
             .iter()
@@ -108,12 +107,6 @@ impl Screen {
         self.bars.as_ref()?;
         let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
         Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
-    }
-}
-
-impl Default for Screen {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

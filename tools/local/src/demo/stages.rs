@@ -20,7 +20,6 @@ const SHOWN: [&str; 6] = [
     "acknowledge",
 ];
 
-/// A log that grows.
 #[derive(Default)]
 struct Log {
     read: u64,
@@ -29,7 +28,6 @@ struct Log {
 }
 
 impl Log {
-    /// The whole lines that came since the last time.
     fn new_lines(&mut self, path: &Path) -> Vec<String> {
         let mut new = Vec::new();
         let read = File::open(path).and_then(|mut file| {
@@ -59,7 +57,6 @@ struct Stage {
 pub(super) struct Stages {
     logs: BTreeMap<PathBuf, Log>,
     totals: BTreeMap<String, Stage>,
-    /// What waited last, by task and stage.
     waiting: BTreeMap<(PathBuf, String), u64>,
     /// What was done in a task's last interval.
     images: BTreeMap<PathBuf, u64>,

@@ -53,7 +53,6 @@ pub struct TrackedFile {
 
 #[derive(Debug)]
 pub struct Tally {
-    /// In the order in which they were given.
     pub files: Vec<TrackedFile>,
     by_url: HashMap<String, usize>,
     /// Events beyond the first for a file: SQS and SNS deliver at least once.
@@ -193,7 +192,6 @@ impl Tally {
         self.files.get(index)
     }
 
-    /// Whatever is still open is lost.
     pub fn close(&mut self) {
         for file in &mut self.files {
             file.fate.get_or_insert(Fate::Lost);

@@ -61,7 +61,6 @@ pub(super) struct Watch<'a> {
     tasks: BTreeMap<String, TaskStatus>,
     instances: BTreeMap<String, &'static str>,
     now: Snapshot,
-    /// What the tasks' stages do.
     pub stages: Stages,
     intake: Tail,
     scaler: Tail,
@@ -108,7 +107,6 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// Shows what changed among instances and tasks.
     pub fn show_cluster(&mut self, screen: &Screen) {
         self.now = self.pipeline.cloud.snapshot();
         for instance in &self.now.instances {

@@ -108,7 +108,6 @@ pub struct DeploymentOptions {
     /// How images reach intake.
     pub way_in: WayIn,
     pub timings: Timings,
-    /// Variables of every task, over the template's.
     pub task_environment: BTreeMap<String, String>,
     /// Variables of every function, over the template's.
     pub function_environment: BTreeMap<String, String>,
@@ -192,7 +191,6 @@ fn owned<const N: usize>(values: [(&str, &str); N]) -> BTreeMap<String, String> 
         .into()
 }
 
-/// A program's full path, if it is built.
 fn built(program: PathBuf) -> Result<PathBuf, DeployError> {
     if program.is_file() {
         std::path::absolute(&program).map_err(DeployError::file(&program))
@@ -203,13 +201,11 @@ fn built(program: PathBuf) -> Result<PathBuf, DeployError> {
 
 /// The running pipeline. Dropping it kills every process it started.
 pub struct Deployment {
-    /// ECS and Auto Scaling: snapshots, events, faults.
     pub cloud: Cloud,
     /// S3, SQS, SNS, EventBridge, CloudWatch and Lambda.
     pub emulator: MiniStack,
     /// A client configuration for the emulator.
     pub sdk: SdkConfig,
-    /// S3, path style.
     pub s3: aws_sdk_s3::Client,
     pub sqs: aws_sdk_sqs::Client,
     pub sns: aws_sdk_sns::Client,

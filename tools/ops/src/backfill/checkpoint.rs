@@ -17,7 +17,6 @@ use super::job::{Job, Position};
 /// The form of the file. Another number is another form.
 const VERSION: u32 = 1;
 
-/// What became of an object beyond the position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Settled {
@@ -27,13 +26,11 @@ pub enum Settled {
     Refused,
 }
 
-/// How far a walk has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Checkpoint {
     /// All objects up to here are settled and counted; `None` at the start.
     pub position: Option<Position>,
-    /// What became of the objects up to the position.
     pub counts: Counts,
     /// Events beyond the position whose fate is known.
     pub settled: BTreeMap<Uuid, Settled>,
@@ -51,7 +48,6 @@ struct Form {
     state: Checkpoint,
 }
 
-/// Why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     #[error("the checkpoint {path} cannot be {verb}: {problem}")]
@@ -155,7 +151,6 @@ fn job_value(job: &Job) -> Value {
     serde_json::to_value(job).expect("a job is plain data")
 }
 
-/// Which parameters of two jobs differ, for a person.
 fn differences(saved: &Value, wanted: &Value) -> String {
     let empty = serde_json::Map::new();
     let saved = saved.as_object().unwrap_or(&empty);

@@ -4,7 +4,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::units;
 
-/// Why an object is not enqueued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Skip {
     NoImageByName,
@@ -38,7 +37,6 @@ pub struct Counts {
     pub archived: u64,
     pub not_current: u64,
     pub already_embedded: u64,
-    /// Objects that the queue has confirmed.
     pub enqueued: u64,
     /// Bytes of those.
     pub enqueued_bytes: u64,
@@ -64,7 +62,6 @@ impl Counts {
         } += 1;
     }
 
-    /// Objects that the filters left out.
     pub fn filtered(&self) -> u64 {
         self.no_image_by_name
             + self.other_type
@@ -82,7 +79,6 @@ impl Counts {
         self.filtered() + self.already_embedded + self.enqueued + self.refused
     }
 
-    /// One line for a progress bar.
     pub fn line(&self) -> String {
         format!(
             "{} listed · {} filtered out · {} already embedded · {} enqueued",

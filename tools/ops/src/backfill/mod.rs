@@ -46,7 +46,6 @@ pub enum BackfillError {
     #[error("the queue did not take {failed} of {sent} events: {problem}")]
     Queue {
         failed: usize,
-        /// Events of the window.
         sent: usize,
         /// What it said of the first.
         problem: Box<PublishError>,
@@ -73,10 +72,8 @@ pub enum End {
     Stopped,
 }
 
-/// What a walk tells while it goes.
 pub trait Progress: Send + Sync {
     fn counts(&self, counts: &Counts);
-    /// Something that a person wants to know.
     fn note(&self, line: &str);
 }
 

@@ -60,12 +60,6 @@ impl Display {
     }
 }
 
-impl Default for Display {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Progress for Display {
     fn counts(&self, counts: &Counts) {
         let line = format!("{} ({:.0}/s)", counts.line(), self.rate(counts.enqueued));

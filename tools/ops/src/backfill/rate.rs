@@ -37,7 +37,6 @@ impl TokenBucket {
         }
     }
 
-    /// Objects that may be asked for at once.
     pub fn window(&self) -> usize {
         self.window
     }

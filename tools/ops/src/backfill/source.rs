@@ -30,7 +30,6 @@ pub enum SourceError {
     #[error("the inventory {manifest} cannot be used: {problem:#}")]
     Inventory {
         manifest: String,
-        /// Why, and what to do.
         problem: anyhow::Error,
     },
 }

@@ -16,7 +16,6 @@ use super::rate::MAX_WINDOW;
 use super::*;
 use crate::units::Rate;
 
-/// Pages of a made-up bucket.
 struct Pages {
     objects: Vec<Object>,
     next: usize,
@@ -122,7 +121,6 @@ impl Destination for FakeQueue {
     }
 }
 
-/// Vectors by key.
 struct Held(BTreeSet<String>);
 
 #[async_trait]

@@ -134,7 +134,6 @@ impl Heads {
     }
 }
 
-/// Takes every object for one without a vector.
 pub struct Unknown;
 
 #[async_trait]

@@ -11,7 +11,6 @@ pub trait Waker: Send + Sync {
     async fn wake(&self) -> Result<(), aws::Error>;
 }
 
-/// The scaler's Lambda.
 pub struct Scaler {
     pub lambda: Client,
     /// The function's name or ARN.

@@ -37,7 +37,6 @@ impl Intake {
         }
     }
 
-    /// Has intake take what is in the letters.
     pub async fn take_all(&self, letters: &[&Letter]) -> Results {
         join_all(letters.iter().map(|letter| self.take(letter))).await
     }

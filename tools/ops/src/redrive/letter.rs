@@ -35,7 +35,6 @@ pub struct Letter {
     pub receipt: String,
 }
 
-/// What is shown of a message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Fields {

@@ -42,7 +42,6 @@ const MAX_BATCH: usize = 10;
 /// Each asks all of SQS's servers (long polling), so two are ample.
 const EMPTY_RECEIVES: u32 = 2;
 
-/// Why a message was not sent back or deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     #[error(transparent)]
@@ -63,7 +62,6 @@ pub enum Problem {
     NoWayBack,
 }
 
-/// One result per message of a request.
 pub type Results = Vec<Result<(), Problem>>;
 
 /// The two queues. Every slice has at most ten letters.
@@ -79,7 +77,6 @@ pub trait Queues: Send + Sync {
     async fn delete(&self, receipts: &[&str]) -> Results;
 }
 
-/// What becomes of the chosen messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     Show,
@@ -88,7 +85,6 @@ pub enum Action {
     Discard,
 }
 
-/// How many messages met which fate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Counts {
@@ -108,14 +104,12 @@ pub struct Report {
     pub counts: Counts,
     /// The chosen messages, as they were when they were seen.
     pub chosen: Vec<Fields>,
-    /// What failed, with the message's id.
     pub problems: Vec<String>,
     pub is_stopped: bool,
     /// Why the run ended before it had seen every message.
     pub error: Option<aws::Error>,
 }
 
-/// Goes through the dead-letter queue once.
 pub async fn run(
     queues: &dyn Queues,
     choice: &Choice,

@@ -39,12 +39,10 @@ impl Record {
         serde_json::from_str(body).ok()
     }
 
-    /// What the function was invoked with, as JSON.
     pub fn payload(&self) -> Option<String> {
         self.request_payload.as_ref().map(Value::to_string)
     }
 
-    /// Why it failed, for a person.
     pub fn reason(&self) -> String {
         let mut reason = self.request_context.condition.clone();
         if let Some(count) = self.request_context.approximate_invoke_count {

@@ -18,7 +18,6 @@ use super::{HOLD, Intake, Letter, MAX_BATCH, Problem, Queues, Results};
 /// Seconds of a long poll: above zero, so that all servers are asked.
 const WAIT_SECONDS: i32 = 1;
 
-/// Where letters go back to.
 pub enum WayBack {
     None,
     Queue(String),
@@ -40,7 +39,6 @@ impl SqsQueues {
         }
     }
 
-    /// Sends bodies to the input queue.
     async fn send_to(&self, input: &str, letters: &[&Letter]) -> Results {
         let sent = send_all(
             "input queue",

@@ -35,7 +35,6 @@ pub fn row(fields: &Fields) -> [String; 7] {
     ]
 }
 
-/// All messages, one a line, below a header.
 pub fn table(messages: &[Fields]) -> String {
     let mut rows = vec![HEADER.map(str::to_owned)];
     rows.extend(messages.iter().map(row));

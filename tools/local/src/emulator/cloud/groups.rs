@@ -340,7 +340,6 @@ fn finish_termination(cloud: &Cloud, instance_id: &str) {
     reconcile(cloud, &group_name);
 }
 
-/// Fault: the instance is gone at once.
 pub(crate) fn lose(cloud: &Cloud, instance_id: &str) -> bool {
     {
         let mut state = cloud.lock();

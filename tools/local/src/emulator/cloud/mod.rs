@@ -178,11 +178,8 @@ pub struct ApiCall {
 pub struct Snapshot {
     /// Every task that is still visible, stopped ones included, oldest first.
     pub tasks: Vec<Task>,
-    /// Every instance there ever was, oldest first.
     pub instances: Vec<Instance>,
-    /// Most tasks at one time so far.
     pub peak_tasks: usize,
-    /// Most live instances at one time so far.
     pub peak_instances: usize,
 }
 

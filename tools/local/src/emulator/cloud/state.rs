@@ -55,14 +55,12 @@ impl CloudState {
         instances.into_iter()
     }
 
-    /// Tasks that hold resources of an instance.
     pub fn tasks_on<'a>(&'a self, instance_id: &'a str) -> impl Iterator<Item = &'a Task> {
         self.tasks
             .values()
             .filter(move |task| task.instance == instance_id && task.status.holds_resources())
     }
 
-    /// What an instance has left for further tasks.
     pub fn remaining(&self, instance: &Instance) -> Resources {
         let mut left = instance.resources.clone();
         for task in self.tasks_on(&instance.id) {
@@ -127,7 +125,6 @@ pub(crate) struct GroupTag {
     pub propagate: bool,
 }
 
-/// A scaling activity, as DescribeScalingActivities answers it.
 #[derive(Debug, Clone)]
 pub(crate) struct Activity {
     pub id: String,
@@ -159,7 +156,6 @@ impl Activity {
     }
 }
 
-/// The states of an activity that occur here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) enum ActivityStatus {
     InProgress,

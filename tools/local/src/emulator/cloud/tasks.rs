@@ -122,7 +122,6 @@ fn publish(cloud: &Cloud, task_id: &str) {
     }
 }
 
-/// Every task of a lost instance ends at once.
 pub(crate) fn lose_tasks_of(cloud: &Cloud, instance_id: &str) {
     let order = StopOrder {
         code: "TerminationNotice",
@@ -256,7 +255,6 @@ fn update(cloud: &Cloud, task_id: &str, change: impl FnOnce(&mut Task)) {
     }
 }
 
-/// Waits for an order to stop.
 async fn ordered(stop: &mut watch::Receiver<Option<StopOrder>>) -> StopOrder {
     match stop
         .wait_for(Option::is_some)
