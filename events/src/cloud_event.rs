@@ -19,6 +19,7 @@ use chrono::{SecondsFormat, Utc};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Number, Value, json};
+use serde_with::skip_serializing_none;
 use uuid::Uuid;
 
 use crate::{ImageType, S3Url};
@@ -106,6 +107,7 @@ pub struct Data {
 }
 
 /// A reference to a document. No other key is allowed.
+#[skip_serializing_none]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
@@ -116,65 +118,39 @@ pub struct Document {
     #[serde(rename = "type")]
     pub mime_type: String,
     /// Its size in bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<Number>,
     /// Its ETag, without quotes.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub etag: Option<String>,
 }
 
 /// What is known of a document. No other key is allowed; what each holds is
 /// the business of the middleware that wrote it, so most pass through as they
 /// are.
+#[skip_serializing_none]
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[allow(missing_docs)] // The names are the contract's own.
 pub struct Metadata {
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "type")]
     pub kind: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub updated_at: Option<String>,
-    #[serde(
-        deserialize_with = "checked::<_, Link>",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(deserialize_with = "checked::<_, Link>")]
     pub image: Option<Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub authors: Option<Vec<String>>,
-    #[serde(
-        deserialize_with = "checked::<_, Publisher>",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(deserialize_with = "checked::<_, Publisher>")]
     pub publisher: Option<Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub keywords: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub topics: Option<Vec<String>>,
-    #[serde(
-        default,
-        deserialize_with = "rating",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "rating")]
     pub rating: Option<Number>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub language: Option<String>,
-    #[serde(
-        deserialize_with = "checked::<_, DocumentUrl>",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(deserialize_with = "checked::<_, DocumentUrl>")]
     pub ontology: Option<Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub custom: Option<Map<String, Value>>,
-    #[serde(
-        deserialize_with = "some_object",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(deserialize_with = "some_object")]
     pub properties: Option<Properties>,
 }
 

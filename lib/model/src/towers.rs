@@ -537,14 +537,16 @@ impl Compiler<'_> {
         }
     }
 
+    fn norm_weights(&mut self, name: &str, norm: &Norm) -> Result<(String, String), CompileError> {
+        let shape = [norm.scale.len()];
+        let scale = format!("{name}.scale");
+        let scale = self.graph.weight(&scale, &shape, &norm.scale)?;
+        let offset = format!("{name}.offset");
+        Ok((scale, self.graph.weight(&offset, &shape, &norm.offset)?))
+    }
+
     fn normalise(&mut self, input: &str, name: &str, norm: &Norm) -> Result<String, CompileError> {
-        let width = self.transformer().width;
-        let scale = self
-            .graph
-            .weight(&format!("{name}.scale"), &[width], &norm.scale)?;
-        let offset = self
-            .graph
-            .weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        let (scale, offset) = self.norm_weights(name, norm)?;
         Ok(self.graph.node(
             "LayerNormalization",
             &[input, &scale, &offset],
@@ -566,13 +568,7 @@ impl Compiler<'_> {
             let normalised = self.normalise(&trunk, name, norm)?;
             return Ok(Stream { trunk, normalised });
         };
-        let width = self.transformer().width;
-        let scale = self
-            .graph
-            .weight(&format!("{name}.scale"), &[width], &norm.scale)?;
-        let offset = self
-            .graph
-            .weight(&format!("{name}.offset"), &[width], &norm.offset)?;
+        let (scale, offset) = self.norm_weights(name, norm)?;
         let normalised = self.graph.fresh("skiplayernormalization");
         let sum = self.graph.fresh("sum");
         let mut outputs = vec![normalised.clone()];

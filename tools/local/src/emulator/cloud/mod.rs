@@ -220,15 +220,14 @@ pub(crate) struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.cancel.cancel();
-        let state = self
-            .state
-            .get_mut()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        for task in state.tasks.values() {
-            if let Some(pid) = task.pid {
-                process::kill(pid);
-            }
-        }
+        let state = self.state.get_mut();
+        kill_tasks(state.unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+}
+
+fn kill_tasks(state: &CloudState) {
+    for pid in state.tasks.values().filter_map(|task| task.pid) {
+        process::kill(pid);
     }
 }
 
@@ -363,11 +362,7 @@ impl Cloud {
     /// Kills every task at once, without waiting.
     pub fn kill_everything(&self) {
         self.inner.cancel.cancel();
-        for task in self.lock().tasks.values() {
-            if let Some(pid) = task.pid {
-                process::kill(pid);
-            }
-        }
+        kill_tasks(&self.lock());
     }
 
     /// Kills every task and waits until their processes are gone.
@@ -426,57 +421,47 @@ impl Cloud {
 
     /// Publishes the present state of a task, as a new version of it.
     pub(crate) fn publish_task(&self, task_id: &str) {
-        let event = {
-            let mut state = self.lock();
-            state.note_peaks();
-            let Some(task) = state.tasks.get_mut(task_id) else {
-                return;
-            };
-            task.version += 1;
-            let mut detail = task.describe(TimeForm::Iso);
-            detail["updatedAt"] = TimeForm::Iso.write(Utc::now());
-            AwsEvent {
-                source: "aws.ecs",
-                detail_type: "ECS Task State Change",
-                resources: vec![task.arn.clone()],
-                time: Utc::now(),
-                detail,
-            }
+        let mut state = self.lock();
+        state.note_peaks();
+        let Some(task) = state.tasks.get_mut(task_id) else {
+            return;
         };
-        self.publish(event);
+        task.version += 1;
+        let (arn, detail) = (task.arn.clone(), task.describe(TimeForm::Iso));
+        drop(state);
+        self.publish_of_ecs("ECS Task State Change", arn, detail);
     }
 
     /// Publishes the present state of a container instance, as a new version.
     pub(crate) fn publish_container_instance(&self, instance_id: &str) {
-        let event = {
-            let mut state = self.lock();
-            let Some(instance) = state.instances.get_mut(instance_id) else {
-                return;
-            };
-            let cluster = instance.cluster.clone();
-            let Some(registration) = &mut instance.registration else {
-                return;
-            };
-            registration.version += 1;
-            let arn = registration.arn.clone();
-            let Some(instance) = state.instances.get(instance_id) else {
-                return;
-            };
-            let Some(mut detail) = state.describe_container_instance(instance, TimeForm::Iso)
-            else {
-                return;
-            };
-            detail["clusterArn"] = json!(self.arn("ecs", &format!("cluster/{cluster}")));
-            detail["accountType"] = json!("task");
-            detail["updatedAt"] = TimeForm::Iso.write(Utc::now());
-            AwsEvent {
-                source: "aws.ecs",
-                detail_type: "ECS Container Instance State Change",
-                resources: vec![arn],
-                time: Utc::now(),
-                detail,
-            }
+        let mut state = self.lock();
+        let instance = state.instances.get_mut(instance_id);
+        let registration = instance.and_then(|instance| instance.registration.as_mut());
+        let Some(registration) = registration else {
+            return;
         };
-        self.publish(event);
+        registration.version += 1;
+        let arn = registration.arn.clone();
+        let instance = &state.instances[instance_id];
+        let cluster = format!("cluster/{}", instance.cluster);
+        let Some(mut detail) = state.describe_container_instance(instance, TimeForm::Iso) else {
+            return;
+        };
+        drop(state);
+        detail["clusterArn"] = json!(self.arn("ecs", &cluster));
+        detail["accountType"] = json!("task");
+        self.publish_of_ecs("ECS Container Instance State Change", arn, detail);
+    }
+
+    fn publish_of_ecs(&self, detail_type: &'static str, arn: String, mut detail: Value) {
+        let time = Utc::now();
+        detail["updatedAt"] = TimeForm::Iso.write(time);
+        self.publish(AwsEvent {
+            source: "aws.ecs",
+            detail_type,
+            resources: vec![arn],
+            time,
+            detail,
+        });
     }
 }
