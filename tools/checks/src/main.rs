@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use infra_checks::Project;
-use infra_checks::image::{self, Variant};
+use infra_checks::image::{self, Request};
 use infra_checks::linters::Linters;
 use template::Template;
 
@@ -17,9 +17,6 @@ use template::Template;
     about = "Checks the deployment offline"
 )]
 struct Arguments {
-    /// The workspace's root
-    #[arg(long, global = true, default_value = ".")]
-    root: PathBuf,
     #[command(subcommand)]
     command: Action,
 }
@@ -39,42 +36,7 @@ enum Action {
         synthesised: Vec<PathBuf>,
     },
     /// Assemble the container image's root filesystem, check it, run the task in it
-    Image {
-        /// The image for trials without a GPU (the default)
-        #[arg(long, conflicts_with = "cuda")]
-        cpu: bool,
-        /// The image for GPU instances
-        #[arg(long)]
-        cuda: bool,
-        /// Only rehearse the CUDA path, over stand-ins of CUDA's libraries
-        #[arg(long, requires = "cuda")]
-        rehearse: bool,
-        /// The release build of gpu-task
-        #[arg(long, default_value = "target/release/gpu-task")]
-        gpu_task: PathBuf,
-        /// A model bundle for one inference
-        #[arg(long)]
-        model: PathBuf,
-        /// A model bundle of ViT-B/32 in fp16, for the rehearsal
-        #[arg(long, required_if_eq("cuda", "true"))]
-        rehearsal_model: Option<PathBuf>,
-        /// The folder of libcuda_stand_in.so and cuda-soak, for the rehearsal
-        #[arg(long, default_value = "target/debug")]
-        stand_ins: PathBuf,
-        /// Downloads and the root filesystem are kept here
-        #[arg(long, default_value = ".tools/image")]
-        work: PathBuf,
-        /// A Python with pip, which downloads the native libraries
-        #[arg(long, default_value = "python3")]
-        python: PathBuf,
-        /// The AWS emulator's program, for the trial
-        #[arg(
-            long,
-            env = "LOCAL_MINISTACK",
-            default_value = ".tools/venv/bin/ministack"
-        )]
-        emulator: PathBuf,
-    },
+    Image(Box<Request>),
 }
 
 fn main() -> ExitCode {
@@ -95,13 +57,13 @@ fn read_template(path: &Path) -> anyhow::Result<Template> {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<bool> {
-    let root = arguments.root.canonicalize()?;
     match &arguments.command {
         Action::Lint {
             tools,
             own,
             synthesised,
         } => {
+            let root = Path::new(".").canonicalize()?;
             eprintln!("own assertions");
             let mut project = Project::read(&root)?;
             for path in synthesised {
@@ -122,36 +84,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
             }
             Ok(findings.is_empty())
         }
-        Action::Image {
-            cpu: _,
-            cuda,
-            rehearse,
-            gpu_task,
-            model,
-            rehearsal_model,
-            stand_ins,
-            work,
-            python,
-            emulator,
-        } => {
-            let variant = if *cuda { Variant::Cuda } else { Variant::Cpu };
-            let stand_ins = root.join(stand_ins);
-            let request = image::Request {
-                variant,
-                root: &root,
-                gpu_task: &root.join(gpu_task),
-                model: &root.join(model),
-                work: &root.join(work),
-                python,
-                emulator: &root.join(emulator),
-                stand_in: &stand_ins.join("libcuda_stand_in.so"),
-                soak: &stand_ins.join("cuda-soak"),
-                rehearsal_model: &root.join(rehearsal_model.as_deref().unwrap_or(model)),
-            };
-            if *rehearse {
-                return image::rehearse(&request);
-            }
-            let report = image::build(&request)?;
+        Action::Image(request) if request.rehearse => image::rehearse(request),
+        Action::Image(request) => {
+            let report = image::build(request)?;
             println!("{report}");
             Ok(report.is_good())
         }

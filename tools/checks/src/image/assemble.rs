@@ -42,8 +42,8 @@ pub(super) struct Image {
     pub layers: Vec<(&'static str, PathBuf)>,
 }
 
-pub(super) fn assemble(request: &Request<'_>) -> anyhow::Result<Image> {
-    let name = request.variant.name();
+pub(super) fn assemble(request: &Request) -> anyhow::Result<Image> {
+    let name = request.variant().name();
     let folder = request.work.join(name);
     let layers = vec![
         ("base", folder.join("layers/base")),
@@ -70,7 +70,7 @@ pub(super) fn assemble(request: &Request<'_>) -> anyhow::Result<Image> {
     Ok(Image { root, layers })
 }
 
-fn base(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
+fn base(request: &Request, layer: &Path) -> anyhow::Result<()> {
     let packages = request.work.join("debian-packages");
     fs::create_dir_all(&packages)?;
     for name in BASE_PACKAGES {
@@ -135,18 +135,18 @@ fn certificates(layer: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
-    let name = request.variant.name();
+pub(super) fn libraries(request: &Request, layer: &Path) -> anyhow::Result<()> {
+    let name = request.variant().name();
     let wheels = request.work.join(format!("wheels-{name}"));
     fs::create_dir_all(&wheels)?;
-    let requirements = request.root.join(format!("infra/image/wheels-{name}.txt"));
+    let requirements = PathBuf::from(format!("infra/image/wheels-{name}.txt"));
     if !has_all(&wheels, &fs::read_to_string(&requirements)?)? {
-        let size = match request.variant {
+        let size = match request.variant() {
             Variant::Cpu => "30 MB",
             Variant::Cuda => "1.1 GB",
         };
         eprintln!("downloading the native libraries (about {size}) …");
-        let mut pip = Command::new(request.python);
+        let mut pip = Command::new(&request.python);
         pip.args("-m pip download --quiet --disable-pip-version-check --no-deps".split(' '))
             .args("--only-binary :all: --require-hashes --python-version 3.13".split(' '))
             // The Dockerfile's Python; the shared objects are the same in every wheel.
@@ -161,8 +161,8 @@ pub(super) fn libraries(request: &Request<'_>, layer: &Path) -> anyhow::Result<(
             .arg(&requirements);
         run(&mut pip)?;
     }
-    run(Command::new(request.python)
-        .arg(request.root.join("infra/image/unpack.py"))
+    run(Command::new(&request.python)
+        .arg("infra/image/unpack.py")
         .arg(name)
         .arg(&wheels)
         .arg(layer.join("opt/clip")))
@@ -189,7 +189,7 @@ fn sha256(path: &Path) -> anyhow::Result<String> {
     Ok(hex::encode(digest.finalize()))
 }
 
-fn program(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
+fn program(request: &Request, layer: &Path) -> anyhow::Result<()> {
     ensure!(
         request.gpu_task.is_file(),
         "{} is missing: cargo build --release -p gpu-task",
@@ -197,7 +197,7 @@ fn program(request: &Request<'_>, layer: &Path) -> anyhow::Result<()> {
     );
     let folder = layer.join("usr/local/bin");
     fs::create_dir_all(&folder)?;
-    fs::copy(request.gpu_task, folder.join("gpu-task"))?;
+    fs::copy(&request.gpu_task, folder.join("gpu-task"))?;
     Ok(())
 }
 

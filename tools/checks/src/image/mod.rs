@@ -14,9 +14,10 @@ mod rehearsal;
 mod trial;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clap::Args;
 
 pub use elf::resolve;
 
@@ -24,7 +25,7 @@ pub use elf::resolve;
 const MAX_COMPRESSED_BYTES: u64 = 1_200_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Variant {
+enum Variant {
     /// For trials without a GPU.
     Cpu,
     /// For GPU instances.
@@ -40,20 +41,63 @@ impl Variant {
     }
 }
 
-pub struct Request<'a> {
-    pub variant: Variant,
-    pub root: &'a Path,
-    pub gpu_task: &'a Path,
-    pub model: &'a Path,
-    pub work: &'a Path,
-    /// A Python with pip, for the wheels.
-    pub python: &'a Path,
-    pub emulator: &'a Path,
-    pub stand_in: &'a Path,
-    /// The program that runs a model over it, `cuda-soak`.
-    pub soak: &'a Path,
-    /// A model bundle in fp16 for it.
-    pub rehearsal_model: &'a Path,
+/// What to assemble, from what. Relative paths are the workspace's.
+#[derive(Args)]
+pub struct Request {
+    /// The image for trials without a GPU (the default)
+    #[arg(long = "cpu", conflicts_with = "cuda")]
+    _cpu: bool,
+    /// The image for GPU instances
+    #[arg(long)]
+    cuda: bool,
+    /// Only rehearse the CUDA path, over stand-ins of CUDA's libraries
+    #[arg(long, requires = "cuda")]
+    pub rehearse: bool,
+    /// The release build of gpu-task
+    #[arg(long, default_value = "target/release/gpu-task", value_parser = whole)]
+    gpu_task: PathBuf,
+    /// A model bundle for one inference
+    #[arg(long, value_parser = whole)]
+    model: PathBuf,
+    /// A model bundle of ViT-B/32 in fp16, for the rehearsal
+    #[arg(long, required_if_eq("cuda", "true"), value_parser = whole)]
+    rehearsal_model: Option<PathBuf>,
+    /// The folder of libcuda_stand_in.so and cuda-soak, for the rehearsal
+    #[arg(long, default_value = "target/debug", value_parser = whole)]
+    stand_ins: PathBuf,
+    /// Downloads and the root filesystem are kept here
+    #[arg(long, default_value = ".tools/image", value_parser = whole)]
+    work: PathBuf,
+    /// A Python with pip, which downloads the native libraries
+    #[arg(long, default_value = "python3")]
+    python: PathBuf,
+    /// The AWS emulator's program, for the trial
+    #[arg(
+        long,
+        env = "LOCAL_MINISTACK",
+        default_value = ".tools/venv/bin/ministack",
+        value_parser = whole
+    )]
+    emulator: PathBuf,
+}
+
+/// Programs that are started elsewhere, or see another root, are told whole paths.
+fn whole(path: &str) -> std::io::Result<PathBuf> {
+    std::path::absolute(path)
+}
+
+impl Request {
+    fn variant(&self) -> Variant {
+        if self.cuda {
+            Variant::Cuda
+        } else {
+            Variant::Cpu
+        }
+    }
+
+    fn rehearsal_model(&self) -> &Path {
+        self.rehearsal_model.as_ref().unwrap_or(&self.model)
+    }
 }
 
 struct Layer {
@@ -78,7 +122,7 @@ impl Report {
 }
 
 /// Assembles the image, checks it and runs the task in it.
-pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
+pub fn build(request: &Request) -> anyhow::Result<Report> {
     let image = assemble::assemble(request)?;
     eprintln!("resolving libraries …");
     let elf = elf::resolve(&image.root)?;
@@ -91,7 +135,7 @@ pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
             Vec::new()
         }
     };
-    let rehearsal = match request.variant {
+    let rehearsal = match request.variant() {
         Variant::Cpu => rehearsal::Rehearsal::default(),
         Variant::Cuda => {
             eprintln!("rehearsing CUDA …");
@@ -117,7 +161,7 @@ pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
         ));
     }
     Ok(Report {
-        variant: request.variant,
+        variant: request.variant(),
         layers,
         elf,
         trial,
@@ -128,7 +172,7 @@ pub fn build(request: &Request<'_>) -> anyhow::Result<Report> {
 
 /// Rehearses the CUDA path alone: with the image's native libraries, without
 /// its root filesystem. Whether all is well.
-pub fn rehearse(request: &Request<'_>) -> anyhow::Result<bool> {
+pub fn rehearse(request: &Request) -> anyhow::Result<bool> {
     let layer = request.work.join("rehearsal-libraries");
     assemble::remove(&layer)?;
     assemble::libraries(request, &layer)?;

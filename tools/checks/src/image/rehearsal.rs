@@ -72,12 +72,16 @@ struct Fault {
 }
 
 /// Rehearses with the image's native libraries in the folder `libraries`.
-pub(super) fn rehearse(request: &Request<'_>, libraries: &Path) -> anyhow::Result<Rehearsal> {
+pub(super) fn rehearse(request: &Request, libraries: &Path) -> anyhow::Result<Rehearsal> {
     let started = Instant::now();
     let stage = Stage::build(request, libraries)?;
     let mut seen = Rehearsal::default();
 
-    let soak = stage.finish(stage.command(request.soak).arg(request.rehearsal_model))?;
+    let soak = stage.finish(
+        stage
+            .command(&request.stand_ins.join("cuda-soak"))
+            .arg(request.rehearsal_model()),
+    )?;
     match soak.exit {
         Some(0) => seen.lines.push(soak.said.trim().to_owned()),
         _ => bail!("the soak ended with {:?}: {}", soak.exit, soak.log),
@@ -195,7 +199,7 @@ fn faults(ready: &Counters) -> Vec<Fault> {
 
 /// A task meets the fault, the next one does not: together they do all work.
 fn endure(
-    request: &Request<'_>,
+    request: &Request,
     stage: &Stage,
     world: &World,
     fault: &Fault,
@@ -225,7 +229,7 @@ fn endure(
 
 /// Lets tasks finish what is left in the queue. Something can be left after a good one as well: a
 /// receive that the task before it left behind takes messages with it until their lease ends.
-fn work_off(request: &Request<'_>, stage: &Stage, world: &World) -> anyhow::Result<()> {
+fn work_off(request: &Request, stage: &Stage, world: &World) -> anyhow::Result<()> {
     for _ in 0..3 {
         world.wait_for_leases()?;
         if world.count(&world.input, WAITING)? == 0 {
@@ -250,7 +254,7 @@ struct Stage {
 }
 
 impl Stage {
-    fn build(request: &Request<'_>, libraries: &Path) -> anyhow::Result<Self> {
+    fn build(request: &Request, libraries: &Path) -> anyhow::Result<Self> {
         let stage = Stage {
             folder: request.work.join("rehearsal"),
             libraries: fs::read_dir(libraries)?
@@ -261,8 +265,9 @@ impl Stage {
         for folder in [stage.image(), stage.driver()] {
             fs::create_dir_all(folder)?;
         }
-        fs::copy(request.stand_in, stage.driver().join(STAND_IN))
-            .with_context(|| format!("{} is missing", request.stand_in.display()))?;
+        let stand_in = request.stand_ins.join(STAND_IN);
+        fs::copy(&stand_in, stage.driver().join(STAND_IN))
+            .with_context(|| format!("{} is missing", stand_in.display()))?;
         stage.link(&stage.driver().join(DRIVER), &[])?;
         let (real, stood_in): (Vec<_>, Vec<_>) = stage
             .libraries
@@ -332,16 +337,11 @@ impl Stage {
         self.folder.join("counters")
     }
 
-    fn task(
-        &self,
-        request: &Request<'_>,
-        world: &World,
-        fault: Option<&Fault>,
-    ) -> anyhow::Result<Run> {
-        let mut command = self.command(request.gpu_task);
+    fn task(&self, request: &Request, world: &World, fault: Option<&Fault>) -> anyhow::Result<Run> {
+        let mut command = self.command(&request.gpu_task);
         command
             .env("EXECUTION_PROVIDER", "cuda")
-            .env("MODEL_PATH", request.rehearsal_model)
+            .env("MODEL_PATH", request.rehearsal_model())
             .envs(world.emulator.variables())
             .env("INPUT_QUEUE_URL", &world.input)
             .env("DEAD_LETTER_QUEUE_URL", &world.dead)
@@ -395,7 +395,7 @@ impl Stage {
     /// Whether a task fails without the library, and says which one it wants.
     fn fails_without(
         &self,
-        request: &Request<'_>,
+        request: &Request,
         world: &World,
         library: &str,
     ) -> anyhow::Result<bool> {
@@ -527,8 +527,8 @@ struct World {
 }
 
 impl World {
-    fn start(request: &Request<'_>) -> anyhow::Result<Self> {
-        let emulator = Emulator::start(request.emulator)?;
+    fn start(request: &Request) -> anyhow::Result<Self> {
+        let emulator = Emulator::start(&request.emulator)?;
         for bucket in ["images", "cache"] {
             emulator.s3("PUT", bucket, b"")?;
         }

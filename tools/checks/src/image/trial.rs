@@ -39,7 +39,7 @@ const IMAGE: &[u8] = include_bytes!("trial.png");
 
 /// Runs `gpu-task --version`, tries to write to the root, and embeds one
 /// image. Answers what was seen.
-pub(super) fn run(request: &Request<'_>, root: &Path) -> anyhow::Result<Vec<String>> {
+pub(super) fn run(request: &Request, root: &Path) -> anyhow::Result<Vec<String>> {
     let mut lines = Vec::new();
     let version = enter(request, root, &[], &["--version"])?;
     ensure!(
@@ -57,7 +57,7 @@ pub(super) fn run(request: &Request<'_>, root: &Path) -> anyhow::Result<Vec<Stri
 }
 
 fn enter(
-    request: &Request<'_>,
+    request: &Request,
     root: &Path,
     variables: &[(&str, String)],
     arguments: &[&str],
@@ -68,7 +68,7 @@ fn enter(
         .args("--mount --propagation private --pid --fork sh -c".split(' '))
         .args([ENTER, "sh"])
         .arg(root)
-        .arg(request.model)
+        .arg(&request.model)
         .arg(USER.to_string())
         .arg("/usr/local/bin/gpu-task")
         .args(arguments)
@@ -101,8 +101,8 @@ fn ensure_root() -> anyhow::Result<()> {
 
 /// One image through the whole task: message in, vector in the bucket, event
 /// out, message gone.
-fn embed(request: &Request<'_>, root: &Path) -> anyhow::Result<String> {
-    let emulator = Emulator::start(request.emulator)?;
+fn embed(request: &Request, root: &Path) -> anyhow::Result<String> {
+    let emulator = Emulator::start(&request.emulator)?;
     for bucket in ["images", "cache"] {
         emulator.s3("PUT", bucket, b"")?;
     }
