@@ -177,8 +177,7 @@ pub(super) fn expand(
                 },
                 _ => Scheme::Group4,
             };
-            fax::expand(data, scheme, width, &mut out)?
-                .ok_or_else(|| broken("no line of CCITT data".to_owned()))?;
+            fax::expand(data, scheme, width, &mut out)?;
         }
         Codec::None | Codec::Jpeg | Codec::OldJpeg => {}
     }

@@ -1,8 +1,9 @@
 //! CCITT run-length, Group 3 (one- and two-dimensional) and Group 4, with the
 //! code tables of the `fax` crate. The lines are put together here because
 //! TIFF's variants (no end-of-line codes, byte alignment, a known number of rows)
-//! and what is done about a broken line are not that crate's subject.
+//! are not that crate's subject.
 
+use super::TIFF;
 use crate::budget;
 use crate::error::Result;
 use fax::BitReader;
@@ -81,22 +82,21 @@ fn most_changes(width: usize) -> usize {
 }
 
 /// Positions where the colour changes, of a line of runs, as far as it is sound.
-/// The flag is false where a code was not.
-fn one_dimensional(bits: &mut Bits<'_>, width: usize, changes: &mut Vec<usize>) -> bool {
+fn one_dimensional(bits: &mut Bits<'_>, width: usize, changes: &mut Vec<usize>) -> Line {
     changes.clear();
     let (mut position, mut is_black) = (0, false);
     while position < width {
         if changes.len() > most_changes(width) {
-            return false;
+            return Line::Broken;
         }
         let Some(length) = run(bits, is_black) else {
-            return false;
+            return Line::Broken;
         };
         position += length;
         changes.push(position.min(width));
         is_black = !is_black;
     }
-    true
+    Line::Good
 }
 
 /// The changes of the line above, read from left to right.
@@ -125,7 +125,7 @@ impl Reference<'_> {
     }
 }
 
-/// What a two-dimensional line came to.
+/// What a line came to.
 enum Line {
     Good,
     Broken,
@@ -217,78 +217,56 @@ fn skip_end_of_line(bits: &mut Bits<'_>) -> bool {
     true
 }
 
-/// After a broken line: on to the next end-of-line code.
-fn find_end_of_line(bits: &mut Bits<'_>) {
-    while !bits.is_over() && bits.look(11) != 0 {
-        bits.position += 1;
-    }
-}
-
-/// Expands `data` to rows of `width` bits, black as one. `None` where not a
-/// single line could be read.
-pub(super) fn expand(
-    data: &[u8],
-    scheme: Scheme,
-    width: usize,
-    out: &mut [u8],
-) -> Result<Option<()>> {
+/// Expands `data` to rows of `width` bits, black as one. Data may end early, and the rows
+/// after it are white; but a broken code is an error, since what libtiff makes of the rest
+/// of its line, and of all lines that refer to it, is nobody's picture.
+pub(super) fn expand(data: &[u8], scheme: Scheme, width: usize, out: &mut [u8]) -> Result<()> {
     let row_bytes = width.div_ceil(8);
     let mut bits = Bits { data, position: 0 };
     let (mut reference, mut changes) = (Vec::new(), Vec::new());
-    let mut read = 0;
-    for row in out.chunks_exact_mut(row_bytes) {
+    for (index, row) in out.chunks_exact_mut(row_bytes).enumerate() {
         budget::check()?;
+        if scheme == Scheme::Runs {
+            bits.position = bits.position.next_multiple_of(8);
+        }
+        let mut is_one = scheme == Scheme::Runs;
+        if let Scheme::Group3 { two_dimensional } = scheme {
+            let mut ends = 0;
+            is_one = true;
+            while skip_end_of_line(&mut bits) {
+                ends += 1;
+                if two_dimensional {
+                    is_one = bits.look(1) == 1;
+                    bits.position += 1;
+                }
+            }
+            if ends >= 6 {
+                break;
+            }
+        }
         if bits.is_over() {
+            if index == 0 {
+                return Err(TIFF.truncated("no line of CCITT data"));
+            }
             break;
         }
-        match scheme {
-            Scheme::Runs => {
-                bits.position = bits.position.next_multiple_of(8);
-                if bits.is_over() {
-                    break;
-                }
-                one_dimensional(&mut bits, width, &mut changes);
+        let line = if is_one {
+            one_dimensional(&mut bits, width, &mut changes)
+        } else {
+            two_dimensional(&mut bits, &reference, width, &mut changes)
+        };
+        match line {
+            Line::EndOfBlock if scheme == Scheme::Group4 && index > 0 => break,
+            Line::Good => {}
+            // The data ends in the line, or an end-of-line code comes early.
+            Line::Broken if bits.is_over() => {}
+            Line::Broken if scheme != Scheme::Group4 && bits.look(11) == 0 => {}
+            Line::Broken | Line::EndOfBlock => {
+                return Err(TIFF.corrupt(format!("line {index} of CCITT data is broken")));
             }
-            Scheme::Group3 {
-                two_dimensional: is_two,
-            } => {
-                let mut ends = 0;
-                let mut is_one = true;
-                while skip_end_of_line(&mut bits) {
-                    ends += 1;
-                    if is_two {
-                        is_one = bits.look(1) == 1;
-                        bits.position += 1;
-                    }
-                }
-                if ends >= 6 || bits.is_over() {
-                    break;
-                }
-                let good = if is_one {
-                    one_dimensional(&mut bits, width, &mut changes)
-                } else {
-                    matches!(
-                        two_dimensional(&mut bits, &reference, width, &mut changes),
-                        Line::Good
-                    )
-                };
-                if !good {
-                    find_end_of_line(&mut bits);
-                }
-            }
-            Scheme::Group4 => match two_dimensional(&mut bits, &reference, width, &mut changes) {
-                Line::Good => {}
-                Line::EndOfBlock => break,
-                Line::Broken => {
-                    paint(&changes, width, row);
-                    read += 1;
-                    break;
-                }
-            },
         }
         paint(&changes, width, row);
-        read += 1;
         std::mem::swap(&mut reference, &mut changes);
     }
-    Ok((read > 0).then_some(()))
+    Ok(())
 }
