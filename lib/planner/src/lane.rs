@@ -19,9 +19,13 @@ const LATE_SECONDS: u64 = 180;
 /// What the lane reports is believed within this factor of the configured time.
 const LANE_TRUST: f64 = 5.0;
 
-/// The lane stays open while instances boot only as long as its part makes the
-/// whole dearer than GPUs alone by no more than this share.
-const BOTH_AT_MOST: f64 = 1.03;
+/// What begins sooner is chosen while it is dearer by no more than this share:
+/// the lane alone, and the lane until instances work.
+const NEARLY: f64 = 1.03;
+
+/// A mapping takes up to a minute to close (no figure is documented for SQS):
+/// until then the lane goes on.
+const CLOSING_SECONDS: f64 = 60.0;
 
 /// A sustained rate is expected to go on as long as it has been seen to last:
 /// the three minutes of [`crate::observation::SUSTAINED_MINUTES`].
@@ -184,14 +188,20 @@ impl<'a> Express<'a> {
             seconds: backlog / self.ceiling,
             dollars: in_lane * work,
         };
-        let (both, alone) = (of_gpus(rest, meanwhile), of_gpus(gpus.rest, 0.0));
+        let until_closed = match self.seen.state.is_open() {
+            true => work.min(self.ceiling * CLOSING_SECONDS.min(gpus.boot)),
+            false => 0.0,
+        };
+        let rest_alone = (gpus.rest - until_closed).max(gpus.only_gpu);
+        let both = of_gpus(rest, meanwhile);
+        let alone = of_gpus(rest_alone, until_closed);
         let is_late = rest > gpus.only_gpu && rest > self.ceiling * drain;
         let has_price = gpus.usd_per_hour.is_some();
-        let is_cheapest = !has_price || lane.dollars <= both.dollars.min(alone.dollars);
+        let is_cheapest = !has_price || lane.dollars <= NEARLY * both.dollars.min(alone.dollars);
         // It keeps up, and still GPUs would do all that comes for less.
         let is_stream = !is_cheapest && backlog < arrivals * SUSTAINED_SECONDS && !is_late;
         let sunk = f64::from(gpus.existing) * wake;
-        let is_both_cheap = sunk + both.dollars <= BOTH_AT_MOST * (sunk + alone.dollars);
+        let is_both_cheap = sunk + both.dollars <= NEARLY * (sunk + alone.dollars);
         let (choice, why) = match &self.stalled {
             Some(why) => (Choice::Gpus, format!("the lane has stalled: {why}")),
             None if !self.seen.state.is_open() && gpus.existing > 0 => (
@@ -218,6 +228,7 @@ impl<'a> Express<'a> {
         let rest = match choice {
             Choice::Lane => gpus.only_gpu,
             Choice::Both if !is_stream => rest,
+            Choice::Gpus if self.stalled.is_none() => rest_alone,
             _ => gpus.rest,
         };
         let comparison = Comparison {

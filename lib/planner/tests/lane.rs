@@ -134,7 +134,7 @@ fn a_slow_lane_at_a_large_model_leaves_more_to_gpus() {
     let mut slow = policy();
     slow.lane.as_mut().expect("a lane").seconds_per_image = 2.7;
     assert_eq!(choice(&plan(&seen(300), &slow)), Choice::Lane);
-    assert_ne!(choice(&plan(&seen(500), &slow)), Choice::Lane);
+    assert_ne!(choice(&plan(&seen(1_000), &slow)), Choice::Lane);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! full numbers come from `simulator check` in a release build.
 
 use planner::{CapacityOption, Policy};
-use simulator::days::{Day, crash_loop, day};
+use simulator::days::{Day, bill, crash_loop, day};
 use simulator::evaluate::{Setting, compare, run_once, verdicts};
 use simulator::ours::Ours;
 use simulator::trace::Trace;
@@ -69,6 +69,16 @@ fn random_days_with_failing_apis_keep_both_promises() {
         most_days_work, DAYS,
         "a day without an instance proves nothing"
     );
+}
+
+#[test]
+fn random_days_with_a_lane_cost_no_more_than_the_cheaper_of_both_alone() {
+    let bills: Vec<_> = (0..DAYS / 2).map(bill).collect();
+    for bill in &bills {
+        assert!(bill.finished && bill.ratio() <= 1.05, "{bill:?}");
+    }
+    // What makes both worth having: most days need one of them, some the other.
+    assert!(bills.iter().any(|bill| bill.ratio() < 0.5));
 }
 
 #[test]

@@ -11,6 +11,62 @@ const READY: Ms = 60_000;
 
 type Deed = fn(&mut World);
 
+/// A lane of two at once, 100 ms an image, and a second to start.
+fn run_lane(arrivals: &[(Ms, u64)], deeds: &[(Ms, Deed)]) -> World {
+    let trace = Trace {
+        name: "t".to_owned(),
+        about: String::new(),
+        arrivals: arrivals.to_vec(),
+    };
+    let mut world = World::new(&trace, Physics::new(RATE, 10.0), ["gpu"], 5);
+    let physics = LanePhysics {
+        max_concurrency: 2,
+        batch_size: 10,
+        per_image: 100.0,
+        cold_start: 1_000,
+    };
+    world.set_lane_physics(physics, 1);
+    let mut fleet = Fleet {
+        tasks: 0,
+        deeds: deeds.to_vec(),
+    };
+    world.run(&mut fleet, 3_600_000);
+    world
+}
+
+#[test]
+fn a_lane_bills_its_start_and_transfers_once_and_is_warm_after_that() {
+    let world = run_lane(&[(0, 1), (60_000, 10)], &[]);
+    // 100 ms to the invocation, 300 ms of transfers.
+    let all = latencies(&world);
+    assert_eq!(all[..10], [100 + 300 + 1_000; 10]);
+    assert_eq!(all[10..], [100 + 1_000 + 300 + 100]);
+    assert_eq!(
+        (world.tally.lane_ms, world.tally.lane_requests),
+        (1_400 + 1_300, 2)
+    );
+}
+
+#[test]
+fn a_lane_has_a_ceiling() {
+    let world = run_lane(&[(0, 40)], &[]);
+    let longest = latencies(&world).into_iter().max();
+    assert_eq!(longest, Some(100 + 1_000 + 1_300 + 100 + 1_300));
+    assert_eq!(world.tally.lane_images, 40);
+}
+
+#[test]
+fn a_closed_lane_takes_nothing_but_not_at_once() {
+    let close: Deed = |world| world.set_lane(false);
+    let open: Deed = |world| world.set_lane(true);
+    let world = run_lane(&[(2_000, 1), (70_000, 1)], &[(0, close), (90_000, open)]);
+    let all = latencies(&world);
+    assert_eq!(all[0], 1_500);
+    assert!((25_000..82_000).contains(&all[1]), "{all:?}");
+    // Idle polls are paid for while it is open: less than the whole time.
+    assert!(world.tally.lane_polls < world.now as f64 / 4_000.0);
+}
+
 /// So many tasks, for ever, and deeds at their times.
 struct Fleet {
     tasks: u32,
