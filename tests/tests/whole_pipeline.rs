@@ -5,7 +5,6 @@
 //! `cargo xtask test` installs both and sets them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::ops::Range;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
