@@ -1,9 +1,9 @@
 // Makes from infra/template.yaml what the package is built on: dist/template.json
 // (the template without SAM) and src/parameters.ts (its parameters as a type).
 //
-// SAM's own translator is a gigabyte of Python. The template uses one thing of
-// it, functions without events, so that alone is translated here, and anything
-// else is refused. `npm run test:sam` compares the result with SAM's.
+// SAM's own translator is a gigabyte of Python. The template uses two things of
+// it, functions without events and a layer, so those alone are translated here,
+// and anything else is refused. `npm run test:sam` compares the result with SAM's.
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { isMap, isScalar, isSeq, parseDocument } from 'yaml';
@@ -34,6 +34,11 @@ function withoutSam({ Transform, Globals = {}, ...rest }) {
   if (unknown.length) throw new Error(`the template's Globals have ${unknown}, which cannot be translated here`);
   const resources = Object.entries(rest.Resources).map(([id, resource]) => {
     if (!resource.Type.startsWith('AWS::Serverless::')) return [id, resource];
+    if (resource.Type === 'AWS::Serverless::LayerVersion') {
+      const { ContentUri, RetentionPolicy, ...properties } = resource.Properties;
+      const Content = { S3Key: `${id}.zip` };
+      return [id, { ...resource, Type: 'AWS::Lambda::LayerVersion', DeletionPolicy: RetentionPolicy, Properties: { Content, ...properties } }];
+    }
     const { CodeUri, Events, Policies, ...properties } = { ...Globals.Function, ...resource.Properties };
     if (resource.Type !== 'AWS::Serverless::Function' || !CodeUri || !properties.Role || Events || Policies) {
       throw new Error(`${id}: only functions with CodeUri and Role, without Events and Policies, can be translated here`);

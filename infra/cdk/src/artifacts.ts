@@ -16,7 +16,7 @@ export type ClipContainerImage =
 
 /** Where the programs come from: a package for each Lambda function, and the container image of the GPU tasks. */
 export interface ClipArtifacts {
-  /** @param name of the function in this project's `functions/`, such as `intake`. */
+  /** @param name of the function in this project's `functions/`, such as `intake`, or of the layer, `OnnxRuntimeLayer`. */
   functionCode(scope: Construct, name: string): lambda.Code;
   image(scope: Construct): ClipContainerImage;
 }
@@ -64,7 +64,12 @@ export class Artifacts {
     return {
       functionCode(_, name) {
         const built = resolve(root, 'target/lambda', name);
-        if (!existsSync(join(built, 'bootstrap'))) {
+        if (name.endsWith('Layer')) {
+          if (!existsSync(built)) {
+            const make = `make -C infra/image build-${name} ARTIFACTS_DIR=${built}`;
+            throw new Error(`${built} is not there: run \`${make}\` in ${root}`);
+          }
+        } else if (!existsSync(join(built, 'bootstrap'))) {
           throw new Error(`${built} holds no bootstrap: run \`cargo lambda build --release --package ${name}\` in ${root}`);
         }
         return lambda.Code.fromAsset(built);

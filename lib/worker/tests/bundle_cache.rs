@@ -16,10 +16,14 @@ use worker::bundle_cache::{FetchError, fetch};
 
 /// A bundle of the tiny model, without what needs ONNX Runtime.
 fn tiny(folder: &Path) -> PathBuf {
+    tiny_with(folder, true)
+}
+
+fn tiny_with(folder: &Path, vision_only: bool) -> PathBuf {
     let architecture = Architecture::named("tiny").expect("a known model");
     let checkpoint = Checkpoint::synthesized(SynthesizedWeights::new(architecture, 7));
     let options = BuildOptions {
-        vision_only: true,
+        vision_only,
         labels: None,
         ..BuildOptions::default()
     };
@@ -113,6 +117,20 @@ async fn a_bundle_is_fetched_once_and_used_again() {
     assert_eq!(again, fetched);
     // Only the manifest, to see whether the bundle is still the same.
     assert_eq!(server.gets.load(Ordering::Relaxed), gets + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_for_texts_is_left_where_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = tiny_with(folder.path(), false);
+    assert!(Bundle::open(&bundle).unwrap().has_text());
+    let server = serve(bundle).await;
+    let cache = folder.path().join("cache");
+    let fetched = fetch(&server.s3, "models", "clip", &cache).await.unwrap();
+    let opened = Bundle::open(&fetched).unwrap();
+    opened.verify().unwrap();
+    assert!(!opened.has_text());
+    assert!(!fetched.join("text.onnx.data").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

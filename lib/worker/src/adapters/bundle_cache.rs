@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_s3::Client;
-use clip_model::bundle::{Bundle, BundleError, MANIFEST, Manifest};
+use clip_model::bundle::{
+    Bundle, BundleError, MANIFEST, Manifest, TEXT_DATA, TEXT_GRAPH, TOKENIZER,
+};
 use events::S3Url;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use platform::aws;
@@ -84,16 +86,18 @@ pub async fn fetch(
     if Bundle::open(&folder).is_ok() {
         return Ok(folder);
     }
-    let manifest: Manifest =
+    let mut manifest: Manifest =
         serde_json::from_slice(&manifest_json).map_err(|error| FetchError::Manifest {
             bucket: source.bucket.clone(),
             key: source.key(MANIFEST),
             reason: error.to_string(),
         })?;
+    // No worker reads texts: the labels' vectors are a file of their own.
+    for text in [TEXT_GRAPH, TEXT_DATA, TOKENIZER] {
+        manifest.files.remove(text);
+    }
     let partial = cache.join(format!("{name}.part"));
-    source
-        .fetch_into(&partial, &manifest, &manifest_json)
-        .await?;
+    source.fetch_into(&partial, &manifest).await?;
     let place = folder.clone();
     let renamed = blocking(move || {
         // A folder that is there but does not open is a damaged one.
@@ -199,7 +203,6 @@ impl Source {
         &self,
         partial: &Path,
         manifest: &Manifest,
-        manifest_json: &[u8],
     ) -> Result<(), FetchError> {
         let failed = |error: io::Error| FetchError::Write {
             path: partial.to_owned(),
@@ -224,7 +227,8 @@ impl Source {
                 .await?;
         }
         let mut file = File::create(partial.join(MANIFEST)).map_err(failed)?;
-        file.write_all(manifest_json).map_err(failed)?;
+        file.write_all(manifest.to_json().as_bytes())
+            .map_err(failed)?;
         file.sync_all().map_err(failed)?;
         let folder = partial.to_owned();
         let verified = tokio::task::spawn_blocking(move || {
