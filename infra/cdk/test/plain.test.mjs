@@ -102,6 +102,8 @@ describe('programs from a checkout', () => {
 
   test('functions are uploaded and the image is built at deployment', () => {
     for (const name of PROGRAMS) write(`checkout/target/lambda/${name}/bootstrap`, name);
+    assert.throws(synthesise, /OnnxRuntimeLayer is not there: run `make -C infra\/image build-OnnxRuntimeLayer/);
+    write('checkout/target/lambda/OnnxRuntimeLayer/lib/libonnxruntime.so', 'library');
     const { template } = synthesise().getStackByName('Stack');
     const { Intake, Scaler } = functions(template);
     assert.notEqual(Intake.Code.S3Key, Scaler.Code.S3Key);

@@ -47,6 +47,7 @@ function both(values, buckets, subnets, props) {
     // Where the programs lie.
     for (const { Type, Properties } of Object.values(resources)) {
       if (Type === 'AWS::Lambda::Function' && !Properties.Code.ZipFile) delete Properties.Code;
+      if (Type === 'AWS::Lambda::LayerVersion') delete Properties.Content;
     }
   }
   const others = Object.keys(template.Resources).filter((id) => !OWN.test(id)).map((id) => template.Resources[id].Type).sort();

@@ -199,11 +199,7 @@ impl Source {
         Ok(json)
     }
 
-    async fn fetch_into(
-        &self,
-        partial: &Path,
-        manifest: &Manifest,
-    ) -> Result<(), FetchError> {
+    async fn fetch_into(&self, partial: &Path, manifest: &Manifest) -> Result<(), FetchError> {
         let failed = |error: io::Error| FetchError::Write {
             path: partial.to_owned(),
             error,

@@ -24,12 +24,14 @@ const NOT_SET: &[(&str, &str)] = &[
     ("AWS_ENDPOINT_URL_S3", "set only against an emulator"),
     ("AWS_LAMBDA_RUNTIME_API", "set by Lambda"),
     ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "set by Lambda"),
-    ("GPU_QUEUE_URL", "set only with the express lane"),
     (
         "MODEL_PATH",
         "instead of MODEL_URI, for a bundle that is part of the image",
     ),
 ];
+
+/// Set only with what they belong to: the express lane, a daily ceiling.
+const OPTIONAL: &[&str] = &["EXPRESS_", "GPU_QUEUE_URL", "MAX_DAILY_COST", "PRICE_"];
 
 /// Every variable that a program reads is set, and every one that is set is read.
 pub fn variables(project: &Project, findings: &mut Findings) {
@@ -37,7 +39,9 @@ pub fn variables(project: &Project, findings: &mut Findings) {
         for (program, place, set) in deployed(stack, project) {
             let read = project.programs.of(program).variables;
             for name in &read {
-                let is_exempt = NOT_SET.iter().any(|(exempt, _)| exempt == name);
+                let is_off = stack.name != "everything on"
+                    && OPTIONAL.iter().any(|prefix| name.starts_with(prefix));
+                let is_exempt = is_off || NOT_SET.iter().any(|(exempt, _)| exempt == name);
                 if !set.contains(name) && !is_exempt {
                     findings.add(place, format!("{program} reads {name}, which is not set"));
                 }

@@ -83,6 +83,7 @@ const EVERYTHING: &[(&str, &str)] = &[
     ("InstanceType3", "g5.xlarge"),
     ("ReserveScalerConcurrency", "true"),
     ("ExpressLane", "on"),
+    ("MaxDailyCost", "5"),
     ("RetentionDays", "3"),
     ("VectorRetentionDays", "0"),
 ];

@@ -23,6 +23,7 @@ const ACTIONS: &str = "
     describe_scaling_activities: autoscaling:DescribeScalingActivities
     describe_tasks: ecs:DescribeTasks
     describe_warm_pool: autoscaling:DescribeWarmPool
+    get_event_source_mapping: lambda:GetEventSourceMapping
     get_metric_data: cloudwatch:GetMetricData
     # Without ListBucket S3 answers 403 for an object that is gone.
     get_object: s3:GetObject s3:ListBucket
@@ -44,6 +45,7 @@ const ACTIONS: &str = "
     set_desired_capacity: autoscaling:SetDesiredCapacity
     stop_task: ecs:StopTask
     terminate_instance_in_auto_scaling_group: autoscaling:TerminateInstanceInAutoScalingGroup
+    update_event_source_mapping: lambda:UpdateEventSourceMapping
     update_container_instances_state: ecs:UpdateContainerInstancesState
 ";
 
