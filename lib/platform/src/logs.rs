@@ -3,6 +3,8 @@
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::debug_fn;
 
 /// Starts logging for the program. `RUST_LOG` filters (default `info`, and of
 /// ONNX Runtime warnings only, which tells of every optimisation otherwise),
@@ -24,7 +26,13 @@ pub fn init_logs(program: &'static str) {
         .with_writer(std::io::stderr);
     // A second call (two tests in one process) keeps the first subscriber.
     let _ = if wants_text {
-        subscriber.with_target(false).try_init()
+        // Fields quote what others wrote: keys, events, answers.
+        let fields = debug_fn(|writer, field, value| match field.name() {
+            "message" => write!(writer, "{}", harmless(&format!("{value:?}"))),
+            name => write!(writer, "{name}={}", harmless(&format!("{value:?}"))),
+        });
+        let fields = fields.delimited(" ");
+        subscriber.with_target(false).fmt_fields(fields).try_init()
     } else {
         subscriber
             .json()
@@ -35,4 +43,17 @@ pub fn init_logs(program: &'static str) {
     std::panic::set_hook(Box::new(move |panic| {
         tracing::error!(program, %panic, "panicked");
     }));
+}
+
+/// A terminal obeys control characters; a line break alone does no harm.
+fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() && character != '\n' {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
 }

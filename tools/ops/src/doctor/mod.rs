@@ -375,7 +375,14 @@ impl Doctor<'_> {
             let total = limit.map_or(0, |limit| limit.concurrent_executions());
             let unreserved = limit.and_then(|limit| limit.unreserved_concurrent_executions());
             let reserves = self.parameter("ReserveScalerConcurrency") == "true";
-            rules::concurrency(total, unreserved.unwrap_or(0), reserves, self.is_deployed)
+            let has_lane = match self.parameter("ExpressLane") {
+                "auto" => self.parameter("ModelName") != "ViT-L/14",
+                other => other == "on",
+            };
+            let lane = self.parameter("ExpressMaxConcurrency").parse();
+            let lane = lane.ok().filter(|_| has_lane).unwrap_or(0);
+            let unreserved = unreserved.unwrap_or(0);
+            rules::concurrency(total, unreserved, reserves, self.is_deployed, lane)
         });
     }
 

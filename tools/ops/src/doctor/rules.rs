@@ -114,13 +114,27 @@ pub fn quota(purchase: Purchase, quota: u32, machines: &[Machine], most: u32) ->
     }
 }
 
-/// Whether the account has room for what the stack reserves.
-pub fn concurrency(limit: i32, unreserved: i32, reserves: bool, is_deployed: bool) -> Judgement {
+/// Whether the account has room for what the stack reserves, and for `lane`
+/// express functions beside intake and scaler.
+pub fn concurrency(
+    limit: i32,
+    unreserved: i32,
+    reserves: bool,
+    is_deployed: bool,
+    lane: i32,
+) -> Judgement {
     let says = format!("{limit} concurrent executions, {unreserved} of them unreserved");
     let wanted = LEAST_UNRESERVED + i32::from(!is_deployed);
     if reserves && unreserved < wanted {
         let advice =
             "deploy with ReserveScalerConcurrency=false, or ask for more (quota L-B99A9384)";
+        return Judgement::fail(says, advice);
+    }
+    if lane > 0 && unreserved < lane + 2 {
+        let advice = format!(
+            "ExpressMaxConcurrency={lane} leaves none for intake and scaler: take less, or ask for \
+             more (quota L-B99A9384)"
+        );
         return Judgement::fail(says, advice);
     }
     if limit < LEAST_UNRESERVED {

@@ -128,10 +128,14 @@ fn reserving_needs_a_hundred_more_that_are_free() {
         (1000, 101, true, false, Verdict::Pass),
         (1000, 100, true, true, Verdict::Pass),
     ] {
-        let judged = rules::concurrency(limit, unreserved, reserves, is_deployed);
+        let judged = rules::concurrency(limit, unreserved, reserves, is_deployed, 0);
         assert_eq!(judged.verdict, expected, "{limit} {unreserved} {reserves}");
     }
-    assert!(rules::concurrency(10, 10, false, false).advice.is_some());
+    for (lane, expected) in [(8, Verdict::Pass), (9, Verdict::Fail)] {
+        let judged = rules::concurrency(10, 10, false, false, lane);
+        assert_eq!(judged.verdict, expected, "{lane}");
+    }
+    assert!(rules::concurrency(10, 10, false, false, 0).advice.is_some());
 }
 
 #[test]
