@@ -2,8 +2,8 @@
 // (the template without SAM) and src/parameters.ts (its parameters as a type).
 //
 // SAM's own translator is a gigabyte of Python. The template uses two things of
-// it, functions without events and a layer, so those alone are translated here,
-// and anything else is refused. `npm run test:sam` compares the result with SAM's.
+// it, functions without events and layers, so those alone are translated here, and
+// anything else is refused. `npm run test:sam` compares the result with SAM's.
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { isMap, isScalar, isSeq, parseDocument } from 'yaml';
@@ -36,8 +36,8 @@ function withoutSam({ Transform, Globals = {}, ...rest }) {
     if (!resource.Type.startsWith('AWS::Serverless::')) return [id, resource];
     if (resource.Type === 'AWS::Serverless::LayerVersion') {
       const { ContentUri, RetentionPolicy, ...properties } = resource.Properties;
-      const Content = { S3Key: `${id}.zip` };
-      return [id, { ...resource, Type: 'AWS::Lambda::LayerVersion', DeletionPolicy: RetentionPolicy, Properties: { Content, ...properties } }];
+      const Properties = { Content: { S3Key: `${id}.zip` }, LayerName: id, ...properties };
+      return [id, { ...resource, Type: 'AWS::Lambda::LayerVersion', DeletionPolicy: RetentionPolicy, Properties }];
     }
     const { CodeUri, Events, Policies, ...properties } = { ...Globals.Function, ...resource.Properties };
     if (resource.Type !== 'AWS::Serverless::Function' || !CodeUri || !properties.Role || Events || Policies) {

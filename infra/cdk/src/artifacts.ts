@@ -16,7 +16,7 @@ export type ClipContainerImage =
 
 /** Where the programs come from: a package for each Lambda function, and the container image of the GPU tasks. */
 export interface ClipArtifacts {
-  /** @param name of the function in this project's `functions/`, such as `intake`, or of the layer, `OnnxRuntimeLayer`. */
+  /** @param name of the function in this project's `functions/`, such as `intake`, or of the layer in the template. */
   functionCode(scope: Construct, name: string): lambda.Code;
   image(scope: Construct): ClipContainerImage;
 }
@@ -63,12 +63,9 @@ export class Artifacts {
   static checkout(root: string): ClipArtifacts {
     return {
       functionCode(_, name) {
-        const built = resolve(root, 'target/lambda', name);
+        const built = resolve(root, name.endsWith('Layer') ? '.aws-sam/build' : 'target/lambda', name);
         if (name.endsWith('Layer')) {
-          if (!existsSync(built)) {
-            const make = `make -C infra/image build-${name} ARTIFACTS_DIR=${built}`;
-            throw new Error(`${built} is not there: run \`${make}\` in ${root}`);
-          }
+          if (!existsSync(built)) throw new Error(`${built} does not exist: run \`sam build --template-file infra/template.yaml ${name}\` in ${root}`);
         } else if (!existsSync(join(built, 'bootstrap'))) {
           throw new Error(`${built} holds no bootstrap: run \`cargo lambda build --release --package ${name}\` in ${root}`);
         }

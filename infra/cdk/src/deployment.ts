@@ -100,18 +100,17 @@ export class Deployment extends Construct {
   private provide(codeOf: (scope: Construct, name: string) => lambda.Code, image: ClipContainerImage): void {
     for (const id of this.resourceNames) {
       const { Type, Properties } = TEMPLATE.Resources[id]!;
-      if (Type !== 'AWS::Lambda::Function' && Type !== 'AWS::Lambda::LayerVersion') continue;
-      const place = Type === 'AWS::Lambda::Function' ? 'Code' : 'Content';
-      const file = (Properties as { [place: string]: { S3Key?: string } })[place]!.S3Key;
+      const { Code, Content } = Properties as { Code?: { S3Key?: string }; Content?: { S3Key?: string } };
+      const file = Type!.toString().startsWith('AWS::Lambda::') && (Code ?? Content)?.S3Key;
       if (!file) continue;
-      const cfn = this.resource<CfnResource>(id);
+      const cfn = this.resource<lambda.CfnFunction | lambda.CfnLayerVersion>(id);
       const code = codeOf(this, file.replace('.zip', ''));
       const { s3Location } = code.bind(cfn);
       if (!s3Location) throw new Error(`${id} needs code in S3: a zip or a folder`);
-      cfn.addPropertyOverride(place, {
-        S3Bucket: s3Location.bucketName, S3Key: s3Location.objectKey, S3ObjectVersion: s3Location.objectVersion,
-      });
-      code.bindToResource(cfn, { resourceProperty: place });
+      const place = { s3Bucket: s3Location.bucketName, s3Key: s3Location.objectKey, s3ObjectVersion: s3Location.objectVersion };
+      if (cfn instanceof lambda.CfnLayerVersion) cfn.content = place;
+      else cfn.code = place;
+      code.bindToResource(cfn, Content && { resourceProperty: 'Content' });
     }
     if ('uri' in image) {
       this.resource<ecs.CfnTaskDefinition>('TaskDefinition').addPropertyOverride('ContainerDefinitions.0.Image', image.uri);

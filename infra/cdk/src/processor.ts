@@ -139,6 +139,9 @@ export class ClipImageProcessor extends Middleware {
     });
     const { vpc, cacheStorage } = settings;
     if (!vpc) throw new Error('A VPC is required by the Clip processor. See withVpc().');
+    if ((settings.parameters?.ExpressLane ?? 'off') !== 'off') {
+      throw new Error('ExpressLane needs a queue that hands on to the GPUs what it cannot do: use ClipImagePipeline');
+    }
     this.documents = ['document-created', ...(settings.deletedDocuments ? ['document-deleted'] : [])];
     const cache = cacheStorage.getBucket();
     const [firstSource, ...otherSources] = numbered('SourceBucket');

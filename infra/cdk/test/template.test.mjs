@@ -88,6 +88,12 @@ describe('the construct deploys what the template says', () => {
     }
   });
 
+  test('with the express lane', () => {
+    const { cdk, sam } = both({ ExpressLane: 'on' }, ['images'], ['subnet-11111111'], { parameters: { ImageReference: ':latest', ExpressLane: 'on' } });
+    assert.deepEqual(cdk, sam);
+    assert.ok(cdk.OnnxRuntimeLayer);
+  });
+
   test('with a bucket of the user’s', () => {
     const { cdk, sam } = both({ CacheBucketName: 'vectors' }, ['images'], ['subnet-11111111'],
       { cacheBucket: Bucket.fromBucketName(new Stack(), 'Vectors', 'vectors') });
