@@ -37,7 +37,8 @@ function withoutSam({ Transform, Globals = {}, ...rest }) {
     if (resource.Type === 'AWS::Serverless::LayerVersion') {
       const { ContentUri, RetentionPolicy, ...properties } = resource.Properties;
       const Properties = { Content: { S3Key: `${id}.zip` }, LayerName: id, ...properties };
-      return [id, { ...resource, Type: 'AWS::Lambda::LayerVersion', DeletionPolicy: RetentionPolicy, Properties }];
+      const { Metadata, ...rest } = resource;
+      return [id, { ...rest, Type: 'AWS::Lambda::LayerVersion', DeletionPolicy: RetentionPolicy, Properties }];
     }
     const { CodeUri, Events, Policies, ...properties } = { ...Globals.Function, ...resource.Properties };
     if (resource.Type !== 'AWS::Serverless::Function' || !CodeUri || !properties.Role || Events || Policies) {
