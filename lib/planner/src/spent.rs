@@ -94,6 +94,7 @@ mod tests {
             kind,
             instance: Some(id.to_owned()),
             started_at,
+            ended_at: None,
             status: ActivityStatus::Successful,
             message: None,
         };
