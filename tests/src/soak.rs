@@ -44,6 +44,8 @@ const FAULT_EVERY: Duration = Duration::from_secs(5);
 const FAULT_LASTS: Duration = Duration::from_secs(3);
 /// A task that was killed earlier than this failed at its start, as the planner sees it.
 const KILLABLE_AFTER: Duration = Duration::from_secs(11);
+/// At most one good file of so many may be accused of killing its worker.
+const MOST_ACCUSED: usize = 500;
 /// A task's memory grows until it has seen this much.
 const WARM_UP_SECONDS: f64 = 10.0;
 
@@ -135,6 +137,9 @@ pub struct Report {
     pub embedded: usize,
     pub rejected: usize,
     pub deleted: usize,
+    /// Good files that were working each time their worker was killed, and were taken for the
+    /// cause: their letters can be sent back.
+    pub accused: usize,
     /// Events beyond the first of their document.
     pub repeated: usize,
     /// What is wrong, an object a line.
@@ -149,7 +154,7 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let images = self.embedded + self.rejected + self.deleted;
+        let images = self.embedded + self.rejected + self.deleted + self.accused;
         let seconds = self.took.as_secs_f64();
         writeln!(to, "| | |\n| --- | --- |")?;
         writeln!(
@@ -160,6 +165,11 @@ impl fmt::Display for Report {
         writeln!(to, "| a vector and an event | {} |", self.embedded)?;
         writeln!(to, "| dead letter with its reason | {} |", self.rejected)?;
         writeln!(to, "| deleted, nothing left | {} |", self.deleted)?;
+        writeln!(
+            to,
+            "| good, but accused of its worker's deaths | {} |",
+            self.accused
+        )?;
         writeln!(to, "| repeated events | {} |", self.repeated)?;
         for (fault, times) in &self.faults {
             writeln!(to, "| fault: {fault} | {times} |")?;
@@ -502,6 +512,14 @@ impl Soak<'_> {
             let has_reasons = letters.iter().all(Option::is_some);
             report.repeated += event.map_or(0, |(_, times)| times - 1);
             owned += usize::from(has_vector);
+            let accuses = |reason: &Option<String>| {
+                let reason = reason.as_deref().unwrap_or_default();
+                reason.starts_with("killed its worker")
+            };
+            if object.fate == Fate::Embedded && !letters.is_empty() && letters.iter().all(accuses) {
+                report.accused += 1;
+                continue;
+            }
             let is_right = match object.fate {
                 Fate::Embedded => {
                     report.embedded += 1;
@@ -524,8 +542,14 @@ impl Soak<'_> {
                 report.violations.push(problem);
             }
         }
-        if owned != keys.len() {
-            let problem = format!("{} vectors that no event points to", keys.len() - owned);
+        // An accused file may have stored its vector before its worker died.
+        let orphans = keys.len() - owned;
+        if orphans > report.accused {
+            let problem = format!("{orphans} vectors that no event points to");
+            report.violations.push(problem);
+        }
+        if report.accused * MOST_ACCUSED > self.objects.len() {
+            let problem = format!("{} good files were accused", report.accused);
             report.violations.push(problem);
         }
         Ok(report)
