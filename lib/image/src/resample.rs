@@ -241,14 +241,13 @@ mod x86 {
     fn turn_bytes(mut v: [__m128i; 16]) -> [__m128i; 16] {
         // Interleaving each row with the one eight further, four times over, is a
         // transposition.
+        // Loops, since the compiler leaves closures by the sixteen as calls at times.
         for _ in 0..4 {
-            v = std::array::from_fn(|i| {
-                if i % 2 == 0 {
-                    _mm_unpacklo_epi8(v[i / 2], v[i / 2 + 8])
-                } else {
-                    _mm_unpackhi_epi8(v[i / 2], v[i / 2 + 8])
-                }
-            });
+            let before = v;
+            for i in 0..8 {
+                v[2 * i] = _mm_unpacklo_epi8(before[i], before[i + 8]);
+                v[2 * i + 1] = _mm_unpackhi_epi8(before[i], before[i + 8]);
+            }
         }
         v
     }
@@ -286,11 +285,17 @@ mod x86 {
             std::array::from_fn(|i| unsafe { _mm_loadu_si128(columns[i].as_ptr().cast()) });
         let rows = turn_bytes(v);
         for (target, row) in targets.iter_mut().zip(rows) {
+            let place = &mut target[at..];
+            // A copy of a length that is not known costs five times the store.
+            if let Some(whole) = place.first_chunk_mut::<16>() {
+                // SAFETY: the chunk has sixteen bytes.
+                unsafe { _mm_storeu_si128(whole.as_mut_ptr().cast(), row) };
+                continue;
+            }
             let mut bytes = [0u8; 16];
             // SAFETY: the array has sixteen bytes.
             unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), row) };
-            let count = 16.min(target.len() - at);
-            target[at..at + count].copy_from_slice(&bytes[..count]);
+            place.copy_from_slice(&bytes[..place.len()]);
         }
     }
 
