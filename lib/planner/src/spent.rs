@@ -96,6 +96,7 @@ mod tests {
             started_at,
             ended_at: None,
             status: ActivityStatus::Successful,
+            ended_at: None,
             message: None,
         };
         let group = Group {
