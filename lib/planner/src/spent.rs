@@ -96,7 +96,6 @@ mod tests {
             started_at,
             ended_at: None,
             status: ActivityStatus::Successful,
-            ended_at: None,
             message: None,
         };
         let group = Group {
