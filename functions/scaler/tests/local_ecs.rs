@@ -353,26 +353,6 @@ impl Aws for OnLocal {
         Ok(Metrics::default())
     }
 
-    async fn gpu_queue(&self) -> Result<Queue, Error> {
-        self.sdk.gpu_queue().await
-    }
-
-    async fn lane_state(&self) -> Result<LaneState, Error> {
-        self.sdk.lane_state().await
-    }
-
-    async fn lane_metrics(&self, now: i64) -> Result<LaneMetrics, Error> {
-        self.sdk.lane_metrics(now).await
-    }
-
-    async fn lane_usage(&self, now: i64) -> Result<LaneUsage, Error> {
-        self.sdk.lane_usage(now).await
-    }
-
-    async fn set_lane(&self, open: bool) -> Result<(), Error> {
-        self.sdk.set_lane(open).await
-    }
-
     async fn working_minutes(&self, _now: i64) -> Result<Vec<i64>, Error> {
         Ok(Vec::new())
     }
