@@ -114,7 +114,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             })
         }
         Task::Soak(rest) => {
-            let programs = ["soak", "gpu-task", "intake", "scaler"];
+            let programs = ["soak", "gpu-task", "intake", "scaler", "express"];
             tools.hand_over(&programs, Profile::Debug, &rest.arguments, |soak| {
                 set_unless_set(soak, &tools.install(Environment::Local)?);
                 Ok(())
