@@ -59,4 +59,20 @@ mod tests {
         }
         assert_eq!(find("instanceHour.x9"), None);
     }
+
+    #[test]
+    fn the_template_s_default_prices_are_these() {
+        let text = include_str!("../../../infra/template.yaml");
+        let template = template::Template::parse(text).expect("it can be read");
+        for (parameter, name) in [
+            ("ExpressPricePerGbSecond", "lambdaGbSecond"),
+            ("ExpressPricePerRequest", "lambdaRequest"),
+            ("InstancePricePerHour", "instanceHour.g4dn.xlarge"),
+            ("InstancePricePerHour2", "instanceHour.g4dn.2xlarge"),
+            ("InstancePricePerHour3", "instanceHour.g5.xlarge"),
+        ] {
+            let default = template.part(&format!("/Parameters/{parameter}/Default"));
+            assert_eq!(template::number(default), find(name), "{parameter}");
+        }
+    }
 }
