@@ -455,10 +455,10 @@ impl Soak<'_> {
             self.settled.store(settled, Ordering::Relaxed);
             let all_told = self.all_told.load(Ordering::Relaxed);
             let is_idle = all_told && waiting == 0 && deployment.cloud.snapshot().live_tasks() == 0;
-            if is_idle || began.elapsed() > self.plan.limit + DRAIN_LIMIT {
-                if self.is_over.swap(true, Ordering::Relaxed) {
-                    return Ok(outcomes);
-                }
+            let is_enough = is_idle || began.elapsed() > self.plan.limit + DRAIN_LIMIT;
+            // Once more, for what came between the last look and the end.
+            if is_enough && self.is_over.swap(true, Ordering::Relaxed) {
+                return Ok(outcomes);
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
@@ -601,7 +601,8 @@ pub fn draw(report: &Report, path: &Path) -> Result<()> {
         WIDTH + 20.0,
         2.0 * HEIGHT + 70.0
     );
-    let curves: [(usize, &str, &str, fn(&Moment) -> f64); 4] = [
+    type Curve = (usize, &'static str, &'static str, fn(&Moment) -> f64);
+    let curves: [Curve; 4] = [
         (0, "uploaded", "#0072b2", |moment| moment.uploaded as f64),
         (0, "settled", "#009e73", |moment| moment.settled as f64),
         (0, "waiting", "#d55e00", |moment| moment.waiting as f64),

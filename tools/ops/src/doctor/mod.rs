@@ -712,11 +712,8 @@ fn default_route(tables: &Value, vpc: &str, subnet: &str) -> (String, DefaultRou
         "transitGatewayId",
         "networkInterfaceId",
     ];
-    let target = targets.iter().map(|name| text_of(&default[*name]));
-    let target = target
-        .filter(|id| !id.is_empty())
-        .next()
-        .unwrap_or_default();
+    let mut targets = targets.iter().map(|name| text_of(&default[*name]));
+    let target = targets.find(|id| !id.is_empty()).unwrap_or_default();
     let route = match target.split('-').next() {
         _ if default["state"] == "blackhole" => DefaultRoute::Blackhole(target),
         Some("nat") => DefaultRoute::Nat,
