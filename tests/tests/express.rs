@@ -90,8 +90,9 @@ async fn an_image_is_back_in_seconds_with_no_instance_started() {
     println!("upload to event, cold: {time:?}");
     check_contract(&events[0]).unwrap();
     assert!(time < Duration::from_secs(20), "{time:?}");
+    pipeline.back_at_zero().await.unwrap();
     assert!(pipeline.deployment.cloud.snapshot().instances.is_empty());
-    all_done(pipeline, 1).await;
+    pipeline.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,6 +174,12 @@ async fn throttled_to_nothing_gpus_do_everything() {
         .reserved_concurrent_executions(0);
     throttle.send().await.unwrap();
     upload(&pipeline, 20).await;
+    // That nothing comes is seen by the schedule, a minute later or two.
+    let started = Instant::now();
+    while pipeline.deployment.cloud.snapshot().tasks.is_empty() {
+        assert!(started.elapsed() < 2 * PATIENCE, "no task starts");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
     all_done(pipeline, 20).await;
 }
 
