@@ -46,10 +46,12 @@ pub fn variables(project: &Project, findings: &mut Findings) {
                     findings.add(place, format!("{program} reads {name}, which is not set"));
                 }
             }
+            // A name that goes through a function of the program's own is a literal.
+            let literals = project.programs.of(program).literals;
             for name in &set {
                 let known = READ_BY_THE_SDK.contains(&name.as_str())
                     || READ_BY_THE_SYSTEM.contains(&name.as_str());
-                if !read.contains(name) && !known {
+                if !read.contains(name) && !literals.contains(name) && !known {
                     findings.add(
                         place,
                         format!("{name} is set, but {program} does not read it"),

@@ -125,11 +125,9 @@ pub fn off(project: &Project, findings: &mut Findings) {
 
 fn traces(stack: &Stack) -> Vec<&str> {
     let is_trace = |id: &str, properties: &Value| {
-        let text = properties.to_string().to_lowercase();
-        BRINGS.contains(&id)
-            || text.contains("express")
-            || text.contains("gpu_queue")
-            || text.contains("gpuqueue")
+        let text = properties.to_string();
+        let words = ["GPU_QUEUE", "EXPRESS_", "express lane"];
+        BRINGS.contains(&id) || BRINGS.iter().chain(&words).any(|word| text.contains(word))
     };
     let all = stack.resources.iter();
     all.filter(|(id, resource)| is_trace(id, &resource.properties))
