@@ -42,13 +42,6 @@ const OPTIONS_FORM: &str = r#"a JSON list in order of preference, such as [{"nam
 /// With it the stack has an express lane.
 const MAPPING: &str = "EXPRESS_MAPPING_UUID";
 
-/// Prices of the options, in their order; 0 or none: not known.
-const INSTANCE_PRICES: [&str; 3] = [
-    "PRICE_INSTANCE_HOUR_1",
-    "PRICE_INSTANCE_HOUR_2",
-    "PRICE_INSTANCE_HOUR_3",
-];
-
 impl Config {
     pub fn read(env: &Reader<'_>) -> Result<Self, EnvError> {
         Ok(Self {
@@ -92,10 +85,8 @@ fn read_lane_policy(env: &Reader<'_>) -> Result<Option<LanePolicy>, EnvError> {
     if env.optional(MAPPING).is_none() {
         return Ok(None);
     }
-    let price = |name| {
-        env.required(name, "its price in dollars")?;
-        env.within(name, 0.0, 0.0..=1.0, "dollars")
-    };
+    env.required("PRICE_EXPRESS_GB_SECOND", "its price in dollars")?;
+    env.required("PRICE_EXPRESS_REQUEST", "its price in dollars")?;
     Ok(Some(LanePolicy {
         max_concurrency: env.within("EXPRESS_MAX_CONCURRENCY", 10, 2..=1_000, "invocations")?,
         memory_mb: env.within("EXPRESS_MEMORY_MB", 1_769, 128..=10_240, "MiB")?,
@@ -106,8 +97,8 @@ fn read_lane_policy(env: &Reader<'_>) -> Result<Option<LanePolicy>, EnvError> {
             0.001..=900.0,
             "seconds",
         )?,
-        usd_per_gb_second: price("PRICE_EXPRESS_GB_SECOND")?,
-        usd_per_request: price("PRICE_EXPRESS_REQUEST")?,
+        usd_per_gb_second: env.within("PRICE_EXPRESS_GB_SECOND", 0.0, 0.0..=1.0, "dollars")?,
+        usd_per_request: env.within("PRICE_EXPRESS_REQUEST", 0.0, 0.0..=1.0, "dollars")?,
     }))
 }
 
@@ -165,8 +156,28 @@ pub fn read_policy(env: &Reader<'_>) -> Result<Policy, EnvError> {
             ));
         }
     }
-    for (option, name) in options.iter_mut().zip(INSTANCE_PRICES) {
-        let price = env.within(name, 0.0, 0.0..=1_000.0, "dollars an hour")?;
+    // In the options' order; 0 or none: not known.
+    let prices = [
+        env.within(
+            "PRICE_INSTANCE_HOUR_1",
+            0.0,
+            0.0..=1_000.0,
+            "dollars an hour",
+        )?,
+        env.within(
+            "PRICE_INSTANCE_HOUR_2",
+            0.0,
+            0.0..=1_000.0,
+            "dollars an hour",
+        )?,
+        env.within(
+            "PRICE_INSTANCE_HOUR_3",
+            0.0,
+            0.0..=1_000.0,
+            "dollars an hour",
+        )?,
+    ];
+    for (option, price) in options.iter_mut().zip(prices) {
         option.usd_per_hour = option.usd_per_hour.or((price > 0.0).then_some(price));
     }
     Ok(Policy {

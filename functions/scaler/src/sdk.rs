@@ -284,14 +284,22 @@ impl Aws for SdkAws {
     }
 
     async fn lane_state(&self) -> Result<LaneState, Error> {
-        let answer = self
+        let mapping = self
             .lambda
             .get_event_source_mapping()
-            .uuid(&self.lane.mapping)
-            .send()
-            .await
-            .map_err(failed("lambda:GetEventSourceMapping"))?;
-        Ok(LaneState::from_lambda(answer.state().unwrap_or_default()))
+            .uuid(&self.lane.mapping);
+        let concurrency = self
+            .lambda
+            .get_function_concurrency()
+            .function_name(&self.lane.function);
+        let (mapping, concurrency) = tokio::join!(mapping.send(), concurrency.send());
+        let mapping = mapping.map_err(failed("lambda:GetEventSourceMapping"))?;
+        let state = LaneState::from_lambda(mapping.state().unwrap_or_default());
+        let concurrency = concurrency.map_err(failed("lambda:GetFunctionConcurrency"))?;
+        match concurrency.reserved_concurrent_executions() {
+            Some(0) if state.is_open() => Ok(LaneState::Throttled),
+            _ => Ok(state),
+        }
     }
 
     async fn lane_metrics(&self, now: i64) -> Result<LaneMetrics, Error> {

@@ -617,7 +617,7 @@ impl<'a> Planner<'a> {
             && (none_comes
                 || lane.should_be_open(comparison.choice, backlog as f64, self.sustained(), &gpus));
         let state = lane.seen.state;
-        if open == state.is_open() || state == LaneState::Unknown {
+        if open == state.is_open() || matches!(state, LaneState::Unknown | LaneState::Throttled) {
             return;
         }
         let existing = gpus.existing;

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::observation::{Lane, Observation};
+use crate::observation::{Lane, LaneState, Observation};
 use crate::policy::{LanePolicy, Policy};
 
 /// Work waits this long and the lane finishes nothing: it has stalled. A cold
@@ -297,6 +297,9 @@ impl<'a> Express<'a> {
 }
 
 fn why_stalled(seen: &Observation, lane: &Lane, policy: &Policy) -> Option<String> {
+    if lane.state == LaneState::Throttled {
+        return Some("the reserved concurrency of its function is 0".to_owned());
+    }
     let age = seen.queue.oldest_age.filter(|_| seen.queue.backlog() > 0)?;
     if !lane.state.is_open() {
         return None;

@@ -143,6 +143,9 @@ pub enum LaneState {
     Closing,
     /// It takes none.
     Closed,
+    /// Open, but a person has set the function's reserved concurrency to 0, which
+    /// is how all invocations are stopped at once.
+    Throttled,
     /// Not known: work is not counted twice, so it counts as open.
     #[default]
     Unknown,

@@ -172,6 +172,12 @@ fn a_stalled_or_closed_lane_wakes_gpus_and_says_so() {
     let lane = stalled.lane.as_mut().expect("a lane");
     lane.images_lately = Some(40);
     assert_eq!(choice(&plan(&stalled, &policy())), Choice::Lane);
+    // Somebody stopped the function: GPUs take over at once, and the mapping stays as it is.
+    let mut throttled = seen(3);
+    throttled.lane.as_mut().expect("a lane").state = LaneState::Throttled;
+    let plan_of = plan(&throttled, &policy());
+    assert_eq!((choice(&plan_of), asked_for(&plan_of)), (Choice::Gpus, 1));
+    assert_eq!(lane_is_set(&plan_of), None);
     // Somebody disabled the mapping: it is enabled again.
     let mut disabled = seen(3);
     disabled.lane.as_mut().expect("a lane").state = LaneState::Closed;

@@ -24,6 +24,7 @@ const ACTIONS: &str = "
     describe_tasks: ecs:DescribeTasks
     describe_warm_pool: autoscaling:DescribeWarmPool
     get_event_source_mapping: lambda:GetEventSourceMapping
+    get_function_concurrency: lambda:GetFunctionConcurrency
     get_metric_data: cloudwatch:GetMetricData
     # Without ListBucket S3 answers 403 for an object that is gone.
     get_object: s3:GetObject s3:ListBucket
