@@ -19,6 +19,20 @@ pub struct Program {
     never_run: &'static [&'static str],
 }
 
+/// What the worker is made of, with a GPU or without.
+const WORKER: &[&str] = &[
+    "lib/worker/src",
+    "lib/delivery/src",
+    "events/src",
+    "lib/platform/src",
+    "lib/model/src",
+    "lib/image/src",
+];
+
+/// `clip-model` the command downloads weights from the model hub; a worker only
+/// opens the bundle that it made.
+const NOT_BY_WORKERS: &[&str] = &["lib/model/src/main.rs", "lib/model/src/fetch.rs"];
+
 pub const PROGRAMS: &[Program] = &[
     Program {
         name: "intake",
@@ -35,30 +49,14 @@ pub const PROGRAMS: &[Program] = &[
     Program {
         name: "gpu-task",
         own: &["gpu-task/src"],
-        shared: &[
-            "lib/worker/src",
-            "lib/delivery/src",
-            "events/src",
-            "lib/platform/src",
-            "lib/model/src",
-            "lib/image/src",
-        ],
-        // `clip-model` the command downloads weights from the model hub; the
-        // task only opens the bundle that it made.
-        never_run: &["lib/model/src/main.rs", "lib/model/src/fetch.rs"],
+        shared: WORKER,
+        never_run: NOT_BY_WORKERS,
     },
     Program {
         name: "express",
         own: &["functions/express/src"],
-        shared: &[
-            "lib/worker/src",
-            "lib/delivery/src",
-            "events/src",
-            "lib/platform/src",
-            "lib/model/src",
-            "lib/image/src",
-        ],
-        never_run: &["lib/model/src/main.rs", "lib/model/src/fetch.rs"],
+        shared: WORKER,
+        never_run: NOT_BY_WORKERS,
     },
 ];
 

@@ -116,6 +116,13 @@ fn results(count: usize, answer: Answer) -> Vec<Result<(), LeaseError>> {
     }
 }
 
+/// Puts a request's results where its entries stand among `all`.
+fn place(all: &mut [Result<(), LeaseError>], positions: &[usize], answer: Answer) {
+    for (position, result) in positions.iter().zip(results(positions.len(), answer)) {
+        all[*position] = result;
+    }
+}
+
 fn lease_error(error: aws::Error) -> LeaseError {
     if LOST_CODES.contains(&error.code.as_str()) {
         LeaseError::Lost(error)
@@ -188,9 +195,7 @@ impl Queue for SqsQueue {
             let operation = "sqs:ChangeMessageVisibilityBatch";
             let response = request.send().await.map(|response| response.failed);
             let answer = sqs_answer(operation, url, positions.len(), response);
-            for (position, result) in positions.iter().zip(results(positions.len(), answer)) {
-                all[*position] = result;
-            }
+            place(&mut all, &positions, answer);
         }
         all
     }
@@ -210,9 +215,7 @@ impl Queue for SqsQueue {
             let operation = "sqs:DeleteMessageBatch";
             let response = request.send().await.map(|response| response.failed);
             let answer = sqs_answer(operation, url, positions.len(), response);
-            for (position, result) in positions.iter().zip(results(positions.len(), answer)) {
-                all[*position] = result;
-            }
+            place(&mut all, &positions, answer);
         }
         all
     }
