@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Image, Shared, Subject, milliseconds, stage};
+use super::{Image, Shared, Subject, milliseconds, stage, store};
 use crate::rules::budget::Reserved;
 use crate::rules::failure::{Cause, Failure, Stage, TaskError};
 
@@ -59,11 +59,29 @@ pub(super) async fn run(
                     shared.metrics.waits(Stage::Decode);
                     let _ = to_decode.send(Fetched { image, document }).await;
                 }
+                Err(error) if error.cause == Cause::NotFound => {
+                    fail_without(&shared, image, error).await;
+                }
                 Err(error) => image.job.fail(&shared, error),
             }
         }
     })
     .await;
+}
+
+/// An earlier delivery may have stored a vector and died before it saw that the
+/// object was deleted: nobody else would find that vector.
+async fn fail_without(shared: &Shared, image: Image, error: TaskError) {
+    // Without a model the task ends, and the message goes back.
+    let Some(model) = shared.model().await else {
+        return;
+    };
+    let forgotten = store::forget_if_gone(shared, &image.job.object, &model.name).await;
+    let error = match forgotten {
+        Ok(_) => error,
+        Err(failed) => TaskError::of_call(Stage::Store, &failed),
+    };
+    image.job.fail(shared, error);
 }
 
 async fn download(shared: &Shared, image: &mut Image) -> Result<Document, TaskError> {

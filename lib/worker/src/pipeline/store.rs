@@ -144,14 +144,7 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
         return None;
     }
     // A deletion that came before the vector was there did not find it.
-    let checked = match is_gone(shared, &image.job.object).await {
-        Ok(Some(true)) => vectors
-            .delete_document(&image.job.object, &model.name)
-            .await
-            .map(|_| true),
-        checked => checked.map(|_| false),
-    };
-    match checked {
+    match forget_if_gone(shared, &image.job.object, &model.name).await {
         Ok(false) => {}
         Ok(true) => {
             tracing::info!(object = image.job.object, "deleted while it was in work");
@@ -195,6 +188,19 @@ async fn store(shared: &Arc<Shared>, embedded: Embedded) -> Option<Outgoing> {
             None
         }
     }
+}
+
+/// Deletes the vectors of a document in S3 if it is gone; answers whether it is.
+pub(super) async fn forget_if_gone(
+    shared: &Shared,
+    url: &str,
+    model: &str,
+) -> Result<bool, platform::aws::Error> {
+    let is_gone = is_gone(shared, url).await? == Some(true);
+    if is_gone {
+        shared.services.vectors.delete_document(url, model).await?;
+    }
+    Ok(is_gone)
 }
 
 /// Whether a document in S3 is gone; `None` of any other.

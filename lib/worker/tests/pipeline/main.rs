@@ -624,6 +624,26 @@ async fn an_image_that_is_deleted_while_it_is_in_work_leaves_no_vector_and_no_ev
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_vector_of_an_earlier_delivery_goes_with_an_object_that_is_gone_at_the_next() {
+    let world = World::new();
+    let [url, other] = ["a.png", "b.png"].map(|name| world.put(name, image("id:1")));
+    world.send(&url);
+    world.send(&other);
+    world.run_until_empty(LONG).await;
+    assert_eq!(world.vectors.keys().len(), 2);
+    for url in [&url, &other] {
+        world.documents.contents.lock().unwrap().remove(url);
+    }
+    // Of the other, S3 says at the second look that it is there.
+    world.vectors.gone.lock().unwrap().insert(url.clone());
+    world.send(&url);
+    world.send(&other);
+    world.run_until_empty(LONG).await;
+    assert_eq!(world.vectors.keys().len(), 1);
+    assert_eq!(world.output.rejections().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idle_task_ends_by_itself_but_not_while_it_works() {
     let mut world = World::new();
     world.settings.idle_exit = Duration::from_secs(1);

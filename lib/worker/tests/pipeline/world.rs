@@ -353,7 +353,7 @@ pub struct Content {
 
 #[derive(Default)]
 pub struct FakeDocuments {
-    contents: Mutex<HashMap<String, Content>>,
+    pub contents: Mutex<HashMap<String, Content>>,
     pub opened: AtomicU64,
     latency: Duration,
 }
