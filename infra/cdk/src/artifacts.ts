@@ -58,14 +58,17 @@ export class Artifacts {
 
   /**
    * From a checkout of this project: functions as `cargo lambda build --release` left them in
-   * `target/lambda`, and the image built by Docker when the app is deployed.
+   * `target/lambda`, the layer as `make -C infra/image` left it there, and the image built by Docker when the app is deployed.
    */
   static checkout(root: string): ClipArtifacts {
     return {
       functionCode(_, name) {
-        const built = resolve(root, name.endsWith('Layer') ? '.aws-sam/build' : 'target/lambda', name);
+        const built = resolve(root, 'target/lambda', name);
         if (name.endsWith('Layer')) {
-          if (!existsSync(built)) throw new Error(`${built} does not exist: run \`sam build --template-file infra/template.yaml ${name}\` in ${root}`);
+          if (!existsSync(built)) {
+            const make = `make -C infra/image build-${name} ARTIFACTS_DIR=${built}`;
+            throw new Error(`${built} is not there: run \`${make}\` in ${root}`);
+          }
         } else if (!existsSync(join(built, 'bootstrap'))) {
           throw new Error(`${built} holds no bootstrap: run \`cargo lambda build --release --package ${name}\` in ${root}`);
         }
