@@ -317,6 +317,10 @@ async fn a_decision_over_a_hundred_tasks_and_instances_is_fast() {
     }
     println!("decision with 100 tasks and 100 instances: {best:?}");
     assert!(best < DECISION_LIMIT, "{best:?}");
+    // The first run may remember how long a start took, where that was a second or more.
+    run(&world.aws, &world.config, &cause)
+        .await
+        .expect("readable");
     let report = run(&world.aws, &world.config, &cause)
         .await
         .expect("readable");
